@@ -1,0 +1,1 @@
+"""What KV is: the ragged KV of sealed turns and the dense tail of the open one."""

@@ -1,0 +1,99 @@
+"""KV of one layer, ragged, and the ranking that cuts a segment into rank chunks.
+
+A segment is the KV of one or several finished turns, sealed once. All its pairs are ranked at sealing and cut into rank
+chunks; memory holds a prefix of the chunks, the store holds all.
+
+Letters: L layers, H KV heads, T tokens of a segment, N kept pairs of a layer (all heads packed), D head_dim, C chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """Ragged KV of one layer: every KV head may keep a different number of tokens, even none.
+
+    keys, values  (N, D)      head 0's rows first, then head 1's; keys keep the RoPE of their original position
+    positions     (N,) int32  where each pair stood in the conversation
+    cu_seqlens    (H + 1,)    int32 on the CPU; head h owns rows cu_seqlens[h] : cu_seqlens[h + 1]
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.keys.shape == self.values.shape and self.keys.dim() == 2
+        assert self.positions.shape == self.keys.shape[:1] and self.positions.dtype == torch.int32
+        assert self.cu_seqlens.dtype == torch.int32
+
+    @property
+    def num_kept(self) -> int:
+        """Rows held."""
+        return len(self.keys)
+
+    def before(self, position: int) -> LayerKV:
+        """The rows of tokens before `position`."""
+        kept = self.positions < position
+        count = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cpu().cumsum(0)])
+        cu_seqlens = count[self.cu_seqlens.long()].int()
+        return LayerKV(self.keys[kept], self.values[kept], self.positions[kept], cu_seqlens)
+
+    @classmethod
+    def dense(cls, keys: Tensor, values: Tensor, start: int) -> LayerKV:
+        """Every pair of (H, T, D) keys and values whose first token stands at `start`."""
+        heads, tokens, dim = keys.shape
+        positions = torch.arange(start, start + tokens, dtype=torch.int32, device=keys.device).repeat(heads)
+        cu_seqlens = torch.arange(heads + 1, dtype=torch.int32) * tokens
+        return cls(keys.reshape(-1, dim), values.reshape(-1, dim), positions, cu_seqlens)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Which rank chunk each pair of a segment lies in; within a chunk rows stand in time order.
+
+    start     position of the segment's first token
+    chunk_of  (L, H, T) uint8, 0 = best
+    """
+
+    start: int
+    chunk_of: npt.NDArray[np.uint8]
+
+    def __post_init__(self) -> None:
+        assert self.chunk_of.ndim == 3 and self.chunk_of.dtype == np.uint8
+
+    @classmethod
+    def single(cls, start: int, layers: int, heads: int, tokens: int) -> Ranking:
+        """All pairs in one chunk: a segment that is not ranked."""
+        return cls(start, np.zeros((layers, heads, tokens), np.uint8))
+
+    @property
+    def end(self) -> int:
+        """One past the position of the last token."""
+        return self.start + self.chunk_of.shape[2]
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks, at least one."""
+        return int(self.chunk_of.max(initial=0)) + 1
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Pairs of every chunk over all layers and heads, (C,)."""
+        return np.bincount(self.chunk_of.ravel())
+
+    def counts(self, chunk: int) -> npt.NDArray[np.int64]:
+        """Pairs of a chunk, (L, H)."""
+        return np.count_nonzero(self.chunk_of == chunk, axis=2)
+
+    def rows(self, chunk: int, first_layer: int, last_layer: int) -> npt.NDArray[np.int64]:
+        """Flat indices into a (layers, H, T) block of layers [first_layer, last_layer), ordered by layer, head, time."""
+        return np.flatnonzero(self.chunk_of[first_layer:last_layer] == chunk)

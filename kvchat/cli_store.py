@@ -1,0 +1,255 @@
+"""Commands that need the store only: they start at once and never load a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+
+import typer
+
+from kvchat.errors import InputError, StoreError
+from kvchat.flags import Json, StoreFlags, command
+
+if TYPE_CHECKING:
+    from kvchat.store import Message, Store
+
+Name = Annotated[str, typer.Argument(help="The session.", show_default=False)]
+New = Annotated[str, typer.Argument(help="The new name.", show_default=False)]
+
+app = typer.Typer()
+
+
+@contextmanager
+def _store(flags: StoreFlags) -> Iterator[Store]:
+    """The store, which must exist: reading a mistyped path must not create a database there."""
+    from kvchat.store import Store
+
+    path = flags.settings().store_path
+    if not path.exists():
+        raise StoreError(f"there is no store at {path} yet; `kvchat chat` begins one")
+    store = Store(path)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def names(flags: StoreFlags) -> set[str]:
+    """The names of all sessions; none if there is no store yet."""
+    if not flags.settings().store_path.exists():
+        return set()
+    with _store(flags) as store:
+        return {session.name for session in store.sessions()}
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def print_table(rows: Sequence[dict[str, Any]], stream: TextIO | None = None) -> None:
+    """Rows of equal keys as aligned columns; control characters lose their effect on a terminal."""
+    from kvchat.terminal import neutralise
+
+    if not rows:
+        return
+    lines = [list(rows[0])] + [
+        [" ".join(neutralise("" if cell is None else str(cell)).split()) for cell in row.values()] for row in rows
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        padded = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print(padded.rstrip(), file=stream or sys.stdout)
+
+
+def spoken(messages: Sequence[Message]) -> list[Message]:
+    """`messages` less the opening that a model needs where there is no system prompt."""
+    return [message for message in messages if message.content or message.role != "system"]
+
+
+def turn_numbers(messages: Sequence[Message]) -> list[int]:
+    """The turn of each message: a user message begins one, what stands before the first is turn 0."""
+    turn, turns = 0, []
+    for message in messages:
+        turn += message.role == "user"
+        turns.append(turn)
+    return turns
+
+
+@app.command()
+@command
+def ls(flags: StoreFlags, as_json: Json = False) -> None:
+    """List the sessions, the last used first."""
+    from kvchat.plain import size
+
+    if not flags.settings().store_path.exists():
+        sessions = []
+    else:
+        with _store(flags) as store:
+            sessions = store.sessions()
+    if as_json:
+        print_json([asdict(session) for session in sessions])
+        return
+    if not sessions:
+        print("no sessions yet; `kvchat chat` begins one", file=sys.stderr)
+    print_table(
+        [
+            {
+                "name": session.name,
+                "turns": session.num_turns,
+                "tokens": session.num_tokens,
+                "disk": size(session.nbytes),
+                "model": session.model,
+                "updated": session.updated[:16].replace("T", " "),
+                "title": session.title,
+            }
+            for session in sessions
+        ]
+    )
+
+
+@app.command()
+@command
+def show(
+    flags: StoreFlags,
+    name: Name,
+    turn: Annotated[int | None, typer.Option(min=0, help="Only this turn; 0 is the system prompt.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a conversation."""
+    from kvchat.plain import write
+
+    with _store(flags) as store:
+        messages = spoken(store.path(store.session(name).tip))
+    turns = turn_numbers(messages)
+    shown = [pair for pair in zip(turns, messages, strict=True) if turn in (None, pair[0])]
+    if turn is not None and not shown:
+        raise InputError(f"{name} has no turn {turn}; it has turns 1 to {max(turns, default=0)}")
+    if as_json:
+        print_json([{"turn": number, "role": message.role, "content": message.content} for number, message in shown])
+        return
+    for number, message in shown:
+        write(f"[{number}] {message.role}:\n{message.content}\n\n")
+
+
+@app.command()
+@command
+def search(
+    flags: StoreFlags,
+    text: Annotated[str, typer.Argument(help="Words to find.")],
+    limit: Annotated[int, typer.Option(min=1, help="At most so many hits.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Find words in all conversations."""
+    with _store(flags) as store:
+        hits = [asdict(hit) for hit in store.search(text, limit)]
+    if as_json:
+        print_json(hits)
+    else:
+        print_table(hits)
+
+
+@app.command()
+@command
+def rename(flags: StoreFlags, old: Name, new: New) -> None:
+    """Give a session another name."""
+    with _store(flags) as store:
+        store.rename(old, new)
+
+
+@app.command()
+@command
+def rm(
+    flags: StoreFlags,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a session: its text and its KV."""
+    with _store(flags) as store:
+        turns = store.session(name).num_turns
+        if not yes and not sys.stdin.isatty():
+            raise InputError(f"deleting {name!r} needs a yes; add --yes")
+        if yes or typer.confirm(f"Delete {name!r} with {turns} turns for good?", err=True):
+            store.delete(name)
+
+
+@app.command()
+@command
+def fork(
+    flags: StoreFlags,
+    name: Name,
+    new: New,
+    at: Annotated[int | None, typer.Option(min=1, help="The last turn to take over; without it all.")] = None,
+) -> None:
+    """Copy a session, or its first turns; both share the saved KV."""
+    with _store(flags) as store:
+        tip = store.session(name).tip
+        store.fork(name, new, tip if at is None else _end_of_turn(store.path(tip), name, at))
+
+
+def _end_of_turn(messages: Sequence[Message], name: str, turn: int) -> str:
+    """The id of the last message of `turn`."""
+    ends = dict(zip(turn_numbers(messages), messages, strict=True))
+    if turn not in ends:
+        raise InputError(f"{name} has no turn {turn}; it has turns 1 to {max(ends, default=0)}")
+    return ends[turn].id
+
+
+@app.command()
+@command
+def export(
+    flags: StoreFlags,
+    name: Name,
+    format: Annotated[Literal["json", "jsonl", "md", "sharegpt"], typer.Option(help="The form of the text.")] = "md",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file; without it stdout.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Write a conversation as text that other programs read."""
+    from kvchat import plain, transcript
+
+    with _store(flags) as store:
+        messages = spoken(store.path(store.session(name).tip))
+    text = transcript.write([{"role": message.role, "content": message.content} for message in messages], format, name)
+    if output is None:
+        plain.write(text)
+        return
+    if output.exists() and not force:
+        raise InputError(f"{output} is there already; add --force to overwrite it")
+    output.write_bytes(text.encode())
+
+
+@app.command()
+@command
+def verify(
+    flags: StoreFlags,
+    name: Annotated[str | None, typer.Argument(help="The session; without it all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check everything that is saved; exit code 1 if something is damaged."""
+    with _store(flags) as store:
+        problems = store.verify(name)
+    if as_json:
+        print_json(problems)
+    else:
+        print("\n".join(problems) or "no problems")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+@command
+def vacuum(flags: StoreFlags, as_json: Json = False) -> None:
+    """Give the space of deleted sessions back to the file system."""
+    from kvchat.plain import size
+
+    with _store(flags) as store:
+        before, after = store.vacuum()
+    if as_json:
+        print_json({"bytes_before": before, "bytes_after": after})
+    else:
+        print(f"{size(before)} before, {size(after)} after")

@@ -1,0 +1,20 @@
+"""How sealed KV is written down: frames (no torch), codecs, and segments made of both.
+
+The names below are reached lazily, so that `kvchat.codecs.frame` can be had without loading torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvchat.codecs.encode import CODECS, SegmentHeader, decode_frame, encode_segment
+
+__all__ = ["CODECS", "SegmentHeader", "decode_frame", "encode_segment"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("kvchat.codecs.encode"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

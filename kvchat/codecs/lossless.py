@@ -1,0 +1,74 @@
+"""Codec `raw`: the exact bits of keys and values, whatever they are.
+
+A word is rotated left by one bit: its top byte is then the exponent (bfloat16, float32), the sign joins the mantissa.
+Each byte of the words becomes a plane. Exponents shrink to about a third, mantissas hardly at all.
+
+Letters: L layers, H KV heads, T tokens, N rows of a frame, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvchat.codecs.codec import FrameRows, Take
+from kvchat.codecs.frame import Planes, expect
+
+_INTEGERS: dict[int, tuple[torch.dtype, np.dtype[Any]]] = {
+    2: (torch.int16, np.dtype(np.uint16)),
+    4: (torch.int32, np.dtype(np.uint32)),
+}
+
+
+class Raw:
+    """Lossless; planes key0, key1, ... and value0, value1, ... (N, D) uint8, byte 0 the lowest."""
+
+    bars: Mapping[str, float] = {}
+
+    def row_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
+        """Plain bytes of one pair."""
+        return 2 * head_dim * dtype.itemsize
+
+    def param_shapes(self, layers: int, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """None: every row stands for itself."""
+        return {}
+
+    def read(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Planes, Take]:
+        """Rows as rotated words, cut into bytes when they are taken."""
+        sides = {"key": _words(keys), "value": _words(values)}
+
+        def take(rows: npt.NDArray[np.int64]) -> Planes:
+            taken = {side: words[rows] for side, words in sides.items()}
+            return {
+                f"{side}{byte}": (words >> 8 * byte).astype(np.uint8)
+                for side, words in taken.items()
+                for byte in range(words.itemsize)
+            }
+
+        return {}, take
+
+    def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, D), bit for bit what was written."""
+        return _join(planes, "key", rows).to(device), _join(planes, "value", rows).to(device)
+
+
+def _words(layers: Sequence[Tensor]) -> npt.NDArray[Any]:
+    """(L*H*T, D) unsigned words, rotated left by one bit."""
+    signed, unsigned = _INTEGERS[layers[0].dtype.itemsize]
+    words = torch.stack(list(layers)).flatten(0, 2).view(signed).cpu().numpy().view(unsigned)
+    rotated: npt.NDArray[Any] = (words << 1) | (words >> (8 * words.itemsize - 1))
+    return rotated
+
+
+def _join(planes: Planes, side: str, rows: FrameRows) -> Tensor:
+    _, unsigned = _INTEGERS[rows.dtype.itemsize]
+    words = np.zeros(rows.shape, unsigned)
+    for byte in range(words.itemsize):
+        words |= expect(planes, f"{side}{byte}", rows.shape, "|u1").astype(unsigned) << 8 * byte
+    words = (words >> 1) | (words << (8 * words.itemsize - 1))
+    return torch.from_numpy(words).view(rows.dtype)

@@ -1,0 +1,43 @@
+"""The contract of scorers, and what they are told about the segment.
+
+Letters: L layers, H KV heads, T tokens of the segment, P tokens of the prefix, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A segment about to be sealed: the first T tokens of the open tail."""
+
+    token_ids: tuple[int, ...]
+    """T ids."""
+    protected: tuple[bool, ...]
+    """T flags: template tokens, system prompt and sinks, which are never evicted."""
+    before: tuple[int, ...]
+    """The last ids before the segment that are no template tokens, at most 8; empty for the first segment."""
+    prefix_keys: Sequence[Tensor]
+    """Keys of the protected beginning of the conversation, (H, P, D) a layer; P is 0 for the first segment."""
+    encode: Callable[[str], tuple[int, ...]]
+    """Text to ids, as inside a message."""
+    ask: Callable[[tuple[int, ...]], tuple[int, ...]]
+    """Ids of a user's message to the whole message with its template tokens and the opening of the reply."""
+
+
+class Scorer(Protocol):
+    """Scores one segment, once."""
+
+    def passes(self) -> Iterable[tuple[int, ...]]:
+        """Token ids to run on a scratch tail, one pass after the other."""
+
+    def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
+        """The tap of those passes: see `kvchat.cache.ragged.Tap`."""
+
+    def scores(self) -> Tensor:
+        """(L, H, T) float32, higher = keep."""

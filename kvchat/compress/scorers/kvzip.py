@@ -1,0 +1,91 @@
+"""KVzip (arXiv 2505.23416): a pair matters as much as the model attends to it while it repeats the text.
+
+The segment is repeated in chunks, teacher-forced, after a user's message that asks for it. The hidden states of the pass see
+the whole cache; only the score's softmax is confined to the prefix, the chunk and the pass's own tokens. A pair's score is
+its largest probability over the queries of its group and all rows of the pass, but for rows of template tokens.
+
+Letters: H KV heads, G query heads per KV head, R rows of a pass, M tokens of the chunk, P tokens of the prefix, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvchat.attention import log_normaliser
+from kvchat.compress.scorers.base import Subject
+
+FIRST = "Repeat the conversation above, word for word."
+LATER = "Repeat, word for word, the part of the conversation above that begins with: "
+
+
+class KVzip:
+    """Scores in [0, 1], in float32 throughout."""
+
+    def __init__(self, subject: Subject, chunk_size: int) -> None:
+        self.subject = subject
+        self.chunk_size = chunk_size
+        self._scores: list[list[Tensor]] = [[] for _ in subject.prefix_keys]
+        self._chunk = slice(0, 0)
+        self._skipped: list[int] = []
+
+    def passes(self) -> Iterator[tuple[int, ...]]:
+        """One request to repeat, with the repetition, per chunk."""
+        ids = self.subject.token_ids
+        for start in range(0, len(ids), self.chunk_size):
+            self._chunk = slice(start, min(start + self.chunk_size, len(ids)))
+            spoken = [token for token, kept in zip(ids[:start], self.subject.protected, strict=False) if not kept]
+            before = tuple(spoken[-8:]) or self.subject.before
+            request = self.subject.ask(self.subject.encode(LATER if before else FIRST) + before)
+            flags = self.subject.protected[self._chunk]
+            self._skipped = [len(request) + i for i, protected in enumerate(flags) if protected]
+            yield request + ids[self._chunk]
+
+    def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
+        """Take the chunk's scores from one layer of the running pass."""
+        prefix, chunk = self.subject.prefix_keys[layer], keys[:, self._chunk]
+        own = keys[:, keys.shape[1] - query.shape[1] :]
+        self._scores[layer].append(attention_received(query, prefix, chunk, own, self._skipped, scale))
+
+    def scores(self) -> Tensor:
+        """(L, H, T) float32."""
+        return torch.stack([torch.cat(parts, dim=1) for parts in self._scores])
+
+
+def attention_received(
+    query: Tensor, prefix: Tensor, chunk: Tensor, own: Tensor, skipped: list[int], scale: float
+) -> Tensor:
+    """Largest attention probability that each key of the chunk receives, (H, M) float32.
+
+    The maximum is taken before exponentiation and head by head, so the (R, M) probabilities of all heads never exist.
+
+    Args:
+        query: (H * G, R, D); prefix: (H, P, D); chunk: (H, M, D); own: (H, R, D), seen causally.
+        skipped: rows that do not count.
+        scale: factor on the logits.
+    """
+    heads, rows = chunk.shape[0], query.shape[1]
+    lse = log_normaliser(query, torch.cat([prefix, chunk], dim=1), own, scale).reshape(heads, -1, rows)
+    lse[:, :, skipped] = torch.inf
+    grouped = query.view(heads, -1, rows, query.shape[-1])
+    best = [
+        torch.addmm(-lse[h].reshape(-1, 1), grouped[h].flatten(0, 1).float(), chunk[h].float().T, alpha=scale).amax(0)
+        for h in range(heads)
+    ]
+    return torch.stack(best).exp()
+
+
+def attention_received_plainly(
+    query: Tensor, prefix: Tensor, chunk: Tensor, own: Tensor, skipped: list[int], scale: float
+) -> Tensor:
+    """The definition of `attention_received`: one softmax over prefix, chunk and own keys."""
+    groups, rows, past = query.shape[0] // chunk.shape[0], query.shape[1], prefix.shape[1] + chunk.shape[1]
+    keys = torch.cat([prefix, chunk, own], dim=1).repeat_interleave(groups, 0).float()
+    logits = query.float() @ keys.mT * scale
+    hidden = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
+    logits[:, :, past:] = logits[:, :, past:].masked_fill(hidden, -torch.inf)
+    weights = logits.softmax(-1)[:, :, prefix.shape[1] : past]
+    counted = [row for row in range(rows) if row not in set(skipped)]
+    return weights[:, counted].amax(1).view(chunk.shape[0], groups, -1).amax(1)

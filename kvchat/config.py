@@ -1,0 +1,196 @@
+"""Settings: frozen values read once from defaults, config.toml, the environment and flags, then handed down.
+
+Later sources win: the defaults below, `config.toml`, `KVCHAT_SECTION__KEY` variables, `--set section.key=value`.
+An unknown key is an error that names the known ones. Nothing else in the package reads files or variables for settings.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from kvchat.errors import ConfigError
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class Section(BaseModel):
+    """One table of config.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which model, and how it runs."""
+
+    name: str = ""
+    """Hugging Face id, folder, GGUF file or `smollm2-135m`; empty = the built-in model."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str = "auto"
+    attention: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
+    prefill_chunk_size: int = Field(1024, ge=16)
+    """Tokens of one forward pass while prefilling; progress and stop are seen between passes."""
+
+
+class StoreConfig(Section):
+    """Where conversations lie."""
+
+    path: str = ""
+    """The SQLite file; empty = `sessions/kvchat.db` of a checkout, else the platform's data folder."""
+
+
+class CompressConfig(Section):
+    """What is kept of a sealed segment."""
+
+    scorer: Literal["kvzip"] = "kvzip"
+    keep_ratio: float = Field(0.5, gt=0, le=1)
+    """Fraction of a segment's KV pairs held in memory; the store always keeps all."""
+    recent_turns: int = Field(2, ge=0)
+    """The newest turns hold all their pairs."""
+    segment_min: int = Field(512, ge=1)
+    """Turns are joined until a segment has this many tokens."""
+    num_sink_tokens: int = Field(4, ge=0)
+    score_chunk: int = Field(2000, ge=16)
+    """Tokens that one reconstruction pass of KVzip repeats."""
+    rank_chunks: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+    """Cumulative fractions at which a segment's ranking is cut; `keep_ratio` is added to them."""
+
+    @field_validator("rank_chunks")
+    @classmethod
+    def _ascending(cls, cuts: tuple[float, ...]) -> tuple[float, ...]:
+        if list(cuts) != sorted(set(cuts)) or not cuts or cuts[0] <= 0 or cuts[-1] != 1.0:
+            raise ValueError("must rise strictly from above 0 to 1.0")
+        if len(cuts) > 32:
+            raise ValueError("has more than 32 cuts")
+        return cuts
+
+
+class CodecConfig(Section):
+    """How sealed KV is written down."""
+
+    name: Literal["raw", "k8v8"] = "k8v8"
+
+
+class GenerateConfig(Section):
+    """Sampling of an answer; `temperature` 0 is greedy."""
+
+    max_new_tokens: int = Field(512, ge=1)
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0 = off."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    seed: int | None = None
+
+
+class Config(BaseSettings):
+    """All settings. Build it with `Config.load`."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="KVCHAT_", env_nested_delimiter="__")
+
+    model: ModelConfig = ModelConfig()
+    store: StoreConfig = StoreConfig()
+    compress: CompressConfig = CompressConfig()
+    codec: CodecConfig = CodecConfig()
+    generate: GenerateConfig = GenerateConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        **_: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # `load` merges file, variables and flags itself: only there is the file's path known.
+        return (init_settings,)
+
+    @classmethod
+    def load(cls, path: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+        """Settings from the file at `path` (default: the usual places), the environment, then `overrides`.
+
+        `overrides` maps dotted keys to values, as in {"compress.keep_ratio": 0.3}; text values are parsed.
+
+        Raises:
+            ConfigError: no such file, not TOML, an unknown key, or a value out of range.
+        """
+        file = path or default_folder("config") / "config.toml"
+        if path and not path.is_file():
+            raise ConfigError(f"there is no config file {path}; leave --config out or name an existing file")
+        try:
+            tree = TomlConfigSettingsSource(cls, file)() if file.is_file() else {}
+            tree = _merge(_merge(tree, EnvSettingsSource(cls)()), _nested(overrides or {}))
+            return cls(**tree)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{file} is not valid TOML: {error}") from None
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from None
+
+    def sampling(self, given: Mapping[str, Any]) -> GenerateConfig:
+        """The sampling settings with some replaced for one turn. Raises ConfigError."""
+        try:
+            return GenerateConfig(**{**self.generate.model_dump(), **given})
+        except ValidationError as error:
+            raise ConfigError(_one_line(error, "generate")) from None
+
+    @property
+    def store_path(self) -> Path:
+        """Where the database lies."""
+        return Path(self.store.path).expanduser() if self.store.path else default_folder("data") / "kvchat.db"
+
+
+def default_folder(kind: Literal["data", "cache", "config"]) -> Path:
+    """The folder for sessions, converted models or settings: the checkout's for sessions and settings, else the platform's."""
+    if kind != "cache" and (CHECKOUT / "pyproject.toml").is_file():
+        return CHECKOUT / "sessions" if kind == "data" else CHECKOUT
+    folders = platformdirs.PlatformDirs("kvchat", appauthor=False)
+    paths = {"data": folders.user_data_path, "cache": folders.user_cache_path, "config": folders.user_config_path}
+    return paths[kind]
+
+
+def _nested(dotted: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} as {"a": {"b": 1}}."""
+    tree: dict[str, Any] = {}
+    for key, value in dotted.items():
+        section, _, name = key.partition(".")
+        if not name:
+            raise ConfigError(f"setting {key!r} needs a section, as in compress.keep_ratio; sections: {_known(Config)}")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, one level deep."""
+    both = dict(base)
+    for section, values in over.items():
+        old = base.get(section)
+        both[section] = {**old, **values} if isinstance(old, dict) and isinstance(values, dict) else values
+    return both
+
+
+def _known(model: type[BaseModel]) -> str:
+    return ", ".join(model.model_fields)
+
+
+def _one_line(error: ValidationError, *section_name: str) -> str:
+    """The first problem of a validation, naming the key and, if it is unknown, the keys that exist."""
+    problem = error.errors()[0]
+    path = [*section_name, *(str(part) for part in problem["loc"])]
+    section = Config.model_fields.get(path[0])
+    model = section.annotation if section and len(path) > 1 else Config
+    if problem["type"] == "extra_forbidden":
+        assert isinstance(model, type) and issubclass(model, BaseModel)
+        return f"unknown setting {'.'.join(path)!r}; known here: {_known(model)}"
+    return f"setting {'.'.join(path)}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"

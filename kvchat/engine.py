@@ -1,0 +1,97 @@
+"""Runs the network: prefill, decode, scratch passes. Token ids in, token ids out; no text, no disk.
+
+Letters: V vocabulary, q tokens of one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kvchat.cache.ragged import SegmentedCache, Tap
+from kvchat.model import Model
+
+Stop = Callable[[], bool]
+"""Asked between forward passes whether to stop."""
+
+
+class Engine:
+    """One network, and the caches made for it.
+
+    Args:
+        model: the loaded model.
+        chunk_size: tokens of one forward pass while prefilling.
+    """
+
+    def __init__(self, model: Model, chunk_size: int) -> None:
+        self.model = model
+        self.chunk_size = chunk_size
+
+    def new_cache(self) -> SegmentedCache:
+        """An empty cache of the network's geometry."""
+        model = self.model
+        return SegmentedCache(
+            model.num_hidden_layers, model.num_key_value_heads, model.head_dim, model.dtype, model.device
+        )
+
+    @torch.inference_mode()
+    def forward(self, cache: SegmentedCache, ids: Sequence[int], logits: int = 1) -> Tensor:
+        """Append `ids` to the cache's tail; returns the logits (logits, V) of the last so many positions."""
+        return self.model.network(**self._inputs(cache, ids), logits_to_keep=logits).logits[0]
+
+    def _inputs(self, cache: SegmentedCache, ids: Sequence[int]) -> dict[str, object]:
+        device = self.model.device
+        return {
+            "input_ids": torch.tensor([list(ids)], device=device),
+            # From the logical length, never from the number of rows.
+            "position_ids": torch.arange(cache.num_seen, cache.num_seen + len(ids), device=device)[None],
+            "past_key_values": cache,
+            "segmented_cache": cache,
+            "use_cache": True,
+        }
+
+    def prefill(self, cache: SegmentedCache, ids: Sequence[int], stop: Stop) -> Generator[int, None, Tensor | None]:
+        """Append `ids` in chunks, yielding how many are done; returns the logits (V,) after the last.
+
+        Stopped early, it returns None as the generator's value, and the cache holds what was done.
+        """
+        logits: Tensor | None = None
+        for start in range(0, len(ids), self.chunk_size):
+            if stop():
+                return None
+            chunk = ids[start : start + self.chunk_size]
+            logits = self.forward(cache, chunk)[-1]
+            yield start + len(chunk)
+        return logits
+
+    def decode(
+        self, cache: SegmentedCache, logits: Tensor, sample: Callable[[Tensor], int], ends: Collection[int], stop: Stop
+    ) -> Iterator[int]:
+        """Yield token after token, the one that ends the answer included.
+
+        The last token yielded has no KV yet: it is computed when the turn is closed.
+        """
+        while True:
+            token = sample(logits)
+            yield token
+            if token in ends or stop():
+                return
+            logits = self.forward(cache, [token])[-1]
+
+    @torch.inference_mode()
+    def observe(self, cache: SegmentedCache, ids: Sequence[int], tap: Tap) -> None:
+        """Run `ids` on a scratch tail under a tap; the cache is left as it was. No logits are computed."""
+        with cache.scratch(tap):
+            self.model.network.base_model(**self._inputs(cache, ids))
+
+    def logprobs(self, cache: SegmentedCache, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
+        """Natural log-probability of each token of `continuation` after `prompt`; the cache is left as it was."""
+        with cache.scratch():
+            for start in range(0, len(prompt), self.chunk_size):
+                last = self.forward(cache, prompt[start : start + self.chunk_size])
+            rest = self.forward(cache, continuation, logits=len(continuation))
+            rows = torch.cat([last[-1:], rest[:-1]]).float().log_softmax(-1)
+            wanted = torch.tensor(list(continuation), device=rows.device)
+            return rows.gather(1, wanted[:, None])[:, 0].tolist()

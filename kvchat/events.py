@@ -1,0 +1,87 @@
+"""What a turn emits. Front ends consume one stream of these values and never touch the engine.
+
+A turn is any number of `Progress`, `Notice` and `Delta`, then one `TurnDone`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "interrupted", "context"]
+"""stop: the model ended its turn; length: max_new_tokens; interrupted: the user; context: the window is full."""
+
+Phase = Literal["download", "convert", "load", "restore", "rebuild", "prefill", "import", "seal"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`done` of `total` units (bytes for a download, tokens otherwise) of a phase; total 0 = unknown."""
+
+    phase: Phase
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One line that the user should see: a damaged segment was rebuilt, the window is nearly full."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one turn. `prompt_tokens` = `cached_tokens` + `prefilled_tokens`, as measured by the cache."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    prefilled_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. `itl_s` holds each gap between consecutive tokens.
+
+    `seal_s` is None when the turn is handed over, for sealing runs after the last visible token: `Session.settle` waits
+    for it and `Session.stats` reports it.
+    """
+
+    load_s: float
+    """Restoring saved segments before the first token of this turn."""
+    ttft_s: float
+    """From submitting the turn to its first non-empty text, restore and prefill included."""
+    itl_s: tuple[float, ...]
+    seal_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnDone:
+    """The end of a turn: its text is in the store, its KV follows."""
+
+    text: str
+    usage: Usage
+    timings: Timings
+    finish_reason: FinishReason
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return asdict(self)
+
+
+Reply = TurnDone
+"""What `Session.ask` returns."""
+
+Event = Progress | Notice | Delta | TurnDone
+
+Listener = Callable[[Progress | Notice], None]
+"""Where work outside a turn (download, load, import, seal) reports."""

@@ -1,0 +1,216 @@
+"""The half of the store that holds KV: immutable segments, and their frames, one a rank chunk and layer group.
+
+A segment is derived from its messages and may go at any time; who asks for it then makes it again.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Literal
+
+from kvchat.codecs import frame
+from kvchat.errors import CodecError, CorruptFrame, StoreError
+from kvchat.migrations import explained, open_database, transaction
+from kvchat.queries import CANDIDATES
+from kvchat.records import SegmentRecord, now, segment_of
+
+
+class KVStore:
+    """Segments and frames in the database at `path`. Use it as part of `kvchat.store.Store`."""
+
+    def __init__(self, path: Path, busy_timeout_s: float = 10.0) -> None:
+        self.file = path
+        self._db = open_database(path, busy_timeout_s)
+
+    def close(self) -> None:
+        """End the connection; the last one to close folds the log into the file."""
+        self._db.close()
+
+    def put_segment(
+        self, record: SegmentRecord, frames: Iterable[tuple[int, int, bytes]], replaces: Sequence[str] = ()
+    ) -> None:
+        """Write a segment with its frames (chunk, group, bytes) and drop the open segments that it replaces.
+
+        A segment that is there already stays as it is. KV can be made again, so a power cut may lose the newest.
+
+        Raises:
+            StoreError: a message that it covers was deleted meanwhile.
+        """
+        assert record.id not in replaces
+        with self._write("NORMAL"):
+            if self._db.execute("SELECT 1 FROM segments WHERE id = ?", [record.id]).fetchone() is None:
+                self._insert_segment(record, frames)
+            self._db.execute(
+                "DELETE FROM segments WHERE kind = 'open' AND id IN (SELECT value FROM json_each(?))",
+                [json.dumps(list(replaces))],
+            )
+
+    def segment(self, segment_id: str) -> SegmentRecord | None:
+        """The record of a segment, None if it is not there."""
+        return self._segments([segment_id]).get(segment_id)
+
+    def cover(self, message_ids: Sequence[str], fingerprint: str) -> list[tuple[SegmentRecord, int]]:
+        """Segments of that fingerprint for a path, in order and not overlapping; what they leave out is a miss.
+
+        (record, n): the first n messages of the record lie on the path. From the beginning on, the segment with the
+        most messages on the path wins, then sealed before open, then the one with the least beyond the path.
+        """
+        rows = self._rows(CANDIDATES, ids=json.dumps(list(message_ids)), fingerprint=fingerprint)
+        candidates = [_candidate(list(group)) for _, group in groupby(rows, key=lambda row: row["segment_id"])]
+        chosen: list[_Candidate] = []
+        for candidate in sorted(filter(None, candidates), key=lambda candidate: candidate.order):
+            if not chosen or candidate.place >= chosen[-1].place + chosen[-1].count:
+                chosen.append(candidate)
+        records = self._segments([candidate.id for candidate in chosen])
+        return [(records[candidate.id], candidate.count) for candidate in chosen if candidate.id in records]
+
+    def frames(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+        """(chunk, group, bytes) of the asked rank chunks, by chunk and group, each read when its turn comes.
+
+        Raises:
+            CorruptFrame: the segment or one of its frames is missing.
+        """
+        found = self._rows("SELECT num_groups FROM segments WHERE id = :id", id=segment_id)
+        if not found:
+            raise CorruptFrame(f"segment {short(segment_id)} is not in the store")
+        # One query a frame: a read left open would keep the log from shrinking while the caller computes.
+        sql = "SELECT body FROM frames WHERE segment_id = :id AND chunk = :chunk AND grp = :grp"
+        for chunk in sorted(set(chunks)):
+            for grp in range(found[0]["num_groups"]):
+                rows = self._rows(sql, id=segment_id, chunk=chunk, grp=grp)
+                if not rows:
+                    raise CorruptFrame(f"segment {short(segment_id)} chunk {chunk}: group {grp} is missing")
+                yield chunk, grp, rows[0]["body"]
+
+    def drop_segment(self, segment_id: str) -> None:
+        """Remove a segment with its frames: a miss from now on."""
+        with self._write("NORMAL"):
+            self._db.execute("DELETE FROM segments WHERE id = ?", [segment_id])
+
+    def _insert_segment(self, record: SegmentRecord, frames: Iterable[tuple[int, int, bytes]]) -> None:
+        row = {
+            "id": record.id,
+            "fingerprint": record.fingerprint,
+            "start_token": record.start,
+            "end_token": record.end,
+            "kind": record.kind,
+            "codec": record.codec,
+            "scorer": record.scorer,
+            "num_chunks": record.num_chunks,
+            "num_groups": record.num_groups,
+            "nbytes": 0,
+            "seal_s": record.seal_s,
+            "created": now(),
+            "header": record.header,
+        }
+        self._db.table("segments").insert(row)
+        self._db.conn.executemany(
+            "INSERT INTO segment_messages VALUES (?, ?, ?)",
+            [(record.id, ordinal, message) for ordinal, message in enumerate(record.messages)],
+        )
+        self._db.conn.executemany(
+            "INSERT INTO frames VALUES (?, ?, ?, ?, ?)",
+            ((record.id, chunk, grp, len(body), body) for chunk, grp, body in frames),
+        )
+        totals = "SELECT count(*), total(nbytes) FROM frames WHERE segment_id = ?"
+        count, nbytes = self._db.execute(totals, [record.id]).fetchone()
+        assert count == record.num_chunks * record.num_groups, f"{count} frames"
+        stored = [len(record.header) + int(nbytes), record.id]
+        self._db.execute("UPDATE segments SET nbytes = ? WHERE id = ?", stored)
+
+    def _segments(self, ids: Collection[str]) -> dict[str, SegmentRecord]:
+        wanted = json.dumps(list(ids))
+        messages: dict[str, list[str]] = {}
+        for row in self._rows(
+            "SELECT segment_id, message_id FROM segment_messages"
+            " WHERE segment_id IN (SELECT value FROM json_each(:ids)) ORDER BY segment_id, ordinal",
+            ids=wanted,
+        ):
+            messages.setdefault(row["segment_id"], []).append(row["message_id"])
+        rows = self._rows("SELECT * FROM segments WHERE id IN (SELECT value FROM json_each(:ids))", ids=wanted)
+        return {row["id"]: segment_of(row, messages.get(row["id"], [])) for row in rows}
+
+    def _segment_problems(self, record: SegmentRecord) -> Iterator[str]:
+        """What is wrong with a segment, its messages and every frame."""
+        rows = self._rows(
+            "SELECT ordinal, messages.* FROM segment_messages LEFT JOIN messages ON id = message_id"
+            " WHERE segment_id = :id ORDER BY ordinal",
+            id=record.id,
+        )
+        chained = all(after["parent"] == before["id"] for before, after in pairwise(rows))
+        if not chained or [row["ordinal"] for row in rows] != list(range(len(rows))) or not rows:
+            yield "its messages do not follow each other"
+        elif (rows[0]["start_token"], rows[-1]["end_token"]) != (record.start, record.end):
+            yield f"its tokens [{record.start}, {record.end}) are not those of its messages"
+        count, nbytes = self._rows(
+            "SELECT count(*), total(length(body)) FROM frames WHERE segment_id = :id", id=record.id
+        )[0]
+        if count > record.num_chunks * record.num_groups or nbytes + len(record.header) != record.nbytes:
+            yield f"it has {int(nbytes) + len(record.header)} bytes in {count} frames, not {record.nbytes} as noted"
+        for place, bodies in [("header", iter([record.header])), *self._bodies(record)]:
+            try:
+                for body in bodies:
+                    frame.check(body)
+            except CodecError as error:
+                yield f"{place}: {error}"
+
+    def _bodies(self, record: SegmentRecord) -> Iterator[tuple[str, Iterator[bytes]]]:
+        for chunk in range(record.num_chunks):
+            yield f"chunk {chunk}", (body for _, _, body in self.frames(record.id, [chunk]))
+
+    def _rows(self, sql: str, **values: object) -> list[sqlite3.Row]:
+        with explained(self.file):
+            cursor = self._db.execute(sql, values)
+            cursor.row_factory = sqlite3.Row
+            rows: list[sqlite3.Row] = cursor.fetchall()
+        return rows
+
+    @contextmanager
+    def _write(self, synchronous: Literal["FULL", "NORMAL"] = "FULL") -> Iterator[None]:
+        with explained(self.file), transaction(self._db, synchronous):
+            yield
+
+    def _shrink(self) -> None:
+        """Give free pages back to the file system and empty the log."""
+        with explained(self.file):
+            # `execute` would take only the pragma's first step, a single page.
+            self._db.executescript("PRAGMA incremental_vacuum")
+            busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise StoreError(f"{self.file} is busy: another kvchat reads it; try again when that is done")
+
+    def _size(self) -> int:
+        """Bytes of the file and its log."""
+        files = [self.file, self.file.with_name(self.file.name + "-wal")]
+        return sum(file.stat().st_size for file in files if file.exists())
+
+
+def short(identity: str) -> str:
+    """Enough of an id to tell it from others."""
+    return identity[:15]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A segment of which the first `count` messages stand on a path, from index `place` on."""
+
+    id: str
+    place: int
+    count: int
+    order: tuple[int, int, bool, int, str]
+
+
+def _candidate(rows: Sequence[sqlite3.Row]) -> _Candidate | None:
+    """From a segment's messages on the path, in the segment's order; None if its first is not among them."""
+    place = rows[0]["place"]
+    count = sum(row["ordinal"] == i and row["place"] == place + i for i, row in enumerate(rows))
+    if count == 0:
+        return None
+    segment_id, kind, end = rows[0]["segment_id"], rows[0]["kind"], rows[0]["end_token"]
+    return _Candidate(segment_id, place, count, (place, -count, kind != "sealed", end, segment_id))

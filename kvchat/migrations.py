@@ -1,0 +1,229 @@
+"""The database file: how it is opened, its schema as migrations, and what its errors mean to a user.
+
+Migrations are append-only: one that was released is never edited, a change is a new function at the end.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from sqlite_utils import Database, Migrations
+
+from kvchat.errors import StoreError
+
+FORMAT = 1
+"""Raised when an older program would misread the rows, even though their tables look familiar."""
+
+# Sixteen KiB pages read frames fastest, tried from 4 to 64 KiB; the memory map doubles that speed.
+PAGE_SIZE = 16_384
+MMAP_SIZE = 1 << 30
+# A large segment swells the log; it is cut back to this when next reset.
+JOURNAL_SIZE_LIMIT = 64 << 20
+
+MIGRATIONS = Migrations("kvchat")
+
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+
+-- number: the search index refers to it, and VACUUM would renumber an implicit rowid.
+-- depth, turn, start_token, end_token follow from the parent, which never changes.
+CREATE TABLE messages (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    parent TEXT REFERENCES messages(id),
+    role TEXT NOT NULL CHECK (role IN ('system', 'user', 'assistant')),
+    depth INTEGER NOT NULL,
+    turn INTEGER NOT NULL,
+    start_token INTEGER NOT NULL,
+    end_token INTEGER NOT NULL,
+    span_start INTEGER NOT NULL,
+    span_end INTEGER NOT NULL,
+    finish_reason TEXT,
+    usage TEXT,
+    timings TEXT,
+    created TEXT NOT NULL,
+    content TEXT NOT NULL,
+    token_ids BLOB NOT NULL CHECK (length(token_ids) % 4 = 0)
+);
+CREATE INDEX messages_parent ON messages(parent);
+
+-- AUTOINCREMENT: a process that still holds a deleted session must not write into a later one.
+CREATE TABLE sessions (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL UNIQUE,
+    model TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    tip TEXT REFERENCES messages(id),
+    created TEXT NOT NULL,
+    updated TEXT NOT NULL
+);
+CREATE INDEX sessions_tip ON sessions(tip);
+
+CREATE TABLE branches (
+    session_id INTEGER NOT NULL REFERENCES sessions(id) ON DELETE CASCADE,
+    tip TEXT NOT NULL REFERENCES messages(id),
+    created TEXT NOT NULL,
+    PRIMARY KEY (session_id, tip)
+);
+CREATE INDEX branches_tip ON branches(tip);
+
+CREATE TABLE segments (
+    id TEXT PRIMARY KEY,
+    fingerprint TEXT NOT NULL,
+    start_token INTEGER NOT NULL,
+    end_token INTEGER NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('sealed', 'open')),
+    codec TEXT NOT NULL,
+    scorer TEXT NOT NULL,
+    num_chunks INTEGER NOT NULL,
+    num_groups INTEGER NOT NULL,
+    nbytes INTEGER NOT NULL,
+    seal_s REAL,
+    created TEXT NOT NULL,
+    header BLOB NOT NULL
+);
+
+CREATE TABLE segment_messages (
+    segment_id TEXT NOT NULL REFERENCES segments(id) ON DELETE CASCADE,
+    ordinal INTEGER NOT NULL,
+    message_id TEXT NOT NULL REFERENCES messages(id),
+    PRIMARY KEY (segment_id, ordinal)
+) WITHOUT ROWID;
+CREATE INDEX segment_messages_message ON segment_messages(message_id);
+
+CREATE TABLE frames (
+    segment_id TEXT NOT NULL REFERENCES segments(id) ON DELETE CASCADE,
+    chunk INTEGER NOT NULL,
+    grp INTEGER NOT NULL,
+    nbytes INTEGER NOT NULL,
+    body BLOB NOT NULL
+);
+CREATE UNIQUE INDEX frames_place ON frames(segment_id, chunk, grp);
+"""
+
+
+@MIGRATIONS()  # type: ignore[untyped-decorator]
+def m001_conversations_and_segments(db: Database) -> None:
+    """Everything that the first version stores."""
+    db.executescript(SCHEMA)
+    db.execute("INSERT INTO meta VALUES ('format', ?)", [str(FORMAT)])
+    messages = db.table("messages")
+    messages.enable_fts(["content"], create_triggers=True, tokenize="porter unicode61 remove_diacritics 2")
+    # Content never changes, and this trigger would index a message again whenever its timings are set.
+    db.execute("DROP TRIGGER messages_au")
+
+
+def open_database(path: Path, busy_timeout_s: float) -> Database:
+    """The database at `path`, made with its folder if there is none, in the newest schema.
+
+    Raises:
+        StoreError: damaged, not kvchat's, of a newer kvchat, busy, or in a place that cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            # Conversations are private; the log takes over the file's mode.
+            path.touch(mode=0o600)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be made ({error.strerror}); choose another file with --store") from None
+    with explained(path):
+        db = Database(sqlite3.connect(path, timeout=busy_timeout_s), execute_plugins=False)
+        try:
+            _prepare(db, path)
+        except BaseException:
+            db.close()
+            raise
+    return db
+
+
+@contextmanager
+def transaction(db: Database, synchronous: Literal["FULL", "NORMAL"]) -> Iterator[None]:
+    """All or nothing. FULL also survives a power cut right after the commit."""
+    db.execute(f"PRAGMA synchronous = {synchronous}")
+    # A deferred transaction that reads first fails at once, without waiting, if another process wrote meanwhile.
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.commit()
+    except BaseException:
+        db.rollback()
+        raise
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """SQLite's errors as one line for the user.
+
+    Raises:
+        StoreError: in place of an sqlite3.DatabaseError that the user can do something about.
+    """
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        # Misuse of the module carries no code: a mistake of this program, shown as it is.
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+        text = EXPLANATIONS.get(code, EXPLANATIONS.get(code & 0xFF))
+        if text is None:
+            raise
+        raise StoreError(text.format(path=path, error=error)) from error
+
+
+_DAMAGED = "{path} is damaged ({error}); restore a copy, or move it away and start anew: nothing was changed"
+_BUSY = "{path} is busy: another kvchat is writing to it; try again when that is done"
+_READ_ONLY = "{path} cannot be written ({error}); allow writing to it and its folder, or choose another with --store"
+EXPLANATIONS = {
+    sqlite3.SQLITE_CORRUPT: _DAMAGED,
+    sqlite3.SQLITE_NOTADB: _DAMAGED,
+    sqlite3.SQLITE_BUSY: _BUSY,
+    sqlite3.SQLITE_LOCKED: _BUSY,
+    sqlite3.SQLITE_READONLY: _READ_ONLY,
+    sqlite3.SQLITE_PERM: _READ_ONLY,
+    sqlite3.SQLITE_CANTOPEN: "{path} cannot be opened ({error}); choose a file in a folder of yours with --store",
+    sqlite3.SQLITE_FULL: "there is no room left on the disk of {path}; free some: nothing was changed",
+    sqlite3.SQLITE_IOERR: "{path} cannot be read or written ({error}); check its disk",
+    sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY: "{path} was changed by another kvchat ({error}); open the session again",
+}
+
+
+def _prepare(db: Database, path: Path) -> None:
+    tables = db.table_names()
+    _refuse_foreign(db, path, tables)
+    if not tables:
+        # Both are fixed once the first table exists.
+        db.execute(f"PRAGMA page_size = {PAGE_SIZE}")
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    _enable_wal(db)
+    for setting in ("foreign_keys = ON", "secure_delete = ON", f"mmap_size = {MMAP_SIZE}"):
+        db.execute(f"PRAGMA {setting}").fetchall()
+    db.execute(f"PRAGMA journal_size_limit = {JOURNAL_SIZE_LIMIT}").fetchall()
+    if MIGRATIONS.pending(db):
+        with transaction(db, "FULL"):
+            MIGRATIONS.apply(db)
+
+
+def _refuse_foreign(db: Database, path: Path, tables: list[str]) -> None:
+    applied = {migration.name for migration in MIGRATIONS.applied(db)}
+    if tables and not applied:
+        raise StoreError(f"{path} is a database of another program; choose another file with --store")
+    with Database(memory=True) as blank:
+        known = {migration.name for migration in MIGRATIONS.pending(blank)}
+    found = db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone() if "meta" in tables else None
+    if applied - known or (found and int(found[0]) > FORMAT):
+        raise StoreError(f"{path} was written by a newer kvchat; update kvchat to open it: nothing was changed")
+
+
+def _enable_wal(db: Database) -> None:
+    # Alone of all statements this one does not wait while another process makes the same file.
+    for patience in range(100, -1, -1):
+        try:
+            db.enable_wal()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or not patience:
+                raise
+            time.sleep(0.02)

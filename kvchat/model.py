@@ -1,0 +1,210 @@
+"""Weights, tokenizer, chat template and fingerprint of one model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kvchat.config import ModelConfig, default_folder
+from kvchat.convert import file_sha256
+from kvchat.download import BUILTIN, model_folder, weight_files
+from kvchat.errors import ConfigError, ModelError
+from kvchat.events import Listener, Progress
+from kvchat.supported import context_window, one_line_errors, quiet_libraries, read_config
+from kvchat.template import ChatTemplate
+
+FORMAT = "1"
+"""Version of what saved KV means."""
+
+TEXT_FIELDS = ("tokenizer", "template")
+"""Fingerprint fields on which stored token ids depend; if only others differ, KV is rebuilt from the same ids."""
+
+NOT_ARCHITECTURE = {"transformers_version", "dtype", "torch_dtype", "attn_implementation", "use_cache"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model, in eval mode. Equal fingerprints mean that saved KV may be used again."""
+
+    name: str
+    """What `load` was asked for, as an absolute path if it is one."""
+    network: Any
+    tokenizer: Any
+    template: ChatTemplate
+    stop_ids: frozenset[int]
+    """Tokens that end a reply."""
+    context_window: int
+    """Tokens."""
+    fingerprint: dict[str, str]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.network.config
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """L."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of a layer."""
+        return int(self.config.num_attention_heads)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """H."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_attention_heads)
+
+
+def load(config: ModelConfig, listener: Listener | None = None, cache: Path | None = None) -> Model:
+    """Find, check and load the model that `config` names; downloads and converts at the first use.
+
+    Args:
+        config: name, device, dtype and attention backend.
+        listener: told of "download", "convert" (bytes of the source) and "load" (bytes of the weights).
+        cache: folder of converted models; None = `models` in the platform's cache folder.
+
+    Raises:
+        ModelError: no such model, or one that cannot be read or cannot run here.
+        ConfigError: no such device.
+    """
+    from kvchat.attention import register
+
+    report = listener or (lambda _: None)
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    cache = cache or default_folder("cache") / "models"
+    name = config.name or BUILTIN
+    folder = model_folder(name, cache, report)
+    files = weight_files(folder)
+    settings = read_config(name, folder)
+    with quiet_libraries(), one_line_errors(f"cannot load the tokenizer of {name}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    template = ChatTemplate(tokenizer)
+    fingerprint = _fingerprint(folder, [file_sha256(file, cache) for file in files], settings, tokenizer, dtype)
+    size = sum(file.stat().st_size for file in files)
+    report(Progress("load", 0, size))
+    network = _network(name, folder, device, dtype, register(config.attention))
+    report(Progress("load", size, size))
+    return Model(
+        name=str(Path(name).expanduser().resolve()) if name != BUILTIN and Path(name).expanduser().exists() else name,
+        network=network,
+        tokenizer=tokenizer,
+        template=template,
+        stop_ids=_stop_ids(network, tokenizer, template),
+        context_window=context_window(settings),
+        fingerprint=fingerprint,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def fingerprint_id(fingerprint: dict[str, str]) -> str:
+    """One hash of a whole fingerprint."""
+    return _digest(fingerprint)
+
+
+def fingerprint_difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """The fields in which two fingerprints differ, sorted."""
+    return sorted(field for field in old.keys() | new.keys() if old.get(field) != new.get(field))
+
+
+def _fingerprint(folder: Path, weights: list[str], settings: Any, tokenizer: Any, dtype: torch.dtype) -> dict[str, str]:
+    """The file of the configuration counts, not transformers' object: later versions add fields to that."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    architecture = {key: config[key] for key in config if key not in NOT_ARCHITECTURE and not key.startswith("_")}
+    return {
+        "weights": _digest(weights),
+        "config": _digest(architecture),
+        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
+        "template": _digest(tokenizer.chat_template),
+        "dtype": _plain(dtype),
+        "rope": _digest(getattr(settings, "rope_parameters", None)),
+        "format": FORMAT,
+    }
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _network(name: str, folder: Path, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
+    with quiet_libraries(), one_line_errors(f"cannot load {name}"):
+        network, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=None if device.type == "cpu" else {"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    # transformers fills what is missing with random numbers.
+    missing = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if missing:
+        raise ModelError(f"{name} lacks {len(missing)} weights, first {missing[0]}; get a whole copy of the model")
+    return network.eval().requires_grad_(False)
+
+
+def _stop_ids(network: Any, tokenizer: Any, template: ChatTemplate) -> frozenset[int]:
+    declared = getattr(network.generation_config, "eos_token_id", None)
+    ends = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id, template.end_of_turn]
+    return frozenset(int(end) for end in ends if end is not None)
+
+
+def _device(name: str) -> torch.device:
+    """The torch device of a setting.
+
+    Raises:
+        ConfigError: not a device, or not one of this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    kind, _, index = name.partition(":")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in counts or not (index or "0").isdecimal():
+        raise ConfigError(f"there is no device {name!r}; use auto, cpu, cuda, cuda:1 or mps")
+    if int(index or 0) >= counts[kind]:
+        raise ConfigError(
+            f"device {name!r} is not on this machine, which has {counts[kind]} of {kind}; use auto or cpu"
+        )
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, int(index or 0))
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    return torch.bfloat16 if device.type != "cpu" or _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware; else float32 is the faster."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    # torch before 2.13
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)

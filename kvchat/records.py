@@ -1,0 +1,221 @@
+"""What the store hands out and takes in: messages, sessions, segments and search hits, as values and as rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from kvchat.errors import InputError
+
+Role = Literal["system", "user", "assistant"]
+Kind = Literal["sealed", "open"]
+Row = sqlite3.Row
+Place = tuple[int, int, int, int]
+"""Depth in the tree, turn, first token and one past the last token of a message."""
+
+TITLE_LENGTH = 60
+# The columns of a message, in the order of `message_row`.
+COLUMNS = (
+    *("id", "parent", "role", "depth", "turn", "start_token", "end_token", "span_start", "span_end"),
+    *("finish_reason", "usage", "timings", "created", "content", "token_ids"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message, and the exact tokens that it occupies in the model's context, template tokens included.
+
+    `content_span` is [first, last) of `token_ids` that is content. `created` is ISO 8601 in UTC. Build it with `new`.
+    """
+
+    id: str
+    parent: str | None
+    role: Role
+    content: str
+    token_ids: tuple[int, ...]
+    content_span: tuple[int, int]
+    finish_reason: str | None = None
+    usage: dict[str, Any] | None = None
+    timings: dict[str, Any] | None = None
+    created: str = ""
+
+    @classmethod
+    def new(
+        cls,
+        parent: str | None,
+        role: Role,
+        content: str,
+        token_ids: Sequence[int],
+        content_span: tuple[int, int],
+        **rest: Any,
+    ) -> Message:
+        """A message with its id, created now unless `rest` says otherwise.
+
+        Raises:
+            InputError: the content cannot be written as UTF-8.
+        """
+        first, last = content_span
+        assert 0 <= first <= last <= len(token_ids)
+        identity = message_id(parent, role, content, token_ids)
+        return cls(identity, parent, role, content, tuple(token_ids), content_span, **{"created": now(), **rest})
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """One line of a listing. Turns and tokens are those of the tip's path.
+
+    `title` is the start of the first user message; `nbytes` counts the stored KV of segments that touch the path.
+    """
+
+    id: int
+    name: str
+    model: str
+    fingerprint: dict[str, str]
+    tip: str | None
+    created: str
+    updated: str
+    title: str
+    num_turns: int
+    num_tokens: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRecord:
+    """A segment without its frames: which messages and tokens [start, end) it covers, and how it was made.
+
+    `header` is opaque to the store; `nbytes` is what the store counted, header and frames.
+    """
+
+    id: str
+    fingerprint: str
+    start: int
+    end: int
+    kind: Kind
+    codec: str
+    scorer: str
+    messages: tuple[str, ...]
+    header: bytes
+    num_chunks: int
+    num_groups: int
+    nbytes: int = 0
+    seal_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchHit:
+    """A message that matched, once for every session that holds it.
+
+    `turn` counts user messages on the session's current path from 1; a system prompt before the first is turn 0, and a
+    message that only an old branch holds has None. `snippet` marks the words found with [ and ].
+    """
+
+    session: str
+    turn: int | None
+    role: Role
+    snippet: str
+
+
+def message_id(parent: str | None, role: str, content: str, token_ids: Sequence[int]) -> str:
+    """The hash chain: equal messages after an equal past have one id in every process.
+
+    Raises:
+        InputError: the content cannot be written as UTF-8.
+    """
+    try:
+        packed = json.dumps([parent, role, content, list(token_ids)], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("the message holds half a surrogate pair, which is no text; remove it and try again") from None
+    return "b2:" + hashlib.blake2b(packed, digest_size=16).hexdigest()
+
+
+def pack_ids(token_ids: Sequence[int]) -> bytes:
+    """uint32, little endian."""
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
+
+
+def unpack_ids(packed: bytes) -> tuple[int, ...]:
+    """What `pack_ids` packed."""
+    return struct.unpack(f"<{len(packed) // 4}I", packed)
+
+
+def now() -> str:
+    """ISO 8601 in UTC, always with microseconds, so that text order is time order."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def place_below(above: Place | None, role: str, num_tokens: int) -> Place:
+    """Depth, turn, first and last token of a message, from those of its parent."""
+    depth, turn, _, start = above or (-1, 0, 0, 0)
+    return depth + 1, turn + (role == "user"), start, start + num_tokens
+
+
+def message_row(message: Message, place: Place) -> tuple[object, ...]:
+    """The values of COLUMNS."""
+    usage, timings = (value and json.dumps(value) for value in (message.usage, message.timings))
+    rest = (message.finish_reason, usage, timings, message.created, message.content, pack_ids(message.token_ids))
+    return (message.id, message.parent, message.role, *place, *message.content_span, *rest)
+
+
+def message_of(row: Row) -> Message:
+    """From a row of the table."""
+    return Message(
+        id=row["id"],
+        parent=row["parent"],
+        role=row["role"],
+        content=row["content"],
+        token_ids=unpack_ids(row["token_ids"]),
+        content_span=(row["span_start"], row["span_end"]),
+        finish_reason=row["finish_reason"],
+        usage=row["usage"] and json.loads(row["usage"]),
+        timings=row["timings"] and json.loads(row["timings"]),
+        created=row["created"],
+    )
+
+
+def session_of(row: Row) -> SessionInfo:
+    """From a row of the listing."""
+    return SessionInfo(
+        id=row["id"],
+        name=row["name"],
+        model=row["model"],
+        fingerprint=json.loads(row["fingerprint"]),
+        tip=row["tip"],
+        created=row["created"],
+        updated=row["updated"],
+        title=_title(row["title"] or ""),
+        num_turns=row["num_turns"] or 0,
+        num_tokens=row["num_tokens"] or 0,
+        nbytes=row["nbytes"] or 0,
+    )
+
+
+def segment_of(row: Row, messages: Sequence[str]) -> SegmentRecord:
+    """From a row of the table and the ids of the messages it covers."""
+    return SegmentRecord(
+        id=row["id"],
+        fingerprint=row["fingerprint"],
+        start=row["start_token"],
+        end=row["end_token"],
+        kind=row["kind"],
+        codec=row["codec"],
+        scorer=row["scorer"],
+        messages=tuple(messages),
+        header=row["header"],
+        num_chunks=row["num_chunks"],
+        num_groups=row["num_groups"],
+        nbytes=row["nbytes"],
+        seal_s=row["seal_s"],
+    )
+
+
+def _title(content: str) -> str:
+    """The beginning of a message on one line."""
+    line = " ".join(content.split())
+    return line if len(line) <= TITLE_LENGTH else line[: TITLE_LENGTH - 1].rstrip() + "…"

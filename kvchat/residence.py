@@ -1,0 +1,295 @@
+"""The KV of one conversation: restored from segments, computed from ids where there are none, sealed, saved, held.
+
+Positions 0 .. num_seen are covered by sealed segments and then by the tail, in which finished turns wait until a segment
+has enough tokens. Waiting turns are saved exactly ("open" segments), so nothing is ever only in memory; sealing replaces
+them. A segment that is missing or damaged is a miss: said, removed, computed again.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from hashlib import blake2b
+from itertools import accumulate
+from typing import Any, Literal
+
+from torch import Tensor
+
+from kvchat.cache.segment import Ranking
+from kvchat.codecs import SegmentHeader, decode_frame, encode_segment
+from kvchat.compress.compressor import chunks_within
+from kvchat.config import Config
+from kvchat.engine import Engine, Stop
+from kvchat.errors import CodecError, UnknownCodec
+from kvchat.events import Notice, Phase, Progress
+from kvchat.model import fingerprint_id
+from kvchat.sealing import rank_turns
+from kvchat.store import Message, SegmentRecord, Store
+from kvchat.tiers import Tiers
+
+Steps = Generator[Progress | Notice, None, None]
+Frames = Iterable[tuple[int, int, bytes]]
+Kind = Literal["sealed", "open"]
+
+
+class Residence:
+    """The cache of one conversation and its segments in the store.
+
+    Methods take the conversation's path, which only ever grows at its end or is cut (`crop`).
+
+    Args:
+        store: used from this thread alone.
+        engine: the model.
+        config: all settings.
+        pool: threads that decode frames.
+    """
+
+    def __init__(self, store: Store, engine: Engine, config: Config, pool: Executor) -> None:
+        self.store = store
+        self.engine = engine
+        self.config = config
+        self.cache = engine.new_cache()
+        self.tiers = Tiers(self.cache, store.frames, pool)
+        self.fingerprint = fingerprint_id(engine.model.fingerprint)
+        self.waiting: list[tuple[SegmentRecord, int]] = []
+        """Open segments that cover parts of the tail, each with one past the last position that is in use."""
+        self.num_computed = 0
+        """Tokens computed again since the last turn because no segment had them."""
+        self._load_s: float | None = None
+
+    # -- positions ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def ids(path: Sequence[Message]) -> list[int]:
+        """Token ids of a path; the index of an id is its position."""
+        return [token for message in path for token in message.token_ids]
+
+    @staticmethod
+    def bounds(path: Sequence[Message]) -> list[int]:
+        """Where each message begins, and, last, where the path ends: one more than there are messages."""
+        return [0, *accumulate(len(message.token_ids) for message in path)]
+
+    @property
+    def num_reused(self) -> int:
+        """Tokens in the cache that were not computed for the running turn."""
+        return self.cache.num_seen - self.num_computed
+
+    def take_load_s(self) -> float:
+        """Seconds that restoring took, reported once; it also ends the turn's count of computed tokens."""
+        seconds, self._load_s, self.num_computed = self._load_s or 0.0, 0.0, 0
+        return seconds
+
+    # -- coming back -------------------------------------------------------------------------------------------------
+
+    def restore(self, path: Sequence[Message]) -> Steps:
+        """Attach what the store has of the path, once; a gap or a damaged segment is computed again from its ids."""
+        if self._load_s is not None:
+            return
+        begun, self._load_s = time.perf_counter(), 0.0
+        index = {message.id: i for i, message in enumerate(path)}
+        for record, used in self.store.cover(list(index), self.fingerprint):
+            first = index[record.messages[0]]
+            if record.start > self.cache.num_seen:
+                yield from self.catch_up(path, first, "rebuild", lambda: False)
+            if record.kind == "sealed" and self.cache.tail_length:
+                yield from self._seal(path, first)
+            try:
+                self._load(record, path, first + used)
+            except UnknownCodec as error:  # of a newer version, which can still read it
+                yield Notice(f"saved KV cannot be read here and is computed again: {error}")
+            except CodecError as error:
+                self.store.drop_segment(record.id)
+                turn = sum(message.role == "user" for message in path[: first + 1])
+                yield Notice(f"saved KV from turn {turn} on is damaged and removed; it is computed again: {error}")
+            yield Progress("restore", self.cache.num_seen, self.bounds(path)[-1])
+        self._load_s = time.perf_counter() - begun
+
+    def _load(self, record: SegmentRecord, path: Sequence[Message], last: int) -> None:
+        """Attach a segment's tokens before message `last`. Raises CodecError, and then nothing is attached."""
+        header = SegmentHeader.from_bytes(record.header)
+        end = min(record.end, self.bounds(path)[last])
+        if record.kind == "sealed":
+            self.tiers.add(record.id, header, end, self._budget(header, path))
+            return
+        device, rows = self.cache.layers[0].device, []
+        for chunk, group, blob in self.store.frames(record.id, [0]):
+            rows += decode_frame(header, chunk, group, blob, device)
+        heads = self.engine.model.num_key_value_heads
+        dense = [(kv.keys.view(heads, -1, header.head_dim), kv.values.view(heads, -1, header.head_dim)) for kv in rows]
+        used = end - record.start
+        self.cache.append_tail([(keys[:, :used], values[:, :used]) for keys, values in dense])
+        self.waiting.append((record, end))
+
+    def catch_up(self, path: Sequence[Message], last: int, phase: Phase, stop: Stop) -> Steps:
+        """Compute the KV of messages before index `last` that the cache does not stand for, sealing on the way."""
+        bounds, ids, before = self.bounds(path), self.ids(path), self.cache.num_seen
+        if before > bounds[-1]:  # a reply that was interrupted before its first token
+            self.cache.crop(bounds[-1])
+        for index in range(1, last + 1):
+            long = bounds[index] - self.cache.tail_start >= self.config.compress.segment_min
+            # Short messages are computed together: one pass over many tokens is far quicker than many passes.
+            if bounds[index] <= self.cache.num_seen or not (long or index == last):
+                continue
+            yield from self.prefill(ids, bounds[index], phase, stop)
+            if self.cache.num_seen < bounds[index]:
+                break
+            if long:
+                yield from self._seal(path, index)
+        self.num_computed += max(0, self.cache.num_seen - before)
+
+    def prefill(
+        self, ids: Sequence[int], end: int, phase: Phase, stop: Stop
+    ) -> Generator[Progress | Notice, None, Tensor | None]:
+        """Compute KV up to position `end`; the last token's logits, or None if stopped before it."""
+        start = self.cache.num_seen
+        running = self.engine.prefill(self.cache, ids[start:end], stop)
+        while True:
+            try:
+                yield Progress(phase, start + next(running), end)
+            except StopIteration as finished:
+                logits: Tensor | None = finished.value
+                return logits
+
+    # -- after a turn ------------------------------------------------------------------------------------------------
+
+    def settle(self, path: Sequence[Message]) -> Steps:
+        """Make the KV of all finished turns durable: seal what is long enough, save the rest exactly, hold to the budget."""
+        if not path or (path[-1].role == "user" and self.cache.num_seen < self.bounds(path)[-1]):
+            return  # interrupted while prefilling: the rest is computed when the question is answered
+        yield from self.restore(path)
+        computed = self.num_computed
+        yield from self.catch_up(path, len(path), "seal", lambda: False)
+        self.num_computed = computed
+        if self.cache.tail_length >= self.config.compress.segment_min:
+            yield from self._seal(path, len(path))
+        self._save_waiting(path)
+        self.hold(path)
+
+    def _seal(self, path: Sequence[Message], last: int) -> Steps:
+        """Seal the tail up to message `last`; afterwards memory holds what the store holds, not the exact KV."""
+        bounds = self.bounds(path)
+        first = bounds.index(self.cache.tail_start)
+        record = self._record("sealed", self.config.codec.name, path[first:last], bounds[first])
+        if self.store.segment(record.id) is None:
+            yield from self._write(record, path, first, last)
+        stored = self.store.segment(record.id)
+        assert stored is not None
+        header, end = SegmentHeader.from_bytes(stored.header), bounds[last]
+        try:
+            self.tiers.add(stored.id, header, end, self._budget(header, path), tail=end - bounds[first])
+        except CodecError as error:
+            self.store.drop_segment(stored.id)
+            yield Notice(f"a segment could not be read back and was removed; its KV stays as it is for now: {error}")
+            return
+        self.waiting = []
+
+    def _write(self, record: SegmentRecord, path: Sequence[Message], first: int, last: int) -> Steps:
+        """Score, rank, encode and store one segment, in place of the waiting turns it covers."""
+        begun = time.perf_counter()
+        ranking = yield from rank_turns(self.engine, self.cache, path, first, last, self.config.compress)
+        tail = [layer.tail() for layer in self.cache.layers]
+        tokens = record.end - record.start
+        keys, values = [k[:, :tokens] for k, _ in tail], [v[:, :tokens] for _, v in tail]
+        try:
+            header, frames = encode_segment(record.codec, keys, values, ranking)
+        except CodecError as error:
+            yield Notice(f"this segment is written with codec raw: {error}")
+            record = replace(record, codec="raw")
+            header, frames = encode_segment("raw", keys, values, ranking)
+        seconds = time.perf_counter() - begun
+        # One that goes on beyond a point where this path left another still serves the other.
+        replaced = [waiting.id for waiting, end in self.waiting if end == waiting.end]
+        self._put(replace(record, seal_s=seconds), header, frames, replaced)
+
+    def _save_waiting(self, path: Sequence[Message]) -> None:
+        """Save the finished turns in the tail that no segment has yet, exactly."""
+        bounds, saved = self.bounds(path), self.cache.tail_start
+        for waiting, end in self.waiting:
+            saved = end if waiting.start == saved else saved
+        first, last = bounds.index(saved), bisect_right(bounds, self.cache.num_seen) - 1
+        if first >= last:
+            return
+        record = self._record("open", "raw", path[first:last], bounds[first])
+        part = slice(record.start - self.cache.tail_start, record.end - self.cache.tail_start)
+        tail = [layer.tail() for layer in self.cache.layers]
+        keys, values = [k[:, part] for k, _ in tail], [v[:, part] for _, v in tail]
+        ranking = Ranking.single(record.start, len(keys), len(keys[0]), record.end - record.start)
+        self._put(record, *encode_segment("raw", keys, values, ranking), [])
+        self.waiting.append((record, record.end))
+
+    def _record(self, kind: Kind, codec: str, messages: Sequence[Message], start: int) -> SegmentRecord:
+        """A segment still without header; its id stands for model, method and, through the messages' chain, all text before."""
+        scorer = self.config.compress.scorer if kind == "sealed" else ""
+        names = (self.fingerprint, kind, scorer, codec, messages[0].id, messages[-1].id)
+        digest = blake2b("\0".join(names).encode(), digest_size=16).hexdigest()
+        end = start + sum(len(message.token_ids) for message in messages)
+        ids = tuple(message.id for message in messages)
+        return SegmentRecord(f"b2:{digest}", self.fingerprint, start, end, kind, codec, scorer, ids, b"", 0, 0)
+
+    def _put(self, record: SegmentRecord, header: SegmentHeader, frames: Frames, replaces: Sequence[str]) -> None:
+        chunks, groups = header.ranking.num_chunks, header.num_groups
+        record = replace(record, header=header.to_bytes(), num_chunks=chunks, num_groups=groups)
+        self.store.put_segment(record, frames, replaces)
+
+    def _budget(self, header: SegmentHeader, path: Sequence[Message]) -> int:
+        """Chunks that memory holds of a segment: all while one of the newest turns is in it, else what `keep_ratio` gives."""
+        asked = [index for index, message in enumerate(path[:-1]) if message.role == "user"]
+        recent = asked[-self.config.compress.recent_turns :] if self.config.compress.recent_turns else []
+        if recent and header.ranking.end > self.bounds(path)[recent[0]]:
+            return header.ranking.num_chunks
+        return chunks_within(header.ranking.sizes, self.config.compress.keep_ratio)
+
+    def hold(self, path: Sequence[Message]) -> None:
+        """Shrink and grow the sealed segments to what the budget gives each."""
+        self.tiers.hold({one.id: self._budget(one.header, path) for one in self.tiers.residents})
+
+    def crop(self, path: Sequence[Message]) -> None:
+        """Forget what lies beyond the end of the path."""
+        end = self.bounds(path)[-1]
+        if self._load_s is None:
+            return
+        self.tiers.crop(min(end, self.cache.num_seen))
+        self.waiting = [(record, min(used, end)) for record, used in self.waiting if record.start < end]
+        self.hold(path)
+
+    # -- what is there -----------------------------------------------------------------------------------------------
+
+    def segments(self, path: Sequence[Message]) -> list[dict[str, Any]]:
+        """Each segment of the path: tokens, turns, rows, bytes in memory and on disk."""
+        model, bounds = self.engine.model, self.bounds(path)
+        pair = 2 * model.head_dim * model.dtype.itemsize
+        dense = model.num_hidden_layers * model.num_key_value_heads
+        held = {one.id: one for one in self.tiers.residents}
+        waiting = {record.id for record, _ in self.waiting}
+        listed = []
+        for record, used in self.store.cover([message.id for message in path], self.fingerprint):
+            first = bounds.index(record.start)
+            one = held.get(record.id)
+            tokens = bounds[first + used] - record.start
+            rows = self.tiers.rows(one) if one else dense * tokens if record.id in waiting else 0
+            listed.append(
+                {
+                    "id": record.id,
+                    "start": record.start,
+                    "end": record.start + tokens,
+                    "kind": record.kind,
+                    "turns": [turn_of(path, first), turn_of(path, first + used - 1)],
+                    "codec": record.codec,
+                    "chunks_held": one.chunks if one else int(record.id in waiting),
+                    "num_chunks": record.num_chunks,
+                    "rows": rows,
+                    "rows_total": dense * tokens,
+                    "bytes_in_memory": rows * pair,
+                    "bytes_on_disk": record.nbytes,
+                    "seal_s": record.seal_s,
+                }
+            )
+        return listed
+
+
+def turn_of(path: Sequence[Message], index: int) -> int:
+    """Number of the turn, from 1, that a message belongs to."""
+    return max(1, sum(message.role == "user" for message in path[: index + 1]))

@@ -1,0 +1,86 @@
+"""Score the finished turns at the head of the tail, once, against their own exact KV, and rank their pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from itertools import accumulate
+
+from torch import Tensor
+
+from kvchat.cache.ragged import SegmentedCache
+from kvchat.cache.segment import Ranking
+from kvchat.compress.compressor import rank
+from kvchat.compress.scorers import SCORERS, Subject
+from kvchat.config import CompressConfig
+from kvchat.engine import Engine
+from kvchat.events import Progress
+from kvchat.store import Message
+from kvchat.template import ChatTemplate
+
+
+def rank_turns(
+    engine: Engine, cache: SegmentedCache, path: Sequence[Message], first: int, last: int, config: CompressConfig
+) -> Generator[Progress, None, Ranking]:
+    """Rank the pairs of messages [first, last), whose tokens begin the tail; the cache is left as it was."""
+    subject = describe(engine.model.template, cache, path, first, last, config.num_sink_tokens)
+    # Passes stand behind the conversation: near the window's end they are cut shorter, to stay within it.
+    room = max(256, engine.model.context_window - cache.num_seen - 64)
+    scorer = SCORERS[config.scorer](subject, min(config.score_chunk, room))
+    done, total = 0, len(subject.token_ids)
+    for ids in scorer.passes():
+        engine.observe(cache, ids, scorer)
+        done = min(total, done + config.score_chunk)
+        yield Progress("seal", done, total)
+    cuts = sorted({*config.rank_chunks, config.keep_ratio})
+    return rank(scorer.scores(), subject.protected, cuts, cache.tail_start)
+
+
+def describe(
+    template: ChatTemplate, cache: SegmentedCache, path: Sequence[Message], first: int, last: int, num_sink_tokens: int
+) -> Subject:
+    """The segment of messages [first, last) as its scorer sees it."""
+    bounds = [0, *accumulate(len(message.token_ids) for message in path)]
+    ids = [token for message in path for token in message.token_ids]
+    protected = protected_tokens(path, num_sink_tokens)
+    start, end = bounds[first], bounds[last]
+    spoken = [token for token, kept in zip(ids[:start], protected, strict=False) if not kept]
+    sample = template.user("x", first=False)
+    low, high = sample.content_span
+
+    def encode(text: str) -> tuple[int, ...]:
+        piece = template.user(text, first=False)
+        return piece.ids[slice(*piece.content_span)]
+
+    return Subject(
+        token_ids=tuple(ids[start:end]),
+        protected=tuple(protected[start:end]),
+        before=tuple(spoken[-8:]),
+        prefix_keys=prefix_keys(cache, prefix_length(path, num_sink_tokens) if start else 0),
+        encode=encode,
+        ask=lambda content: sample.ids[:low] + content + sample.ids[high:] + template.generation_prompt,
+    )
+
+
+def protected_tokens(path: Sequence[Message], num_sink_tokens: int) -> list[bool]:
+    """Whether each token of a path is never evicted: sinks, the system prompt, template tokens."""
+    flags = []
+    for message in path:
+        low, high = message.content_span if message.role != "system" else (len(message.token_ids),) * 2
+        flags += [not low <= i < high for i in range(len(message.token_ids))]
+    flags[:num_sink_tokens] = [True] * min(num_sink_tokens, len(flags))
+    return flags
+
+
+def prefix_length(path: Sequence[Message], num_sink_tokens: int) -> int:
+    """Tokens at the beginning of the conversation that every head keeps: the system prompt, or else the sinks."""
+    return max(len(path[0].token_ids) if path[0].role == "system" else 0, num_sink_tokens)
+
+
+def prefix_keys(cache: SegmentedCache, length: int) -> list[Tensor]:
+    """Keys (H, length, D) a layer: protected rows are in every head's first chunk, in time order, so they come first."""
+    keys = []
+    for layer in cache.layers:
+        rows, heads = layer.sealed, len(layer.sealed.cu_seqlens) - 1
+        first = [row for low in rows.cu_seqlens[:-1].tolist() for row in range(low, low + length)]
+        keys.append(rows.keys[first].view(heads, length, rows.keys.shape[1]))
+    return keys

@@ -1,0 +1,284 @@
+"""One conversation: the one place that knows the order of a turn.
+
+    send     check -> commit the user's message -> restore -> prefill -> decode -> commit the reply -> TurnDone
+    finish   close the reply's KV -> seal, or save what waits -> hold what the budget allows
+
+`finish` runs after the last visible token. Text and ids are committed before any KV: KV is a derivation, restored from
+segments where it can be and computed from ids where it cannot (`residence.py`). Nothing here knows threads or front ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from kvchat.config import GenerateConfig
+from kvchat.engine import Engine, Stop
+from kvchat.errors import CapacityError, InputError
+from kvchat.events import Delta, Event, FinishReason, Notice, Timings, TurnDone, Usage
+from kvchat.residence import Residence, Steps
+from kvchat.sampling import Sampler
+from kvchat.stats import describe
+from kvchat.store import Message, SessionInfo, Store
+from kvchat.template import Piece
+
+
+@dataclass(slots=True)
+class Draft:
+    """A reply in the making: its ids, when each came, and when the first text could be shown."""
+
+    submitted: float
+    ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    first_text: float | None = None
+
+    def timings(self, load_s: float) -> Timings:
+        """Of the finished reply."""
+        gaps = tuple(later - earlier for earlier, later in pairwise(self.times))
+        return Timings(load_s, (self.first_text or time.perf_counter()) - self.submitted, gaps)
+
+
+class Conversation:
+    """A path of messages and the KV that stands for it.
+
+    Args:
+        info: the stored session; its fingerprint is the model's.
+        store: where text, ids and segments lie; used from this thread alone.
+        engine: the model.
+        residence: the KV of this conversation, still empty.
+    """
+
+    def __init__(self, info: SessionInfo, store: Store, engine: Engine, residence: Residence) -> None:
+        self.info = info
+        self.store = store
+        self.engine = engine
+        self.residence = residence
+        self.path: list[Message] = store.path(info.tip)
+        self.last: TurnDone | None = None
+        self.seal_s = 0.0
+        self._template = engine.model.template
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the path."""
+        return sum(len(message.token_ids) for message in self.path)
+
+    # -- a turn ------------------------------------------------------------------------------------------------------
+
+    def send(self, text: str, settings: GenerateConfig, stop: Stop, submitted: float) -> Iterator[Event]:
+        """One turn; `submitted` is the `time.perf_counter()` at which the user sent it.
+
+        Raises:
+            InputError: the message is blank.
+            CapacityError: the window has no room for it; nothing is saved then.
+        """
+        self.take([{"role": "user", "content": text}])
+        yield from self.answer(settings, stop, submitted)
+
+    def answer(self, settings: GenerateConfig, stop: Stop, submitted: float) -> Iterator[Event]:
+        """Answer the path's last message, which is the user's."""
+        if not self.path or self.path[-1].role != "user":
+            raise InputError("there is no question to answer; send a message first")
+        residence, opening = self.residence, self._template.generation_prompt
+        yield from residence.restore(self.path)
+        yield from residence.catch_up(self.path, len(self.path) - 1, "rebuild", stop)
+        prompt = [*residence.ids(self.path), *opening]
+        cached = residence.num_reused
+        yield from self._warn(len(prompt))
+        logits = yield from residence.prefill(prompt, len(prompt), "prefill", stop)
+        draft, reason = Draft(submitted), "interrupted"
+        if logits is not None:
+            reason = yield from self._decode(logits, prompt, settings, stop, draft)
+        yield self._end_turn(draft, Usage(len(prompt), cached, len(prompt) - cached, len(draft.ids)), reason)
+
+    def _decode(
+        self, logits: Tensor, prompt: Sequence[int], settings: GenerateConfig, stop: Stop, draft: Draft
+    ) -> Generator[Event, None, FinishReason]:
+        """Generate into `draft`; returns why it ended."""
+        model = self.engine.model
+        most = min(settings.max_new_tokens, self._room(len(prompt)))
+        stream = self._template.stream()
+        sample = Sampler(settings, prompt, model.device)
+        for token in self.engine.decode(self.residence.cache, logits, sample, model.stop_ids, stop):
+            draft.times.append(time.perf_counter())
+            if token in model.stop_ids:
+                return "stop"
+            draft.ids.append(token)
+            if text := stream.step(token):
+                draft.first_text = draft.first_text or draft.times[-1]
+                yield Delta(text)
+            if len(draft.ids) >= most:
+                break
+        if rest := stream.flush():
+            yield Delta(rest)
+        if stop():
+            return "interrupted"
+        return "length" if most == settings.max_new_tokens else "context"
+
+    def _end_turn(self, draft: Draft, usage: Usage, reason: FinishReason) -> TurnDone:
+        """Commit the reply, if there is any, and describe the turn."""
+        opening, closing = self._template.generation_prompt, self._template.assistant_close
+        turn = TurnDone(self._template.text(draft.ids), usage, draft.timings(self.residence.take_load_s()), reason)
+        self.last = turn
+        if draft.ids or reason == "stop":
+            piece = Piece((*opening, *draft.ids, *closing), (len(opening), len(opening) + len(draft.ids)))
+            described = turn.to_dict()
+            about = {key: described[key] for key in ("usage", "timings", "finish_reason")}
+            self._commit([("assistant", turn.text, piece)], **about)
+        return turn
+
+    def finish(self) -> Steps:
+        """After the last visible token: the reply's last tokens get their KV, then seal or save, then hold to the budget."""
+        begun = time.perf_counter()
+        yield from self.residence.settle(self.path)
+        self.seal_s = time.perf_counter() - begun
+        if self.path and self.path[-1].timings:
+            timings = {**self.path[-1].timings, "seal_s": self.seal_s}
+            self.store.set_timings(self.path[-1].id, timings)
+
+    # -- the path ----------------------------------------------------------------------------------------------------
+
+    def begin(self, system: str | None) -> None:
+        """Write the opening of a new conversation."""
+        piece = self._template.system(system)
+        if piece.ids:
+            self._commit([("system", system or "", piece)])
+
+    def take(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Commit messages after the path, text and ids; their KV is not computed yet.
+
+        Raises:
+            InputError: an unknown role, a system message that is not the first, a blank message.
+            CapacityError: the window has no room for all; nothing is saved then.
+        """
+        asked = any(message.role == "user" for message in self.path)
+        drafts: list[tuple[str, str, Piece]] = []
+        for number, message in enumerate(messages, 1):
+            role, text = message["role"], message["content"]
+            if not text.strip():
+                raise InputError(f"message {number} is empty; write something, or leave it out")
+            drafts.append((role, text, self._piece(number, role, text, asked)))
+            asked = asked or role == "user"
+        needed = sum(len(piece.ids) for _, _, piece in drafts)
+        used = self.num_tokens
+        if self._room(used + needed) < 1:
+            window = self.engine.model.context_window
+            raise CapacityError(
+                f"{needed} tokens do not fit: {used} of the model's window of {window} are in use; shorten the message, "
+                "fork from an earlier turn, or start a new session (nothing was cut)"
+            )
+        self._commit(drafts)
+
+    def append(self, messages: Sequence[Mapping[str, str]], stop: Stop) -> Steps:
+        """Take in messages, and compute and seal their KV; generates nothing. Errors as for `take`."""
+        yield from self.residence.restore(self.path)
+        if messages and messages[0].get("role") == "system":
+            self._replace_opening()
+        self.take(messages)
+        yield from self.residence.catch_up(self.path, len(self.path), "import", stop)
+        self.residence.num_computed = 0
+
+    def rewind(self, index: int) -> None:
+        """Go back to just before message `index` of the path; the branch left stays in the store."""
+        self.store.set_tip(self.info.id, self.path[index - 1].id if index else None)
+        self.path = self.path[:index]
+        self.residence.crop(self.path)
+
+    def user_index(self, turns: int) -> int:
+        """Index in the path of the user's message `turns` turns ago; 1 = the newest.
+
+        Raises:
+            InputError: there are not so many turns.
+        """
+        asked = [index for index, message in enumerate(self.path) if message.role == "user"]
+        if not 1 <= turns <= len(asked):
+            raise InputError(f"this session has {len(asked)} turns; {turns} cannot be taken back")
+        return asked[-turns]
+
+    def logprobs(self, prompt: str, continuation: str) -> list[tuple[str, float]]:
+        """Natural log-probability of each token of `continuation` as the answer to `prompt`; nothing changes."""
+        for _ in self.residence.restore(self.path):
+            pass
+        for _ in self.residence.catch_up(self.path, len(self.path), "rebuild", lambda: False):
+            pass
+        reply = self._template.assistant(continuation)
+        ids = reply.ids[slice(*reply.content_span)]
+        values = self.engine.logprobs(self.residence.cache, self.question(prompt), ids)
+        return [(self._template.text([token]), value) for token, value in zip(ids, values, strict=True)]
+
+    def question(self, text: str) -> tuple[int, ...]:
+        """Ids that would follow the path if `text` were asked: the message and the opening of the reply."""
+        asked = any(message.role == "user" for message in self.path)
+        return self._template.user(text, first=not asked).ids + self._template.generation_prompt
+
+    def fork(self, name: str, at: int | None) -> None:
+        """Store a session that shares this path up to the end of turn `at`. Raises InputError: there is no such turn."""
+        asked = [index for index, message in enumerate(self.path) if message.role == "user"]
+        if at is not None and not 1 <= at <= len(asked):
+            raise InputError(f"this session has {len(asked)} turns; there is no turn {at} to fork at")
+        end = len(self.path) if at is None or at == len(asked) else asked[at]
+        self.store.fork(self.info.name, name, self.path[end - 1].id if end else None)
+
+    def rebuild(self, retokenise: bool) -> None:
+        """Drop the KV of the path, to be computed again; `retokenise` also makes new ids from the texts, as a new branch."""
+        for record, _ in self.store.cover([message.id for message in self.path], self.residence.fingerprint):
+            self.store.drop_segment(record.id)
+        if retokenise:
+            said = [{"role": message.role, "content": message.content} for message in self.path if message.content]
+            self.rewind(0)
+            if not said or said[0]["role"] != "system":
+                self.begin(None)
+            self.take(said)
+
+    def stats(self) -> dict[str, Any]:
+        """Tokens, pairs and bytes of the whole, of each segment and, in proportion, of each turn."""
+        for _ in self.residence.restore(self.path):
+            pass
+        return describe(self)
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _piece(self, number: int, role: str, text: str, asked: bool) -> Piece:
+        if role == "system":
+            if number > 1 or self.path:
+                raise InputError(f"message {number} is a system message; only the first of a session can be one")
+            return self._template.system(text)
+        if role == "user":
+            return self._template.user(text, first=not asked)
+        if role == "assistant":
+            return self._template.assistant(text)
+        raise InputError(f"message {number} has the role {role!r}; known roles: system, user, assistant")
+
+    def _replace_opening(self) -> None:
+        """Make room for a given system message where only the template's own opening has been written."""
+        if len(self.path) == 1 and self.path[0].role == "system" and not self.path[0].content:
+            self.rewind(0)
+
+    def _commit(self, drafts: Sequence[tuple[Any, str, Piece]], **about: Any) -> None:
+        """Append messages to the path, in the store first."""
+        tip = parent = self.path[-1].id if self.path else None
+        messages = []
+        for role, text, piece in drafts:
+            messages.append(Message.new(parent, role, text, piece.ids, piece.content_span, **about))
+            parent = messages[-1].id
+        self.store.add_messages(self.info.id, messages, tip)
+        self.path += messages
+
+    def _room(self, used: int) -> int:
+        """Tokens that a reply may still have after `used` ones, leaving space for its opening and closing."""
+        template = self._template
+        return self.engine.model.context_window - used - len(template.generation_prompt) - len(template.assistant_close)
+
+    def _warn(self, used: int) -> Iterator[Notice]:
+        """Say that the window will be full before it is."""
+        room, window = self._room(used), self.engine.model.context_window
+        if room < window // 10:
+            yield Notice(
+                f"the model's window is nearly full: {room} of {window} tokens are left; "
+                "fork from an earlier turn or start a new session to go on"
+            )

@@ -1,0 +1,51 @@
+"""Figures of a conversation: what it holds in memory and on disk, per segment and, in proportion, per turn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvchat.session import Conversation
+
+
+def describe(conversation: Conversation) -> dict[str, Any]:
+    """Everything `kvchat stats` shows; bytes are those of tensor storages and of the store's rows."""
+    model, path, residence = conversation.engine.model, conversation.path, conversation.residence
+    segments = residence.segments(path)
+    dense = model.num_hidden_layers * model.num_key_value_heads
+    pair = 2 * model.head_dim * model.dtype.itemsize
+    tail = residence.cache.tail_length * dense
+    return {
+        "name": conversation.info.name,
+        "model": model.name,
+        "context_window": model.context_window,
+        "num_turns": sum(message.role == "user" for message in path),
+        "num_seen": residence.cache.num_seen,
+        "num_tokens": conversation.num_tokens,
+        "num_pairs": residence.cache.num_seen * dense,
+        "num_kept": residence.cache.num_sealed_rows + tail,
+        "keep_ratio": residence.config.compress.keep_ratio,
+        "bytes_in_memory": residence.cache.sealed_bytes + tail * pair,
+        "bytes_dense": residence.cache.num_seen * dense * pair,
+        "bytes_on_disk": sum(segment["bytes_on_disk"] for segment in segments),
+        "segments": segments,
+        "turns": _turns(conversation, segments),
+        "last": conversation.last and conversation.last.to_dict() | {"seal_s": conversation.seal_s},
+    }
+
+
+def _turns(conversation: Conversation, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each turn's share of the segments that cover it, by its tokens."""
+    path = conversation.path
+    bounds = conversation.residence.bounds(path)
+    starts = [index for index, message in enumerate(path) if message.role == "user"]
+    edges = [0, *(bounds[index] for index in starts[1:]), bounds[-1]]
+    turns = []
+    for turn, (low, high) in enumerate(zip(edges, edges[1:], strict=False), 1):
+        shares = {"rows": 0.0, "bytes_in_memory": 0.0, "bytes_on_disk": 0.0}
+        for segment in segments:
+            common = max(0, min(high, segment["end"]) - max(low, segment["start"]))
+            for key in shares:
+                shares[key] += segment[key] * common / (segment["end"] - segment["start"])
+        turns.append({"turn": turn, "tokens": high - low, **{key: round(value) for key, value in shares.items()}})
+    return turns

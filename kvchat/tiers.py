@@ -1,0 +1,103 @@
+"""Where each rank chunk lies: memory holds a prefix of every segment's ranking, the store holds all chunks.
+
+Shrinking drops the last chunks, growing fetches them back; both give the same rows as if the segment had been attached so.
+Tiers do not import the store: they are given a `fetch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+from kvchat.cache.ragged import Piece, SegmentedCache
+from kvchat.cache.segment import LayerKV
+from kvchat.codecs import SegmentHeader, decode_frame
+
+Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, bytes]]]
+"""Segment id and chunks to (chunk, group, blob), ordered by chunk and group; raises CorruptFrame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A sealed segment whose first `chunks` chunks are in memory."""
+
+    id: str
+    header: SegmentHeader
+    end: int
+    """One past the last position in use: the segment's own end, or less after a rewind into it."""
+    chunks: int
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+        return self.header.ranking.start
+
+
+class Tiers:
+    """The sealed segments of one conversation, and how much of each is in its cache.
+
+    Args:
+        cache: where rows go.
+        fetch: where they come from.
+        pool: threads that decode.
+    """
+
+    def __init__(self, cache: SegmentedCache, fetch: Fetch, pool: Executor) -> None:
+        self.cache = cache
+        self.residents: list[Resident] = []
+        self._fetch = fetch
+        self._pool = pool
+
+    def add(self, segment_id: str, header: SegmentHeader, end: int, chunks: int, tail: int = 0) -> None:
+        """Attach a segment's first `chunks` chunks, up to position `end`, in place of the first `tail` tokens of the tail.
+
+        Raises:
+            CorruptFrame: and nothing is attached.
+        """
+        resident = Resident(segment_id, header, end, chunks)
+        pieces = self._load(resident, range(chunks))
+        self.cache.drop_tail(tail)
+        self.cache.attach(pieces, end)
+        self.residents = sorted([*self.residents, resident], key=lambda one: one.start)
+
+    def hold(self, wanted: Mapping[str, int]) -> None:
+        """Shrink or grow the named segments to so many chunks; shrinks come first, so that the peak stays low."""
+        targets = [replace(one, chunks=wanted.get(one.id, one.chunks)) for one in self.residents]
+        dropped = {
+            Piece(old.start, chunk)
+            for old, new in zip(self.residents, targets, strict=True)
+            for chunk in range(new.chunks, old.chunks)
+        }
+        if dropped:
+            self.cache.keep([piece for piece in self.cache.pieces if piece not in dropped])
+        for index, (old, new) in enumerate(zip(self.residents, targets, strict=True)):
+            if new.chunks > old.chunks:
+                self.cache.attach(self._load(new, range(old.chunks, new.chunks)), new.end)
+            self.residents[index] = new
+
+    def crop(self, position: int) -> None:
+        """Forget every token from `position` on."""
+        self.cache.crop(position)
+        kept = [one for one in self.residents if one.start < position]
+        self.residents = [replace(one, end=min(one.end, position)) for one in kept]
+
+    def rows(self, resident: Resident) -> int:
+        """Pairs in memory."""
+        held = (Piece(resident.start, chunk) for chunk in range(resident.chunks))
+        return sum(self.cache.rows(piece) for piece in held)
+
+    def _load(self, resident: Resident, chunks: Sequence[int]) -> dict[Piece, list[LayerKV]]:
+        """Rows of the chunks before the resident's end, a LayerKV a layer."""
+        header, device = resident.header, self.cache.layers[0].device
+        # Frames are decoded on the pool's threads while the next ones are read here.
+        decoding = [
+            (chunk, self._pool.submit(decode_frame, header, chunk, group, blob, device))
+            for chunk, group, blob in self._fetch(resident.id, list(chunks))
+        ]
+        pieces: dict[Piece, list[LayerKV]] = {Piece(resident.start, chunk): [] for chunk in chunks}
+        for chunk, rows in decoding:
+            pieces[Piece(resident.start, chunk)] += rows.result()
+        if resident.end < header.ranking.end:
+            return {piece: [rows.before(resident.end) for rows in layers] for piece, layers in pieces.items()}
+        return pieces

@@ -1,0 +1,149 @@
+"""One turn on the screen: from the message, over the answer as it comes, to the line of numbers below it.
+
+The engine's thread only fills a queue. The screen empties it when it has time, so neither waits for the other: at most
+ten times a second, and less often the longer drawing takes (a long code block takes 0.2 s each time).
+"""
+
+from __future__ import annotations
+
+from asyncio import create_task, to_thread, wait
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from kvchat.errors import KVChatError
+from kvchat.events import Delta, Event, TurnDone
+from kvchat.tui.widgets import Answer, Note, Question, turn_line
+
+if TYPE_CHECKING:
+    from kvchat.handle import Session
+    from kvchat.tui.app import ChatApp
+
+SHORTEST, LONGEST = 0.1, 2.0
+"""Seconds between two drawings."""
+
+
+class Turns:
+    """Runs turns of the session that is open in `app`."""
+
+    def __init__(self, app: ChatApp) -> None:
+        self.app = app
+        self._last: TurnDone | None = None
+
+    def send(self, text: str) -> None:
+        """Begin a turn; two slashes at the beginning of `text` stand for one."""
+        chat = self.app.session()
+        self.app.begin("answering", self._ask(chat, text.removeprefix("/") if text.startswith("//") else text))
+
+    def retry(self) -> None:
+        """Begin to answer the last message again."""
+        self.app.begin("answering", self._again(self.app.session()))
+
+    async def _ask(self, chat: Session, text: str) -> None:
+        question, answer = Question(text), Answer()
+        await self.app.transcript.add(question, answer)
+        try:
+            await self._run(chat, partial(chat.send, text), answer)
+        except Exception:
+            if await _is_saved(chat, text):
+                self.app.note("Your message is saved; Ctrl+R answers it.")
+            else:
+                await question.remove()
+                self.app.prompt.give_back(text)
+            if not answer.text:
+                await answer.remove()
+            raise
+
+    async def _again(self, chat: Session) -> None:
+        before, answer = self.app.transcript.last_reply(), Answer()
+        for widget in before:
+            widget.display = False
+        await self.app.transcript.add(answer)
+        try:
+            await self._run(chat, chat.resend, answer)
+        except Exception:
+            await answer.remove()
+            for widget in before:
+                widget.display = True
+            raise
+        await self.app.transcript.remove_children(before)
+
+    async def _run(self, chat: Session, start: Callable[[], Iterator[Event]], answer: Answer) -> None:
+        self.app.answering = True
+        done = self._last = await self._stream(start, answer)
+        self.app.title_bar.measure(done.usage.prompt_tokens + done.usage.completion_tokens, chat.context_window)
+        self.app.beside(self.measure(chat, done, self.app.note(turn_line(done, "sealing"))))
+
+    async def _stream(self, start: Callable[[], Iterator[Event]], answer: Answer) -> TurnDone:
+        """Run the turn that `start` begins in a thread, and show its events as they come.
+
+        Raises:
+            Exception: whatever the turn raised, after what came before it has been shown.
+        """
+        received: deque[Event] = deque()
+
+        def fill() -> None:
+            for event in start():
+                received.append(event)
+
+        turn = create_task(to_thread(fill))
+        pause, done = SHORTEST, None
+        while not turn.done() or received:
+            await wait([turn], timeout=pause)
+            begun = monotonic()
+            done = await self._draw([received.popleft() for _ in range(len(received))], answer) or done
+            pause = min(LONGEST, max(SHORTEST, 10 * (monotonic() - begun)))
+        await turn
+        assert done, "a turn ends with TurnDone"
+        await answer.finish(done.text)
+        return done
+
+    async def _draw(self, batch: list[Event], answer: Answer) -> TurnDone | None:
+        """Show what came since the last time, in one go; the turn's end if it is among it."""
+        done: TurnDone | None = None
+        pieces: list[str] = []
+        for event in batch:
+            match event:
+                case Delta(text):
+                    pieces.append(text)
+                case TurnDone():
+                    done = event
+                case _:
+                    self.app.show(event)
+        if text := "".join(pieces):
+            self.app.clear_progress()
+            await answer.grow(text)
+        return done
+
+    async def measure(self, chat: Session, done: TurnDone | None = None, line: Note | None = None) -> None:
+        """Wait for the seal, then show what is held: in the turn's `line`, the meter and the session list."""
+        app, stats = self.app, None
+        try:
+            stats = await to_thread(chat.stats)
+        except KVChatError:
+            if chat is app.chat:
+                raise
+        finally:
+            if done and line:
+                line.show(turn_line(done, self._of(done, stats)))
+        app.drain()
+        app.clear_progress()
+        if stats and chat is app.chat:
+            app.title_bar.measure(stats["num_seen"], stats["context_window"])
+            engine = await to_thread(app.connected)
+            app.sessions.show(await to_thread(engine.sessions), app.session_name)
+
+    def _of(self, done: TurnDone, stats: dict[str, Any] | None) -> dict[str, Any] | None:
+        # A later turn may have ended before the numbers came: then they are not this turn's.
+        return stats if done is self._last else None
+
+
+async def _is_saved(chat: Session, text: str) -> bool:
+    """Whether the message of a failed turn is in the store."""
+    with suppress(Exception):  # the turn's own error is the one to show
+        messages = await to_thread(chat.messages)
+        return bool(messages) and messages[-1].role == "user" and messages[-1].content == text
+    return False

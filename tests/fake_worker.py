@@ -1,0 +1,111 @@
+"""A stand-in for the worker: it answers at once and remembers how it was called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kvchat.config import Config
+from kvchat.errors import CapacityError
+from kvchat.events import Delta, Event, Listener, Notice, Progress, Timings, TurnDone, Usage
+
+USAGE = Usage(prompt_tokens=12, cached_tokens=8, prefilled_tokens=4, completion_tokens=2)
+STATS = {
+    "name": "trip",
+    "model": "tiny",
+    "context_window": 100,
+    "num_turns": 1,
+    "num_seen": 12,
+    "num_pairs": 96,
+    "num_kept": 48,
+    "keep_ratio": 0.5,
+    "bytes_in_memory": 2048,
+    "bytes_on_disk": 4096,
+    "segments": [
+        {
+            "id": "x",
+            "start": 0,
+            "end": 12,
+            "kind": "sealed",
+            "turns": [1, 1],
+            "codec": "k8v8",
+            "rows": 48,
+            "rows_total": 96,
+        }
+        | {"chunks_held": 5, "num_chunks": 7, "bytes_in_memory": 2048, "bytes_on_disk": 4096, "seal_s": 0.1}
+    ],
+    "turns": [],
+    "last": None,
+}
+
+
+class FakeSession:
+    """Answers every message with its upper case; a message "full" does not fit."""
+
+    def __init__(self, name: str, worker: FakeWorker) -> None:
+        self.name, self.model, self.context_window = name, "tiny", 100
+        self.worker = worker
+
+    def send(self, text: str) -> Iterator[Event]:
+        if text == "full":
+            raise CapacityError("the window has no room for 1 token; begin a new session")
+        self.worker.heard.append(text)
+        yield Progress("prefill", 2, 4)
+        yield Notice("one segment was rebuilt")
+        yield from map(Delta, text.upper())
+        yield TurnDone(text.upper(), USAGE, Timings(0.0, 0.25, (0.1,)), "stop")
+
+    def resend(self) -> Iterator[Event]:
+        return self.send(self.worker.heard.pop())
+
+    def append(self, messages: Sequence[dict[str, str]]) -> Usage:
+        for message in messages:
+            if message["content"] == "full":
+                raise CapacityError("the window has no room for 1 token; begin a new session")
+            self.worker.heard.append(message["content"])
+        return USAGE
+
+    def rewind(self, turns: int = 1) -> str:
+        return [self.worker.heard.pop() for _ in range(turns)][-1]
+
+    def fork(self, name: str) -> FakeSession:
+        return FakeSession(name, self.worker)
+
+    def settle(self) -> float:
+        return 0.5
+
+    def stats(self) -> dict[str, Any]:
+        return STATS
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> FakeSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class FakeWorker:
+    """Remembers how it was called."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.opened: list[tuple[str | None, dict[str, Any]]] = []
+        self.deleted: list[str] = []
+        self.closed = False
+
+    def __call__(self, config: Config, listener: Listener) -> FakeWorker:
+        self.config = config
+        return self
+
+    def open(self, name: str | None = None, **how: Any) -> FakeSession:
+        self.opened.append((name, how))
+        return FakeSession(name or "last", self)
+
+    def delete(self, name: str) -> None:
+        self.deleted.append(name)
+
+    def close(self) -> None:
+        self.closed = True

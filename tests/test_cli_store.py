@@ -1,0 +1,164 @@
+"""Facts about the commands that read and write the store, on a real one."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvchat.cli import main
+from kvchat.store import Message, Store
+from tests.fake_worker import FakeWorker
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def worker() -> FakeWorker:
+    return FakeWorker()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """A store with the session "trip" of two turns."""
+    path = tmp_path / "kvchat.db"
+    store = Store(path)
+    session = store.create_session("trip", "tiny", {"weights": "x"})
+    messages: list[Message] = []
+    spoken = [
+        ("system", ""),
+        ("user", "Where is Rome?"),
+        ("assistant", "In Italy."),
+        ("user", "And Oslo?"),
+        ("assistant", "In Norway."),
+    ]
+    for role, content in spoken:
+        messages.append(Message.new(messages[-1].id if messages else None, role, content, (1, 2, 3), (1, 2)))
+    store.add_messages(session.id, messages, None)
+    store.close()
+    return path
+
+
+@pytest.fixture
+def run(database: Path, worker: FakeWorker, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*argv: str, code: int = 0) -> tuple[str, str]:
+        assert main([argv[0], "--store", str(database), *argv[1:]], worker) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def test_an_unknown_session_is_one_line_and_exit_code_1(run: Any) -> None:
+    for argv in (
+        ["show", "trap"],
+        ["export", "trap"],
+        ["rename", "trap", "x"],
+        ["rm", "trap", "--yes"],
+        ["fork", "trap", "x"],
+    ):
+        out, err = run(*argv, code=1)
+        assert not out
+        assert re.fullmatch(r"kvchat: .*trip.*\n", err)
+
+
+def test_a_store_that_is_not_there_is_an_error_and_is_not_created(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "none.db"
+    assert main(["show", "trip", "--store", str(path)]) == 1
+    assert capsys.readouterr().err.startswith(f"kvchat: there is no store at {path} yet")
+    assert main(["ls", "--json", "--store", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert not path.exists()
+
+
+def test_a_file_that_is_no_database_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "notes.db"
+    path.write_text("not a database " * 100)
+    assert main(["ls", "--store", str(path)]) == 1
+    assert re.fullmatch(r"kvchat: .*\n", capsys.readouterr().err)
+
+
+def test_chat_new_refuses_a_name_that_is_taken(run: Any, worker: FakeWorker) -> None:
+    assert run("chat", "trip", "--new", code=1)[1].startswith("kvchat: a session named 'trip' is there already")
+    assert worker.opened == []
+
+
+def test_import_refuses_a_name_that_is_taken_before_it_loads_a_model(run: Any, worker: FakeWorker) -> None:
+    _, err = run("import", str(ROOT / "sessions" / "example.json"), "--name", "trip", code=1)
+    assert err == "kvchat: a session named 'trip' is there already; give another with --name\n"
+    assert worker.opened == []
+
+
+def test_ls_lists_sessions(run: Any) -> None:
+    header, row = run("ls")[0].splitlines()
+    assert header.split() == ["name", "turns", "tokens", "disk", "model", "updated", "title"]
+    assert row.split()[:2] == ["trip", "2"]
+    [listed] = json.loads(run("ls", "--json")[0])
+    assert (listed["name"], listed["num_turns"]) == ("trip", 2)
+
+
+def test_show_prints_what_was_said_and_no_empty_opening(run: Any) -> None:
+    assert run("show", "trip", "--turn", "2")[0] == "[2] user:\nAnd Oslo?\n\n[2] assistant:\nIn Norway.\n\n"
+    shown = json.loads(run("show", "trip", "--json")[0])
+    assert [message["turn"] for message in shown] == [1, 1, 2, 2]
+    assert run("show", "trip", "--turn", "9", code=1)[1] == "kvchat: trip has no turn 9; it has turns 1 to 2\n"
+
+
+def test_search_finds_words_and_takes_any_text(run: Any) -> None:
+    [hit] = json.loads(run("search", "Norway", "--json")[0])
+    assert (hit["session"], hit["role"]) == ("trip", "assistant")
+    assert "Norway" in run("search", "norway")[0]
+    assert run("search", '"NEAR( *')[0] == ""
+
+
+def test_rename_then_rm(run: Any) -> None:
+    run("rename", "trip", "rome")
+    assert run("rm", "rome", code=1)[1] == "kvchat: deleting 'rome' needs a yes; add --yes\n"
+    run("rm", "rome", "--yes")
+    assert json.loads(run("ls", "--json")[0]) == []
+
+
+def test_fork_takes_over_the_first_turns(run: Any) -> None:
+    run("fork", "trip", "early", "--at", "1")
+    run("fork", "trip", "whole")
+    assert [len(json.loads(run("show", name, "--json")[0])) for name in ("early", "whole", "trip")] == [2, 4, 4]
+    assert run("fork", "trip", "late", "--at", "3", code=1)[1] == "kvchat: trip has no turn 3; it has turns 1 to 2\n"
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl", "sharegpt", "md"])
+def test_an_export_can_be_imported(format: str, run: Any, worker: FakeWorker, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    run("export", "trip", "--format", format, "--output", str(path))
+    assert path.read_text() == run("export", "trip", "--format", format)[0]
+    run("import", str(path), "--name", "again")
+    assert worker.heard == ["Where is Rome?", "In Italy.", "And Oslo?", "In Norway."]
+
+
+def test_export_does_not_overwrite_a_file_unless_told(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.md"
+    path.write_text("mine")
+    assert run("export", "trip", "--output", str(path), code=1)[1].endswith("add --force to overwrite it\n")
+    assert path.read_text() == "mine"
+    run("export", "trip", "--output", str(path), "--force")
+    assert "Norway" in path.read_text()
+
+
+def test_verify_and_vacuum_report(run: Any) -> None:
+    assert run("verify")[0] == "no problems\n"
+    assert json.loads(run("verify", "trip", "--json")[0]) == []
+    assert set(json.loads(run("vacuum", "--json")[0])) == {"bytes_before", "bytes_after"}
+
+
+def test_a_closed_pipe_is_quiet(database: Path) -> None:
+    command = [sys.executable, "-m", "kvchat", "show", "trip", "--store", str(database)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
