@@ -238,13 +238,26 @@ def stats(flags: ModelFlags, name: Name, as_json: Json = False) -> None:
 @command
 def bench(
     flags: ModelFlags,
-    kind: Annotated[Literal["resume", "decode"], typer.Argument(help="What to measure.")],
+    kind: Annotated[Literal["resume", "decode", "seal"], typer.Argument(help="What to measure.")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="Length of the history.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Repetitions; medians are shown.")] = None,
+    messages: Annotated[Path | None, typer.Option(help="A conversation as the history.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure this machine; the last line on stdout is one JSON object."""
     from kvchat import bench as benchmark
+    from kvchat import transcript
+    from kvchat.plain import Status
 
-    figures = benchmark.run(kind, flags.settings())
+    history = transcript.read(messages) if messages else None
+    options = {"tokens": tokens, "rounds": rounds, "messages": history}
+    status = Status()
+    try:
+        figures = benchmark.run(
+            kind, flags.settings(), status, **{key: value for key, value in options.items() if value is not None}
+        )
+    finally:
+        status.clear()
     if not as_json:
         cli_store.print_table([{"figure": key, "value": value} for key, value in figures.items()], sys.stderr)
     print(json.dumps(figures, ensure_ascii=False))

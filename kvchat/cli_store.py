@@ -230,7 +230,7 @@ def verify(
     name: Annotated[str | None, typer.Argument(help="The session; without it all.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check everything that is saved; exit code 1 if something is damaged."""
+    """Check all that is saved; exit code 1 if damaged."""
     with _store(flags) as store:
         problems = store.verify(name)
     if as_json:

@@ -40,7 +40,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
     attention: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
-    prefill_chunk_size: int = Field(1024, ge=16)
+    prefill_chunk_size: int = Field(default=1024, ge=16)
     """Tokens of one forward pass while prefilling; progress and stop are seen between passes."""
 
 
@@ -55,14 +55,14 @@ class CompressConfig(Section):
     """What is kept of a sealed segment."""
 
     scorer: Literal["kvzip"] = "kvzip"
-    keep_ratio: float = Field(0.5, gt=0, le=1)
+    keep_ratio: float = Field(default=0.5, gt=0, le=1)
     """Fraction of a segment's KV pairs held in memory; the store always keeps all."""
-    recent_turns: int = Field(2, ge=0)
+    recent_turns: int = Field(default=2, ge=0)
     """The newest turns hold all their pairs."""
-    segment_min: int = Field(512, ge=1)
+    segment_min: int = Field(default=512, ge=1)
     """Turns are joined until a segment has this many tokens."""
-    num_sink_tokens: int = Field(4, ge=0)
-    score_chunk: int = Field(2000, ge=16)
+    num_sink_tokens: int = Field(default=4, ge=0)
+    score_chunk: int = Field(default=2000, ge=16)
     """Tokens that one reconstruction pass of KVzip repeats."""
     rank_chunks: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
     """Cumulative fractions at which a segment's ranking is cut; `keep_ratio` is added to them."""
@@ -86,13 +86,13 @@ class CodecConfig(Section):
 class GenerateConfig(Section):
     """Sampling of an answer; `temperature` 0 is greedy."""
 
-    max_new_tokens: int = Field(512, ge=1)
-    temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    max_new_tokens: int = Field(default=512, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
     """0 = off."""
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
     seed: int | None = None
 
 
@@ -112,7 +112,9 @@ class Config(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        **_: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # `load` merges file, variables and flags itself: only there is the file's path known.
         return (init_settings,)
@@ -152,7 +154,7 @@ class Config(BaseSettings):
 
 
 def default_folder(kind: Literal["data", "cache", "config"]) -> Path:
-    """The folder for sessions, converted models or settings: the checkout's for sessions and settings, else the platform's."""
+    """Where sessions, converted models or settings lie: in the checkout, but for models, else the platform's folder."""
     if kind != "cache" and (CHECKOUT / "pyproject.toml").is_file():
         return CHECKOUT / "sessions" if kind == "data" else CHECKOUT
     folders = platformdirs.PlatformDirs("kvchat", appauthor=False)

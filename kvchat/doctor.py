@@ -62,8 +62,7 @@ def _sqlite() -> Row:
 def _device(config: Config) -> list[Row]:
     """Device, dtype and attention backend, as a session would use them."""
     from kvchat.attention import backend_for
-    from kvchat.model import _device as choose_device
-    from kvchat.model import _dtype as choose_dtype
+    from kvchat.model import choose_device, choose_dtype
 
     try:
         device = choose_device(config.model.device)

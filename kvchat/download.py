@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -56,15 +57,19 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: no configuration, no safetensors, or a shard is missing.
     """
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        with one_line_errors(f"cannot read {index}"):
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    names = _weight_names(folder)
     for name in ["config.json", *names]:
         if not (folder / name).is_file():
             raise ModelError(f"{folder} has no {name}; give the folder of a whole model with safetensors weights")
     return [folder / name for name in names]
+
+
+def _weight_names(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    with one_line_errors(f"cannot read {index}"):
+        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
 
 
 def builtin_folder(cache: Path, listener: Listener) -> Path:
@@ -149,11 +154,7 @@ def hub_folder(name: str, listener: Listener) -> Path:
         return folder
     folder = Path(_snapshot(name, listener, allow_patterns=HUB_TEXTS, ignore_patterns=["*/*"]))
     read_config(name, folder)
-    index = folder / "model.safetensors.index.json"
-    names = (
-        set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    )
-    _snapshot(name, listener, allow_patterns=sorted(names))
+    _snapshot(name, listener, allow_patterns=_weight_names(folder))
     return folder
 
 
@@ -170,6 +171,9 @@ def _snapshot(name: str, listener: Listener, **options: Any) -> str:
                 listener(Progress("download", int(self.n), int(self.total or 0)))
             return shown
 
+    log = huggingface_hub.utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity(logging.CRITICAL)
     try:
         return str(huggingface_hub.snapshot_download(name, tqdm_class=Bar, **options))
     except LocalEntryNotFoundError:
@@ -178,5 +182,7 @@ def _snapshot(name: str, listener: Listener, **options: Any) -> str:
         reason = "the hub cannot be reached"
     except (HTTPError, OSError, ValueError) as error:
         reason = type(error).__name__
+    finally:
+        log.set_verbosity(level)
     known = f"a folder, a .gguf file, {BUILTIN} or a Hugging Face id that you may read"
     raise ModelError(f"cannot get the model {name!r} from Hugging Face ({reason}); name {known}")

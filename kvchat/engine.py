@@ -39,7 +39,8 @@ class Engine:
     @torch.inference_mode()
     def forward(self, cache: SegmentedCache, ids: Sequence[int], logits: int = 1) -> Tensor:
         """Append `ids` to the cache's tail; returns the logits (logits, V) of the last so many positions."""
-        return self.model.network(**self._inputs(cache, ids), logits_to_keep=logits).logits[0]
+        output: Tensor = self.model.network(**self._inputs(cache, ids), logits_to_keep=logits).logits
+        return output[0]
 
     def _inputs(self, cache: SegmentedCache, ids: Sequence[int]) -> dict[str, object]:
         device = self.model.device

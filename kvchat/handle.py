@@ -1,6 +1,7 @@
 """Handles on a conversation that lives in a worker's thread: `Session`, and `AsyncSession` for asyncio.
 
-Safe from any thread. Every method is a message to the worker, so calls of several threads are served one after the other.
+Safe from any thread. Every method is a message to the worker, so calls of several threads are served one after the
+other.
 """
 
 from __future__ import annotations
@@ -107,11 +108,11 @@ class Session:
         return usage
 
     def logprobs(self, prompt: str, continuation: str) -> list[tuple[str, float]]:
-        """Each token of `continuation`, as the answer to `prompt`, with its natural log-probability; nothing changes."""
+        """Natural log-probability of each token of `continuation` as the answer to `prompt`; nothing changes."""
         return self._call(lambda: self._conversation.logprobs(prompt, continuation))
 
     def fork(self, name: str, at: int | None = None) -> Session:
-        """A new session that shares everything up to the end of turn `at` (None = all). It lives as long as the worker."""
+        """A new session, open, that shares everything up to the end of turn `at` (None = all)."""
         self._call(lambda: self._conversation.fork(name, at))
         return self._worker.open(name)
 

@@ -151,8 +151,9 @@ class KVStore:
         count, nbytes = self._rows(
             "SELECT count(*), total(length(body)) FROM frames WHERE segment_id = :id", id=record.id
         )[0]
-        if count > record.num_chunks * record.num_groups or nbytes + len(record.header) != record.nbytes:
-            yield f"it has {int(nbytes) + len(record.header)} bytes in {count} frames, not {record.nbytes} as noted"
+        expected, stored = record.num_chunks * record.num_groups, int(nbytes) + len(record.header)
+        if count > expected or (count == expected and stored != record.nbytes):
+            yield f"it has {stored} bytes in {count} frames, and should have {record.nbytes} in {expected}"
         for place, bodies in [("header", iter([record.header])), *self._bodies(record)]:
             try:
                 for body in bodies:

@@ -129,6 +129,9 @@ def open_database(path: Path, busy_timeout_s: float) -> Database:
         if not path.exists():
             # Conversations are private; the log takes over the file's mode.
             path.touch(mode=0o600)
+        # SQLite takes a file of a few bytes for an empty one, and would write over it.
+        if path.is_file() and 0 < path.stat().st_size < 512:
+            raise StoreError(_DAMAGED.format(path=path, error="file is not a database"))
     except OSError as error:
         raise StoreError(f"{path} cannot be made ({error.strerror}); choose another file with --store") from None
     with explained(path):

@@ -86,8 +86,8 @@ def load(config: ModelConfig, listener: Listener | None = None, cache: Path | No
     from kvchat.attention import register
 
     report = listener or (lambda _: None)
-    device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
     cache = cache or default_folder("cache") / "models"
     name = config.name or BUILTIN
     folder = model_folder(name, cache, report)
@@ -102,7 +102,7 @@ def load(config: ModelConfig, listener: Listener | None = None, cache: Path | No
     network = _network(name, folder, device, dtype, register(config.attention))
     report(Progress("load", size, size))
     return Model(
-        name=str(Path(name).expanduser().resolve()) if name != BUILTIN and Path(name).expanduser().exists() else name,
+        name=_lasting_name(name),
         network=network,
         tokenizer=tokenizer,
         template=template,
@@ -148,6 +148,12 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _lasting_name(name: str) -> str:
+    """A path is made absolute, for a session remembers it."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != BUILTIN and path.exists() else name
+
+
 def _network(name: str, folder: Path, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
     with quiet_libraries(), one_line_errors(f"cannot load {name}"):
         network, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -173,7 +179,7 @@ def _stop_ids(network: Any, tokenizer: Any, template: ChatTemplate) -> frozenset
     return frozenset(int(end) for end in ends if end is not None)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The torch device of a setting.
 
     Raises:
@@ -192,7 +198,7 @@ def _device(name: str) -> torch.device:
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, int(index or 0))
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)

@@ -54,7 +54,8 @@ walk(session_id, current, id) AS (
     UNION SELECT session_id, 0, tip FROM branches
     UNION SELECT session_id, current, parent FROM walk CROSS JOIN messages USING (id) WHERE parent IS NOT NULL)
 SELECT name, CASE WHEN max(current) THEN turn END AS turn, role, snippet
-FROM hits CROSS JOIN messages USING (number) JOIN walk ON walk.id = messages.id JOIN sessions ON sessions.id = session_id
+FROM hits CROSS JOIN messages USING (number) JOIN walk ON walk.id = messages.id
+JOIN sessions ON sessions.id = session_id
 GROUP BY number, session_id ORDER BY rank, sessions.updated DESC, sessions.id DESC LIMIT :limit
 """
 CANDIDATES = """

@@ -1,8 +1,8 @@
 """The KV of one conversation: restored from segments, computed from ids where there are none, sealed, saved, held.
 
-Positions 0 .. num_seen are covered by sealed segments and then by the tail, in which finished turns wait until a segment
-has enough tokens. Waiting turns are saved exactly ("open" segments), so nothing is ever only in memory; sealing replaces
-them. A segment that is missing or damaged is a miss: said, removed, computed again.
+Positions 0 .. num_seen are covered by sealed segments and then by the tail, in which finished turns wait until a
+segment has enough tokens. Waiting turns are saved exactly ("open" segments), so nothing is ever only in memory;
+sealing replaces them. A segment that is missing or damaged is a miss: said, removed, computed again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import time
 from bisect import bisect_right
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from kvchat.events import Notice, Phase, Progress
 from kvchat.model import fingerprint_id
 from kvchat.sealing import rank_turns
 from kvchat.store import Message, SegmentRecord, Store
-from kvchat.tiers import Tiers
+from kvchat.tiers import Resident, Tiers
 
 Steps = Generator[Progress | Notice, None, None]
 Frames = Iterable[tuple[int, int, bytes]]
@@ -89,38 +90,65 @@ class Residence:
         if self._load_s is not None:
             return
         begun, self._load_s = time.perf_counter(), 0.0
-        index = {message.id: i for i, message in enumerate(path)}
-        for record, used in self.store.cover(list(index), self.fingerprint):
-            first = index[record.messages[0]]
-            if record.start > self.cache.num_seen:
-                yield from self.catch_up(path, first, "rebuild", lambda: False)
-            if record.kind == "sealed" and self.cache.tail_length:
-                yield from self._seal(path, first)
-            try:
-                self._load(record, path, first + used)
-            except UnknownCodec as error:  # of a newer version, which can still read it
-                yield Notice(f"saved KV cannot be read here and is computed again: {error}")
-            except CodecError as error:
-                self.store.drop_segment(record.id)
-                turn = sum(message.role == "user" for message in path[: first + 1])
-                yield Notice(f"saved KV from turn {turn} on is damaged and removed; it is computed again: {error}")
+        cover = self.store.cover([message.id for message in path], self.fingerprint)
+        whole = self._restore_together(cover, path)
+        yield Progress("restore", self.cache.num_seen, self.bounds(path)[-1])
+        for record, used in cover[whole:]:
+            yield from self._restore_one(record, used, path)
             yield Progress("restore", self.cache.num_seen, self.bounds(path)[-1])
         self._load_s = time.perf_counter() - begun
 
-    def _load(self, record: SegmentRecord, path: Sequence[Message], last: int) -> None:
-        """Attach a segment's tokens before message `last`. Raises CodecError, and then nothing is attached."""
+    def _restore_together(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> int:
+        """Attach the leading sealed segments at once, as far as they are whole; how many those are."""
+        loading, ready, position = [], {}, 0
+        with suppress(CodecError):  # the first that is damaged is reported when its turn comes
+            for record, used in cover:
+                if record.kind != "sealed" or record.start != position:
+                    break
+                resident = self._resident(record, used, path)
+                loading.append(self.tiers.load(resident))
+                position = resident.end
+        with suppress(CodecError):
+            for one in loading:
+                ready[one.resident] = one.pieces()
+        self.tiers.add(ready)
+        return len(ready)
+
+    def _restore_one(self, record: SegmentRecord, used: int, path: Sequence[Message]) -> Steps:
+        """Attach one segment, after computing what is missing before it."""
+        first = next(index for index, message in enumerate(path) if message.id == record.messages[0])
+        yield from self.catch_up(path, first, "rebuild", lambda: False)
+        if record.kind == "sealed" and self.cache.tail_length:
+            yield from self._seal(path, first)
+        try:
+            if record.kind == "sealed":
+                resident = self._resident(record, used, path)
+                self.tiers.add({resident: self.tiers.load(resident).pieces()})
+            else:
+                self._wait_again(record, self.bounds(path)[first + used])
+        except UnknownCodec as error:  # of a newer version, which can still read it
+            yield Notice(f"saved KV cannot be read here and is computed again: {error}")
+        except CodecError as error:
+            self.store.drop_segment(record.id)
+            turn = turn_of(path, first)
+            yield Notice(f"saved KV from turn {turn} on is damaged and removed; it is computed again: {error}")
+
+    def _resident(self, record: SegmentRecord, used: int, path: Sequence[Message]) -> Resident:
+        """A sealed segment of whose messages the first `used` lie on the path, with the chunks it may hold."""
         header = SegmentHeader.from_bytes(record.header)
-        end = min(record.end, self.bounds(path)[last])
-        if record.kind == "sealed":
-            self.tiers.add(record.id, header, end, self._budget(header, path))
-            return
-        device, rows = self.cache.layers[0].device, []
-        for chunk, group, blob in self.store.frames(record.id, [0]):
-            rows += decode_frame(header, chunk, group, blob, device)
-        heads = self.engine.model.num_key_value_heads
-        dense = [(kv.keys.view(heads, -1, header.head_dim), kv.values.view(heads, -1, header.head_dim)) for kv in rows]
-        used = end - record.start
-        self.cache.append_tail([(keys[:, :used], values[:, :used]) for keys, values in dense])
+        last = next(index for index, message in enumerate(path) if message.id == record.messages[used - 1])
+        return Resident(record.id, header, self.bounds(path)[last + 1], self._budget(header, path))
+
+    def _wait_again(self, record: SegmentRecord, end: int) -> None:
+        """Append an open segment's exact KV, up to position `end`, to the tail. Raises CodecError."""
+        header, device = SegmentHeader.from_bytes(record.header), self.cache.layers[0].device
+        rows = [
+            kv
+            for _, group, blob in self.store.frames(record.id, [0])
+            for kv in decode_frame(header, 0, group, blob, device)
+        ]
+        used, shape = end - record.start, (self.engine.model.num_key_value_heads, -1, header.head_dim)
+        self.cache.append_tail([(kv.keys.view(shape)[:, :used], kv.values.view(shape)[:, :used]) for kv in rows])
         self.waiting.append((record, end))
 
     def catch_up(self, path: Sequence[Message], last: int, phase: Phase, stop: Stop) -> Steps:
@@ -156,7 +184,7 @@ class Residence:
     # -- after a turn ------------------------------------------------------------------------------------------------
 
     def settle(self, path: Sequence[Message]) -> Steps:
-        """Make the KV of all finished turns durable: seal what is long enough, save the rest exactly, hold to the budget."""
+        """Make the KV of all finished turns durable: seal what is long enough, save the rest, hold the budget."""
         if not path or (path[-1].role == "user" and self.cache.num_seen < self.bounds(path)[-1]):
             return  # interrupted while prefilling: the rest is computed when the question is answered
         yield from self.restore(path)
@@ -177,9 +205,9 @@ class Residence:
             yield from self._write(record, path, first, last)
         stored = self.store.segment(record.id)
         assert stored is not None
-        header, end = SegmentHeader.from_bytes(stored.header), bounds[last]
         try:
-            self.tiers.add(stored.id, header, end, self._budget(header, path), tail=end - bounds[first])
+            resident = self._resident(stored, last - first, path)
+            self.tiers.add({resident: self.tiers.load(resident).pieces()}, tail=bounds[last] - bounds[first])
         except CodecError as error:
             self.store.drop_segment(stored.id)
             yield Notice(f"a segment could not be read back and was removed; its KV stays as it is for now: {error}")
@@ -221,7 +249,7 @@ class Residence:
         self.waiting.append((record, record.end))
 
     def _record(self, kind: Kind, codec: str, messages: Sequence[Message], start: int) -> SegmentRecord:
-        """A segment still without header; its id stands for model, method and, through the messages' chain, all text before."""
+        """A segment still without header; its id stands for model, method and, through message ids, all text before."""
         scorer = self.config.compress.scorer if kind == "sealed" else ""
         names = (self.fingerprint, kind, scorer, codec, messages[0].id, messages[-1].id)
         digest = blake2b("\0".join(names).encode(), digest_size=16).hexdigest()
@@ -235,7 +263,7 @@ class Residence:
         self.store.put_segment(record, frames, replaces)
 
     def _budget(self, header: SegmentHeader, path: Sequence[Message]) -> int:
-        """Chunks that memory holds of a segment: all while one of the newest turns is in it, else what `keep_ratio` gives."""
+        """Chunks that memory holds: all of a segment with one of the newest turns, else what `keep_ratio` gives."""
         asked = [index for index, message in enumerate(path[:-1]) if message.role == "user"]
         recent = asked[-self.config.compress.recent_turns :] if self.config.compress.recent_turns else []
         if recent and header.ranking.end > self.bounds(path)[recent[0]]:
@@ -254,40 +282,6 @@ class Residence:
         self.tiers.crop(min(end, self.cache.num_seen))
         self.waiting = [(record, min(used, end)) for record, used in self.waiting if record.start < end]
         self.hold(path)
-
-    # -- what is there -----------------------------------------------------------------------------------------------
-
-    def segments(self, path: Sequence[Message]) -> list[dict[str, Any]]:
-        """Each segment of the path: tokens, turns, rows, bytes in memory and on disk."""
-        model, bounds = self.engine.model, self.bounds(path)
-        pair = 2 * model.head_dim * model.dtype.itemsize
-        dense = model.num_hidden_layers * model.num_key_value_heads
-        held = {one.id: one for one in self.tiers.residents}
-        waiting = {record.id for record, _ in self.waiting}
-        listed = []
-        for record, used in self.store.cover([message.id for message in path], self.fingerprint):
-            first = bounds.index(record.start)
-            one = held.get(record.id)
-            tokens = bounds[first + used] - record.start
-            rows = self.tiers.rows(one) if one else dense * tokens if record.id in waiting else 0
-            listed.append(
-                {
-                    "id": record.id,
-                    "start": record.start,
-                    "end": record.start + tokens,
-                    "kind": record.kind,
-                    "turns": [turn_of(path, first), turn_of(path, first + used - 1)],
-                    "codec": record.codec,
-                    "chunks_held": one.chunks if one else int(record.id in waiting),
-                    "num_chunks": record.num_chunks,
-                    "rows": rows,
-                    "rows_total": dense * tokens,
-                    "bytes_in_memory": rows * pair,
-                    "bytes_on_disk": record.nbytes,
-                    "seal_s": record.seal_s,
-                }
-            )
-        return listed
 
 
 def turn_of(path: Sequence[Message], index: int) -> int:

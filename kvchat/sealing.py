@@ -77,7 +77,7 @@ def prefix_length(path: Sequence[Message], num_sink_tokens: int) -> int:
 
 
 def prefix_keys(cache: SegmentedCache, length: int) -> list[Tensor]:
-    """Keys (H, length, D) a layer: protected rows are in every head's first chunk, in time order, so they come first."""
+    """Keys (H, length, D) a layer: rows that every head keeps are its first, in its first chunk and in time order."""
     keys = []
     for layer in cache.layers:
         rows, heads = layer.sealed, len(layer.sealed.cu_seqlens) - 1

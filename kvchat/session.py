@@ -3,8 +3,9 @@
     send     check -> commit the user's message -> restore -> prefill -> decode -> commit the reply -> TurnDone
     finish   close the reply's KV -> seal, or save what waits -> hold what the budget allows
 
-`finish` runs after the last visible token. Text and ids are committed before any KV: KV is a derivation, restored from
-segments where it can be and computed from ids where it cannot (`residence.py`). Nothing here knows threads or front ends.
+`finish` runs after the last visible token. Text and ids are committed before any KV: KV is a derivation, restored
+from segments where it can be and computed from ids where it cannot (`residence.py`). Nothing here knows threads or
+front ends.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from kvchat.sampling import Sampler
 from kvchat.stats import describe
 from kvchat.store import Message, SessionInfo, Store
 from kvchat.template import Piece
+
+INTERRUPTED: FinishReason = "interrupted"
 
 
 @dataclass(slots=True)
@@ -91,7 +94,7 @@ class Conversation:
         cached = residence.num_reused
         yield from self._warn(len(prompt))
         logits = yield from residence.prefill(prompt, len(prompt), "prefill", stop)
-        draft, reason = Draft(submitted), "interrupted"
+        draft, reason = Draft(submitted), INTERRUPTED
         if logits is not None:
             reason = yield from self._decode(logits, prompt, settings, stop, draft)
         yield self._end_turn(draft, Usage(len(prompt), cached, len(prompt) - cached, len(draft.ids)), reason)
@@ -133,7 +136,7 @@ class Conversation:
         return turn
 
     def finish(self) -> Steps:
-        """After the last visible token: the reply's last tokens get their KV, then seal or save, then hold to the budget."""
+        """After the last visible token: give the reply's last tokens their KV, seal or save, hold to the budget."""
         begun = time.perf_counter()
         yield from self.residence.settle(self.path)
         self.seal_s = time.perf_counter() - begun
@@ -169,8 +172,8 @@ class Conversation:
         if self._room(used + needed) < 1:
             window = self.engine.model.context_window
             raise CapacityError(
-                f"{needed} tokens do not fit: {used} of the model's window of {window} are in use; shorten the message, "
-                "fork from an earlier turn, or start a new session (nothing was cut)"
+                f"{needed} tokens do not fit: {used} of the model's window of {window} are in use; shorten the "
+                "message, fork from an earlier turn, or start a new session (nothing was cut)"
             )
         self._commit(drafts)
 
@@ -217,7 +220,7 @@ class Conversation:
         return self._template.user(text, first=not asked).ids + self._template.generation_prompt
 
     def fork(self, name: str, at: int | None) -> None:
-        """Store a session that shares this path up to the end of turn `at`. Raises InputError: there is no such turn."""
+        """Store a session that shares this path up to the end of turn `at`; InputError if there is no such turn."""
         asked = [index for index, message in enumerate(self.path) if message.role == "user"]
         if at is not None and not 1 <= at <= len(asked):
             raise InputError(f"this session has {len(asked)} turns; there is no turn {at} to fork at")
@@ -225,7 +228,7 @@ class Conversation:
         self.store.fork(self.info.name, name, self.path[end - 1].id if end else None)
 
     def rebuild(self, retokenise: bool) -> None:
-        """Drop the KV of the path, to be computed again; `retokenise` also makes new ids from the texts, as a new branch."""
+        """Drop the KV of the path, to be computed again; `retokenise` makes new ids from the texts, as a new branch."""
         for record, _ in self.store.cover([message.id for message in self.path], self.residence.fingerprint):
             self.store.drop_segment(record.id)
         if retokenise:

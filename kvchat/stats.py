@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from kvchat.residence import Residence, turn_of
+from kvchat.store import Message
 
 if TYPE_CHECKING:
     from kvchat.session import Conversation
@@ -11,7 +16,7 @@ if TYPE_CHECKING:
 def describe(conversation: Conversation) -> dict[str, Any]:
     """Everything `kvchat stats` shows; bytes are those of tensor storages and of the store's rows."""
     model, path, residence = conversation.engine.model, conversation.path, conversation.residence
-    segments = residence.segments(path)
+    segments = list_segments(residence, path)
     dense = model.num_hidden_layers * model.num_key_value_heads
     pair = 2 * model.head_dim * model.dtype.itemsize
     tail = residence.cache.tail_length * dense
@@ -34,6 +39,38 @@ def describe(conversation: Conversation) -> dict[str, Any]:
     }
 
 
+def list_segments(residence: Residence, path: Sequence[Message]) -> list[dict[str, Any]]:
+    """Each segment of the path: tokens, turns, rows, bytes in memory and on disk."""
+    model, bounds = residence.engine.model, residence.bounds(path)
+    pair = 2 * model.head_dim * model.dtype.itemsize
+    dense = model.num_hidden_layers * model.num_key_value_heads
+    held = {one.id: one for one in residence.tiers.residents}
+    waiting = {record.id for record, _ in residence.waiting}
+    listed = []
+    for record, used in residence.store.cover([message.id for message in path], residence.fingerprint):
+        first, one = bounds.index(record.start), held.get(record.id)
+        tokens = bounds[first + used] - record.start
+        rows = residence.tiers.rows(one) if one else dense * tokens * (record.id in waiting)
+        listed.append(
+            {
+                "id": record.id,
+                "start": record.start,
+                "end": record.start + tokens,
+                "kind": record.kind,
+                "turns": [turn_of(path, first), turn_of(path, first + used - 1)],
+                "codec": record.codec,
+                "chunks_held": one.chunks if one else int(record.id in waiting),
+                "num_chunks": record.num_chunks,
+                "rows": rows,
+                "rows_total": dense * tokens,
+                "bytes_in_memory": rows * pair,
+                "bytes_on_disk": record.nbytes,
+                "seal_s": record.seal_s,
+            }
+        )
+    return listed
+
+
 def _turns(conversation: Conversation, segments: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each turn's share of the segments that cover it, by its tokens."""
     path = conversation.path
@@ -41,7 +78,7 @@ def _turns(conversation: Conversation, segments: list[dict[str, Any]]) -> list[d
     starts = [index for index, message in enumerate(path) if message.role == "user"]
     edges = [0, *(bounds[index] for index in starts[1:]), bounds[-1]]
     turns = []
-    for turn, (low, high) in enumerate(zip(edges, edges[1:], strict=False), 1):
+    for turn, (low, high) in enumerate(pairwise(edges), 1):
         shares = {"rows": 0.0, "bytes_in_memory": 0.0, "bytes_on_disk": 0.0}
         for segment in segments:
             common = max(0, min(high, segment["end"]) - max(low, segment["start"]))

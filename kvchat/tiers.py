@@ -1,13 +1,13 @@
 """Where each rank chunk lies: memory holds a prefix of every segment's ranking, the store holds all chunks.
 
-Shrinking drops the last chunks, growing fetches them back; both give the same rows as if the segment had been attached so.
-Tiers do not import the store: they are given a `fetch`.
+Shrinking drops the last chunks, growing fetches them back; both give the same rows as if the segment had been
+attached so. Tiers do not import the store: they are given a `fetch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 
 from kvchat.cache.ragged import Piece, SegmentedCache
@@ -18,7 +18,7 @@ Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, bytes]]]
 """Segment id and chunks to (chunk, group, blob), ordered by chunk and group; raises CorruptFrame."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Resident:
     """A sealed segment whose first `chunks` chunks are in memory."""
 
@@ -32,6 +32,23 @@ class Resident:
     def start(self) -> int:
         """Position of the first token."""
         return self.header.ranking.start
+
+
+class Loading:
+    """Rank chunks of a segment on their way into memory, decoded on the pool's threads."""
+
+    def __init__(self, resident: Resident, decoding: Sequence[tuple[int, Future[list[LayerKV]]]]) -> None:
+        self.resident = resident
+        self._decoding = decoding
+
+    def pieces(self) -> dict[Piece, list[LayerKV]]:
+        """Rows before the resident's end, a LayerKV a layer; waits for them. Raises CodecError."""
+        resident, pieces = self.resident, dict[Piece, list[LayerKV]]()
+        for chunk, rows in self._decoding:
+            pieces.setdefault(Piece(resident.start, chunk), []).extend(rows.result())
+        if resident.end < resident.header.ranking.end:
+            return {piece: [rows.before(resident.end) for rows in layers] for piece, layers in pieces.items()}
+        return pieces
 
 
 class Tiers:
@@ -49,17 +66,25 @@ class Tiers:
         self._fetch = fetch
         self._pool = pool
 
-    def add(self, segment_id: str, header: SegmentHeader, end: int, chunks: int, tail: int = 0) -> None:
-        """Attach a segment's first `chunks` chunks, up to position `end`, in place of the first `tail` tokens of the tail.
+    def load(self, resident: Resident, first: int = 0) -> Loading:
+        """Read the resident's chunks from `first` on, and begin to decode them. Raises CorruptFrame."""
+        header, device = resident.header, self.cache.layers[0].device
+        return Loading(
+            resident,
+            [
+                (chunk, self._pool.submit(decode_frame, header, chunk, group, blob, device))
+                for chunk, group, blob in self._fetch(resident.id, range(first, resident.chunks))
+            ],
+        )
 
-        Raises:
-            CorruptFrame: and nothing is attached.
-        """
-        resident = Resident(segment_id, header, end, chunks)
-        pieces = self._load(resident, range(chunks))
+    def add(self, loaded: Mapping[Resident, Mapping[Piece, Sequence[LayerKV]]], tail: int = 0) -> None:
+        """Attach loaded segments, all at once, in place of the first `tail` tokens of the tail."""
+        if not loaded:
+            return
         self.cache.drop_tail(tail)
-        self.cache.attach(pieces, end)
-        self.residents = sorted([*self.residents, resident], key=lambda one: one.start)
+        pieces = {piece: rows for one in loaded.values() for piece, rows in one.items()}
+        self.cache.attach(pieces, max(resident.end for resident in loaded))
+        self.residents = sorted([*self.residents, *loaded], key=lambda one: one.start)
 
     def hold(self, wanted: Mapping[str, int]) -> None:
         """Shrink or grow the named segments to so many chunks; shrinks come first, so that the peak stays low."""
@@ -73,7 +98,7 @@ class Tiers:
             self.cache.keep([piece for piece in self.cache.pieces if piece not in dropped])
         for index, (old, new) in enumerate(zip(self.residents, targets, strict=True)):
             if new.chunks > old.chunks:
-                self.cache.attach(self._load(new, range(old.chunks, new.chunks)), new.end)
+                self.cache.attach(self.load(new, first=old.chunks).pieces(), new.end)
             self.residents[index] = new
 
     def crop(self, position: int) -> None:
@@ -86,18 +111,3 @@ class Tiers:
         """Pairs in memory."""
         held = (Piece(resident.start, chunk) for chunk in range(resident.chunks))
         return sum(self.cache.rows(piece) for piece in held)
-
-    def _load(self, resident: Resident, chunks: Sequence[int]) -> dict[Piece, list[LayerKV]]:
-        """Rows of the chunks before the resident's end, a LayerKV a layer."""
-        header, device = resident.header, self.cache.layers[0].device
-        # Frames are decoded on the pool's threads while the next ones are read here.
-        decoding = [
-            (chunk, self._pool.submit(decode_frame, header, chunk, group, blob, device))
-            for chunk, group, blob in self._fetch(resident.id, list(chunks))
-        ]
-        pieces: dict[Piece, list[LayerKV]] = {Piece(resident.start, chunk): [] for chunk in chunks}
-        for chunk, rows in decoding:
-            pieces[Piece(resident.start, chunk)] += rows.result()
-        if resident.end < header.ranking.end:
-            return {piece: [rows.before(resident.end) for rows in layers] for piece, layers in pieces.items()}
-        return pieces

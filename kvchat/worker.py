@@ -1,7 +1,8 @@
 """One thread owns the model and the store; callers hand it work through a queue.
 
-After a turn's last visible token its caller goes on, and the thread seals and saves. A turn sent meanwhile waits for that.
-A failure in the background is told to the listener and raised by the next call; it is never lost, and the thread lives on.
+After a turn's last visible token its caller goes on, and the thread seals and saves. A turn sent meanwhile waits for
+that. A failure in the background is told to the listener and raised by the next call; it is never lost, and the
+thread lives on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 from kvchat.config import Config, ModelConfig
 from kvchat.engine import Engine
-from kvchat.errors import FingerprintMismatch, InputError, KVChatError, SessionNotFound
+from kvchat.errors import FingerprintMismatch, InputError, SessionNotFound
 from kvchat.events import Event, Listener, Notice
 from kvchat.handle import AsyncSession, Session
 from kvchat.model import TEXT_FIELDS, Model, fingerprint_difference, load
@@ -221,8 +222,9 @@ class Worker:
         differing = fingerprint_difference(info.fingerprint, engine.model.fingerprint)
         if differing and not rebuild:
             raise FingerprintMismatch(
-                f"session {info.name!r} was made with {info.model}, and {', '.join(differing)} differ from {engine.model.name} "
-                "as it is loaded now; open it with that model and settings, or give --rebuild to compute its KV again"
+                f"session {info.name!r} was made with {info.model}, and {', '.join(differing)} differ from "
+                f"{engine.model.name} as it is loaded now; open it with that model and "
+                "settings, or give --rebuild to compute its KV again"
             )
         conversation = self._make(info, engine)
         if rebuild:

@@ -19,6 +19,9 @@ SHAPES = [
     (7, (0, 0), 3, 17),
     (3, (6, 6, 6), 9, 5),
     (2, (1, 0, 33, 2), 0, 2),
+    (3, (1201, 0, 700), 5, 1),
+    (3, (1201, 1201, 1201), 901, 1),
+    (2, (1202,), 1001, 1),
 ]
 
 
@@ -54,7 +57,18 @@ def test_the_cpu_backend_equals_the_reference(
         )
 
 
-@pytest.mark.parametrize(("groups", "counts", "past", "new"), SHAPES)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 1500, 1501, 1502, 1504])
+def test_one_new_token_sees_every_row_once_however_many_threads_there_are(threads: int, rows: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        test_the_cpu_backend_equals_the_reference(3, (rows, rows // 2), rows, 1, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("groups", "counts", "past", "new"), SHAPES[:5])
 def test_the_reference_equals_dense_attention_with_evicted_pairs_masked(
     groups: int, counts: tuple[int, ...], past: int, new: int
 ) -> None:
@@ -91,7 +105,9 @@ def test_one_flipped_pair_is_seen() -> None:
 def test_merging_parts_equals_attention_over_all_keys_in_any_order() -> None:
     torch.manual_seed(3)
     query, keys, values = (torch.randn(2, n, 16, dtype=torch.float64) for n in (5, 30, 30))
-    parts = [sdpa.dense(query, keys[:, low:high], values[:, low:high], 1.0) for low, high in ((0, 1), (1, 12), (12, 30))]
+    parts = [
+        sdpa.dense(query, keys[:, low:high], values[:, low:high], 1.0) for low, high in ((0, 1), (1, 12), (12, 30))
+    ]
     expected = (query @ keys.mT).softmax(-1) @ values
     for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
         torch.testing.assert_close(merge([parts[i] for i in order])[0], expected)

@@ -24,7 +24,9 @@ def test_attention_received_equals_one_plain_softmax(
     query = torch.randn(2 * groups, rows, 16, dtype=dtype)
     parts = [torch.randn(2, n, 16, dtype=dtype) for n in (prefix, chunk, rows)]
     fast = attention_received(query, *parts, [0, rows - 1], 0.4)
-    torch.testing.assert_close(fast, attention_received_plainly(query, *parts, [0, rows - 1], 0.4), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        fast, attention_received_plainly(query, *parts, [0, rows - 1], 0.4), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_a_key_that_one_row_matches_exactly_scores_near_one() -> None:
@@ -92,7 +94,8 @@ def test_equal_scores_rank_the_same_every_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "keep", "held"), [((10, 20, 20, 50), 0.3, 2), ((10, 20, 20, 50), 0.29, 1), ((60, 0, 0, 40), 0.3, 1), ((5,), 1, 1)]
+    ("sizes", "keep", "held"),
+    [((10, 20, 20, 50), 0.3, 2), ((10, 20, 20, 50), 0.29, 1), ((60, 0, 0, 40), 0.3, 1), ((5,), 1, 1)],
 )
 def test_the_budget_is_never_passed_but_for_the_first_chunk(sizes: tuple[int, ...], keep: float, held: int) -> None:
     assert chunks_within(np.array(sizes), keep) == held

@@ -1,7 +1,7 @@
 """What "correct" means, on tiny random models of several families: the points that need no store.
 
-Turns are sealed with random scores, so that some heads keep nothing, and everything is compared with the same network under
-plain dense attention, in which evicted pairs are masked per head.
+Turns are sealed with random scores, so that some heads keep nothing, and everything is compared with the same network
+under plain dense attention, in which evicted pairs are masked per head.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader, encode_segment
 from kvchat.compress.compressor import chunks_within, rank
 from kvchat.engine import Engine
-from kvchat.tiers import Tiers
+from kvchat.tiers import Resident, Tiers
 from tests.tiny import make_model
 
 TURNS = [list(range(5, 45)), [7], list(range(90, 121)), list(range(30, 47))]
@@ -40,7 +40,9 @@ FAMILIES = [
 class Played:
     """Turns played into a cache; each is sealed with seeded random scores, all but the last."""
 
-    def __init__(self, engine: Engine, keep: float = 1.0, codec: str = "raw", turns: list[list[int]] | None = None) -> None:
+    def __init__(
+        self, engine: Engine, keep: float = 1.0, codec: str = "raw", turns: list[list[int]] | None = None
+    ) -> None:
         self.engine = engine
         self.cache = engine.new_cache()
         self.frames: dict[str, dict[tuple[int, int], bytes]] = {}
@@ -67,7 +69,8 @@ class Played:
         self.headers[name] = header
         self.frames[name] = {(chunk, group): blob for chunk, group, blob in frames}
         held = chunks_within(ranking.sizes, keep)
-        self.tiers.add(name, header, start + tokens, held, tail=tokens)
+        resident = Resident(name, header, start + tokens, held)
+        self.tiers.add({resident: self.tiers.load(resident).pieces()}, tail=tokens)
 
     def logits(self) -> Tensor:
         """Logits of every token of the open turn, computed on a scratch tail."""
@@ -119,7 +122,7 @@ def engine(request: pytest.FixtureRequest, family: tuple[str, dict[str, int]]) -
 
 
 def assert_dense(engine: Engine, actual: Tensor, rankings: list[tuple[Ranking, int]]) -> None:
-    """In float32 every logit is within 1e-4 of dense attention's. In bfloat16, which rounds every layer's hidden states,
+    """In float32 every logit is within 1e-4 of dense attention's. In bfloat16, which rounds every layer's states,
     the logits are no further from the truth (the same weights in float32) than dense attention's own are.
     """
     dense = dense_logits(engine, rankings).float()

@@ -38,8 +38,14 @@ def opener(tmp_path: Path) -> Iterator[Open]:
     """Makes workers on one store; each new one stands for a new process."""
     workers: list[Worker] = []
 
-    def start(family: str = "llama", dtype: torch.dtype = torch.float32, listener: Any = None, **settings: Any) -> Worker:
-        given = {"store.path": str(tmp_path / "s.db"), **SETTINGS, **{k.replace("__", "."): v for k, v in settings.items()}}
+    def start(
+        family: str = "llama", dtype: torch.dtype = torch.float32, listener: Any = None, **settings: Any
+    ) -> Worker:
+        given = {
+            "store.path": str(tmp_path / "s.db"),
+            **SETTINGS,
+            **{k.replace("__", "."): v for k, v in settings.items()},
+        }
         workers.append(Worker(Config.load(overrides=given), listener, lambda *_: make_model(family, dtype)))
         return workers[-1]
 
@@ -58,7 +64,9 @@ def probe(session: Session) -> list[tuple[str, float]]:
 
 
 @pytest.mark.parametrize("codec", ["raw", "k8v8"])
-@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("qwen2", torch.bfloat16), ("qwen3", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", torch.float32), ("qwen2", torch.bfloat16), ("qwen3", torch.bfloat16)]
+)
 def test_a_resumed_session_goes_on_bit_for_bit_as_if_it_had_never_been_closed(
     opener: Open, family: str, dtype: torch.dtype, codec: str
 ) -> None:
@@ -201,7 +209,11 @@ def flip_a_bit(path: Path, table: str, column: str, where: str) -> None:
 @pytest.mark.parametrize(
     ("table", "column", "where"),
     [
-        ("frames", "body", "chunk = 0 AND segment_id = (SELECT id FROM segments WHERE kind = 'sealed' ORDER BY start_token LIMIT 1)"),
+        (
+            "frames",
+            "body",
+            "chunk = 0 AND segment_id = (SELECT id FROM segments WHERE kind = 'sealed' ORDER BY start_token LIMIT 1)",
+        ),
         ("segments", "header", "kind = 'sealed' AND start_token > 0"),
         ("frames", "body", "segment_id IN (SELECT id FROM segments WHERE kind = 'open')"),
     ],
@@ -305,7 +317,7 @@ def test_a_wrong_sampling_value_names_the_setting(opener: Open) -> None:
     session = opener().open("trip")
     with pytest.raises(ConfigError, match=r"generate\.top_p"):
         session.ask("x", top_p=2)
-    with pytest.raises(ConfigError, match="known here: .*temperature"):
+    with pytest.raises(ConfigError, match=r"known here: .*temperature"):
         session.ask("x", temp=2)
 
 

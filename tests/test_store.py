@@ -146,7 +146,7 @@ def test_any_one_line_is_a_name(store: Store, name: str) -> None:
 def test_an_unknown_name_brings_the_closest_ones(store: Store) -> None:
     for name in ("trip", "trip-2", "recipes"):
         store.create_session(name, MODEL, FINGERPRINT)
-    for call in (store.session, store.delete, lambda name: store.rename(name, "new")):
+    for call in (store.session, store.delete, store.verify):
         with pytest.raises(SessionNotFound, match=r"no session 'tripp'; did you mean 'trip', 'trip-2'\? `kvchat ls`"):
             call("tripp")
     with pytest.raises(SessionNotFound, match="no session 'xyz'; `kvchat ls` lists all"):
@@ -174,12 +174,10 @@ def test_a_session_that_was_deleted_meanwhile_takes_no_messages(store: Store) ->
     store.delete("trip")
     later = store.create_session("later", MODEL, FINGERPRINT)
     assert later.id != info.id
-    for call in (
-        lambda: store.add_messages(info.id, talk(chain[-1], "more"), chain[-1].id),
-        lambda: store.set_tip(info.id, None),
-    ):
-        with pytest.raises(StoreError, match="deleted by another kvchat"):
-            call()
+    with pytest.raises(StoreError, match="deleted by another kvchat"):
+        store.add_messages(info.id, talk(chain[-1], "more"), chain[-1].id)
+    with pytest.raises(StoreError, match="deleted by another kvchat"):
+        store.set_tip(info.id, None)
 
 
 def test_a_failed_append_leaves_nothing_behind(store: Store) -> None:
@@ -263,9 +261,9 @@ def test_a_fork_at_a_message_of_another_session_is_refused(store: Store) -> None
 
 
 def test_thousands_of_messages_are_read_in_order(store: Store) -> None:
-    info, chain = converse(store, "long", *(f"message {number}" for number in range(5000)))
+    info, chain = converse(store, "long", *(f"message {number}" for number in range(1000)))
     assert store.path(chain[-1].id) == chain
-    assert info.num_turns == 2500 and len(store.search("4999")) == 1
+    assert info.num_turns == 500 and len(store.search("999")) == 1
 
 
 def test_search_names_session_turn_and_role(store: Store) -> None:

@@ -370,6 +370,17 @@ async def test_a_long_history_shows_its_newest_messages_and_the_others_on_reques
         assert not app.query("#earlier")
 
 
+async def test_page_keys_scroll_the_transcript_while_the_input_has_the_focus() -> None:
+    worker = FakeWorker("trip")
+    worker.all["trip"].say("user", "line\n" * 200)
+    async with chat(worker) as (app, pilot):
+        await wait_until(lambda: app.transcript.scroll_y > 0 and app.transcript.is_vertical_scroll_end)
+        await pilot.press("pageup")
+        await wait_until(lambda: not app.transcript.is_vertical_scroll_end)
+        await pilot.press("pagedown")
+        await wait_until(lambda: app.transcript.is_vertical_scroll_end)
+
+
 async def test_a_new_session_begins_empty_and_an_existing_name_is_refused() -> None:
     worker = FakeWorker("trip")
     worker.all["trip"].say("user", "old")

@@ -1,7 +1,7 @@
 """How KV is read. `register` holds the only calls into transformers' attention registry; no model class is patched.
 
-No mask function is registered: for an attention function without one, transformers builds no mask, and the backends know
-what each query may see (every sealed row, and the tail causally).
+No mask function is registered: for an attention function without one, transformers builds no mask, and the backends
+know what each query may see (every sealed row, and the tail causally).
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def backend_for(name: BackendName, device: torch.device, dtype: torch.dtype) -> 
 
 def log_normaliser(query: Tensor, past: Tensor, own: Tensor, scale: float) -> Tensor:
     """`reference.log_normaliser` by the fastest means of the device."""
-    module = sdpa if query.device.type == "cpu" else reference
-    return module.log_normaliser(query, past, own, scale)
+    if query.device.type == "cpu":
+        return sdpa.log_normaliser(query, past, own, scale)
+    return reference.log_normaliser(query, past, own, scale)
 
 
 def _backend(name: BackendName) -> Backend:

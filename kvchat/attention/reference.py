@@ -2,7 +2,8 @@
 
 Every other backend is tested against this file, which is never optimised.
 
-Letters: H KV heads, G query heads per KV head, q new tokens, T tail tokens (the new ones last), N sealed rows, D head_dim.
+Letters: H KV heads, G query heads per KV head, q new tokens, T tail tokens (the new ones last), N sealed rows, D
+head_dim.
 """
 
 from __future__ import annotations

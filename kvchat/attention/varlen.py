@@ -25,8 +25,8 @@ def attend(query: Tensor, sealed: LayerKV | None, keys: Tensor, values: Tensor, 
     query = query if factor == 1.0 else query * factor
     packed = query.view(heads, -1, q, dim).transpose(1, 2).reshape(heads * q, -1, dim)
     bounds = torch.arange(heads + 1, dtype=torch.int32) * tail
-    rows = (part.reshape(heads * tail, dim) for part in (keys, values))
-    parts = [_varlen(packed, *rows, bounds, q, tail, causal=q > 1)]
+    tail_keys, tail_values = (part.reshape(heads * tail, dim) for part in (keys, values))
+    parts = [_varlen(packed, tail_keys, tail_values, bounds, q, tail, causal=q > 1)]
     if sealed is not None and sealed.num_kept:
         longest = int(sealed.cu_seqlens.diff().max())
         parts.append(_varlen(packed, sealed.keys, sealed.values, sealed.cu_seqlens, q, longest, causal=False))
@@ -38,11 +38,21 @@ def _varlen(query: Tensor, keys: Tensor, values: Tensor, bounds: Tensor, q: int,
     """(H * q, G, D) queries over (N, D) rows: output (H * q, G, D), log-sum-exp (H * q, G); a head may have no rows."""
     groups, device = query.shape[1], query.device
     steps = torch.arange(len(bounds), dtype=torch.int32, device=device) * q
-    wide = (part[:, None].expand(-1, groups, -1) for part in (keys, values))
+    wide_keys, wide_values = (part[:, None].expand(-1, groups, -1) for part in (keys, values))
     window = (-1, 0) if causal else (-1, -1)
-    out, lse = varlen_attn(
-        query, *wide, steps, bounds.to(device), q, longest, return_aux=AuxRequest(lse=True), window_size=window
+    result = varlen_attn(
+        query,
+        wide_keys,
+        wide_values,
+        steps,
+        bounds.to(device),
+        q,
+        longest,
+        return_aux=AuxRequest(lse=True),
+        window_size=window,
     )
+    assert isinstance(result, tuple)
+    out, lse = result[0], result[1].T
     # The kernel writes +inf where there are no keys.
-    lse = lse.T.masked_fill(lse.T == torch.inf, -torch.inf)
+    lse = lse.masked_fill(lse == torch.inf, -torch.inf)
     return out.masked_fill(lse[..., None] == -torch.inf, 0), lse

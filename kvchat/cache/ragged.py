@@ -1,10 +1,10 @@
 """The cache of one conversation: per layer, sealed rows (ragged, packed) and the open tail (dense, causal).
 
-This is the only file on transformers' cache API. `SegmentedCache` is handed to the network as `past_key_values` and, once
-more, as the keyword `segmented_cache`, which transformers passes through to the registered attention function.
+This is the only file on transformers' cache API. `SegmentedCache` is handed to the network as `past_key_values` and,
+once more, as the keyword `segmented_cache`, which transformers passes through to the registered attention function.
 
-Sealed rows of a layer stand in one canonical order: head, then segment, then rank chunk, then time. So the order in which
-pieces come and go leaves no trace, and dropping chunks gives the same tensors as never having attached them.
+Sealed rows of a layer stand in one canonical order: head, then segment, then rank chunk, then time. So the order in
+which pieces come and go leaves no trace, and dropping chunks gives the same tensors as never having attached them.
 
 Letters: H KV heads, T tokens, N sealed rows of a layer, D head_dim, q new tokens.
 """
@@ -23,13 +23,13 @@ from kvchat.cache.segment import LayerKV
 
 
 class Tap(Protocol):
-    """Sees queries, keys and values of a forward pass as attention sees them, after RoPE: scorers need no code for any model.
+    """Sees what attention sees in a forward pass, after RoPE: scorers need no code for any model.
 
     Letters: H KV heads, G query heads per KV head, q new tokens, T tail tokens.
     """
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
-        """Called once a layer: `query` (H * G, q, D); `keys`, `values` the whole tail, (H, T, D), the last q the queries' own."""
+        """Called once a layer: `query` (H * G, q, D), and the whole tail, (H, T, D), the last q of them its own."""
 
 
 TAIL_STEP = 256
@@ -94,8 +94,6 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Keys and values of the open tail, (H, T, D) views."""
         return self.keys[:, : self.tail_length], self.values[:, : self.tail_length]
 
-    # Rows written during a forward pass are inference tensors, which nothing outside inference mode may write to.
-    @torch.inference_mode()
     def append_tail(self, keys: Tensor, values: Tensor) -> None:
         """Append (H, q, D)."""
         end = self.tail_length + keys.shape[1]
@@ -154,7 +152,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _offsets(self) -> dict[Piece, list[int]]:
         """Where each attached piece's rows begin in `sealed`, per head."""
         offsets: dict[Piece, list[int]] = {piece: [] for piece in self.counts}
-        for head, low in enumerate(self.sealed.cu_seqlens[:-1].tolist()):
+        for head, low in enumerate(self.sealed.bounds[:-1]):
             for piece in sorted(self.counts):
                 offsets[piece].append(low)
                 low += self.counts[piece][head]
@@ -163,7 +161,7 @@ class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _pack(
         self, sources: Mapping[Piece, LayerKV], offsets: Mapping[Piece, Sequence[int]], added: Mapping[Piece, list[int]]
     ) -> None:
-        """Rebuild `sealed` from the given pieces in canonical order, by one concatenation of as few slices as possible."""
+        """Rebuild `sealed` from the given pieces in canonical order: one concatenation of as few slices as can be."""
         counts = {piece: added.get(piece) or self.counts[piece] for piece in sorted(sources)}
         slices: list[tuple[LayerKV, int, int]] = []
         cu_seqlens = [0]
@@ -238,7 +236,7 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         return sum(sum(layer.counts[piece]) for layer in self.layers)
 
     def attach(self, pieces: Mapping[Piece, Sequence[LayerKV]], end: int) -> None:
-        """Add sealed pieces (a LayerKV a layer) of tokens before `end`; an empty tail moves on to `end` if it is behind."""
+        """Add sealed pieces (a LayerKV a layer) of tokens before `end`, to which an empty tail moves on."""
         assert self.tail_length == 0 or end <= self.tail_start
         for index, layer in enumerate(self.layers):
             layer.attach({piece: rows[index] for piece, rows in pieces.items()})
@@ -259,6 +257,8 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.drop_tail(tokens)
 
+    # Rows written during a forward pass are inference tensors, which nothing outside inference mode may write to.
+    @torch.inference_mode()
     def append_tail(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Append saved exact KV, a pair of (H, T, D) a layer."""
         for layer, (keys, values) in zip(self.layers, rows, strict=True):

@@ -9,6 +9,8 @@ Letters: L layers, H KV heads, T tokens of a segment, N kept pairs of a layer (a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerKV:
     """Ragged KV of one layer: every KV head may keep a different number of tokens, even none.
 
@@ -39,6 +41,17 @@ class LayerKV:
     def num_kept(self) -> int:
         """Rows held."""
         return len(self.keys)
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """`cu_seqlens` as numbers."""
+        return [int(bound) for bound in self.cu_seqlens.tolist()]
+
+    @cached_property
+    def even_rows(self) -> int | None:
+        """Rows of each head if all heads hold as many, else None."""
+        lengths = {high - low for low, high in pairwise(self.bounds)}
+        return lengths.pop() if len(lengths) == 1 else None
 
     def before(self, position: int) -> LayerKV:
         """The rows of tokens before `position`."""
@@ -83,7 +96,7 @@ class Ranking:
     @property
     def num_chunks(self) -> int:
         """Chunks, at least one."""
-        return int(self.chunk_of.max(initial=0)) + 1
+        return len(self.sizes.tolist())
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -92,8 +105,9 @@ class Ranking:
 
     def counts(self, chunk: int) -> npt.NDArray[np.int64]:
         """Pairs of a chunk, (L, H)."""
-        return np.count_nonzero(self.chunk_of == chunk, axis=2)
+        counts: npt.NDArray[np.int64] = np.count_nonzero(self.chunk_of == chunk, axis=2)
+        return counts
 
     def rows(self, chunk: int, first_layer: int, last_layer: int) -> npt.NDArray[np.int64]:
-        """Flat indices into a (layers, H, T) block of layers [first_layer, last_layer), ordered by layer, head, time."""
+        """Flat indices into the (layers, H, T) block of layers [first_layer, last_layer), by layer, head, time."""
         return np.flatnonzero(self.chunk_of[first_layer:last_layer] == chunk)

@@ -34,12 +34,13 @@ NARROW = 80
 
 
 class ChatApp(App[None]):
-    """Args:
+    """The program on the screen.
 
-    connect: makes the worker; called in a thread, with the listener for work outside a turn.
-    config: all settings.
-    session: the session to open; None = the last one.
-    how: `system`, `model`, `rebuild` of `Worker.open`, for that session.
+    Args:
+        connect: makes the worker; called in a thread, with the listener for work outside a turn.
+        config: all settings.
+        session: the session to open; None = the last one.
+        how: `system`, `model`, `rebuild` of `Worker.open`, for that session.
     """
 
     TITLE = "kvchat"
@@ -51,8 +52,6 @@ class ChatApp(App[None]):
         Binding("ctrl+l", "sessions", "Sessions", id="sessions"),
         Binding("ctrl+r", "retry", "Retry", id="retry"),
         Binding("ctrl+q", "quit", "Quit", id="quit", priority=True),
-        Binding("pageup", "scroll(-1)", show=False, id="page_up"),
-        Binding("pagedown", "scroll(1)", show=False, id="page_down"),
     ]
 
     title_bar = getters.query_one(TitleBar)
@@ -66,18 +65,18 @@ class ChatApp(App[None]):
         self, connect: Callable[[Listener], Worker], config: Config, session: str | None = None, **how: Any
     ) -> None:
         super().__init__()
-        self.engine: Worker | None = None
-        self.busy = False
-        """A job runs: `begin` must not be called."""
-        self._connect = connect
         self.config = config
         self.commands = Commands(self)
         self.turns = Turns(self)
-        self._first = session, how
+        self.engine: Worker | None = None
         self.chat: Session | None = None
-        self._doing = ""
+        self.busy = False
+        """A job runs: `begin` must not be called."""
         self.answering = False
         """The job is a turn, which can be stopped."""
+        self._connect = connect
+        self._first = session, how
+        self._doing = ""
         self._reports: deque[Progress | Notice] = deque()
 
     def compose(self) -> ComposeResult:
@@ -102,10 +101,12 @@ class ChatApp(App[None]):
         self._reports.append(event)
 
     def drain(self) -> None:
+        """Show what the listener was told."""
         while self._reports:
             self.show(self._reports.popleft())
 
     def show(self, event: Progress | Notice) -> None:
+        """Progress goes to the status line, a notice into the transcript and a toast."""
         if isinstance(event, Notice):
             self.notify(neutralise(event.text), markup=False)
             self.note(event.text, "-notice")
@@ -119,6 +120,7 @@ class ChatApp(App[None]):
         self.status.say(self._doing)
 
     def note(self, text: str, kind: str = "") -> Note:
+        """Add a line of the program to the transcript; `kind` is a class of the stylesheet."""
         note = Note(text, classes=kind)
         self.transcript.mount(note)
         return note
@@ -130,6 +132,7 @@ class ChatApp(App[None]):
     # -- jobs --------------------------------------------------------------------------------------------------------
 
     def begin(self, words: str, job: Coroutine[Any, Any, None]) -> None:
+        """Start the one job, which is called `words` in the status line."""
         self.busy = True
         self._say(f"{words}…")
         self.run_worker(self._finish(job), exit_on_error=False)

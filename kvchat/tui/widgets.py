@@ -145,6 +145,8 @@ class Prompt(TextArea):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "submit", "Send", show=False, id="prompt.send"),
         Binding("ctrl+j,shift+enter", "newline", "New line", show=False, id="prompt.newline"),
+        Binding("pageup", "app.scroll(-1)", show=False, id="page_up"),
+        Binding("pagedown", "app.scroll(1)", show=False, id="page_down"),
     ]
 
     @dataclass

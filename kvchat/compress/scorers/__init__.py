@@ -1,7 +1,7 @@
 """How much each KV pair of a segment matters. A method is one file and one line of `SCORERS`.
 
-A scorer that needs extra forward passes does not import the engine: it returns the token ids it wants run, and the session
-has the engine run them on a scratch tail, with the scorer as tap. Scorers ask, the engine runs.
+A scorer that needs extra forward passes does not import the engine: it returns the token ids it wants run, and the
+session has the engine run them on a scratch tail, with the scorer as tap. Scorers ask, the engine runs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """KVzip (arXiv 2505.23416): a pair matters as much as the model attends to it while it repeats the text.
 
-The segment is repeated in chunks, teacher-forced, after a user's message that asks for it. The hidden states of the pass see
-the whole cache; only the score's softmax is confined to the prefix, the chunk and the pass's own tokens. A pair's score is
-its largest probability over the queries of its group and all rows of the pass, but for rows of template tokens.
+The segment is repeated in chunks, teacher-forced, after a user's message that asks for it. The hidden states of the
+pass see the whole cache; only the score's softmax is confined to the prefix, the chunk and the pass's own tokens. A
+pair's score is its largest probability over the queries of its group and all rows of the pass, but for rows of
+template tokens.
 
-Letters: H KV heads, G query heads per KV head, R rows of a pass, M tokens of the chunk, P tokens of the prefix, D head_dim.
+Letters: H KV heads, G query heads per KV head, R rows of a pass, M tokens of the chunk, P tokens of the prefix, D
+head_dim.
 """
 
 from __future__ import annotations

@@ -1,0 +1,113 @@
+"""A process that is killed at any moment has lost nothing that it had said, and the conversation goes on.
+
+`KVCHAT_CRASH_ROUNDS=25` kills 25 times in each phase instead of twice. Phase and number of a kill draw its moment.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvchat.events import Notice, Progress, TurnDone
+from kvchat.handle import Session
+from kvchat.store import Store
+from tests.crash_child import QUESTIONS, start
+
+ROUNDS = int(os.environ.get("KVCHAT_CRASH_ROUNDS", "2"))
+PHASES = ("open", "prefill", "decode", "seal", "commit")
+LONGEST_DELAY_S = 0.02
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Program:
+    """The running `tests.crash_child`, and what one of its conversations is when nothing disturbs it."""
+
+    def __init__(self, process: subprocess.Popen[str], store: Path) -> None:
+        self._process = process
+        self.steps = self.run(store, "played", 1, 0.0)
+        self.said = contents(store)
+
+    def run(self, store: Path, step: str, number: int, delay_s: float) -> list[str]:
+        """Hold the conversation, and kill it `delay_s` after the `number`th `step`; all the steps that it said."""
+        process, steps = self._process, []
+        assert process.stdin and process.stdout
+        process.stdin.write(f"{store}\n")
+        process.stdin.flush()
+        pid = int(process.stdout.readline())
+        for line in process.stdout:
+            if line.startswith("end"):
+                assert int(line.removeprefix("end")) == -signal.SIGKILL
+                break
+            steps.append(line.strip())
+            if steps[-1] == step and steps.count(step) == number:
+                time.sleep(delay_s)  # the moment of death is the point
+                os.kill(pid, signal.SIGKILL)
+        return steps
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    command = [sys.executable, "-m", "tests.crash_child"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdin=-1, stdout=-1
+    ) as process:
+        yield Program(process, tmp_path_factory.mktemp("undisturbed") / "s.db")
+
+
+def contents(path: Path) -> list[str]:
+    """All messages of the only session, oldest first; none if there is no session yet."""
+    store = Store(path)
+    assert store.verify() == []
+    last = store.last_session()
+    said = [message.content for message in store.path(last.tip)] if last else []
+    store.close()
+    return said
+
+
+def go_on(session: Session) -> list[TurnDone]:
+    """Answer what waits for an answer, then ask what has not been asked."""
+    num_messages = len(session.messages())
+    replies = [list(session.resend())[-1]] if num_messages % 2 else []
+    replies += [session.ask(question) for question in QUESTIONS[(num_messages + 1) // 2 :]]
+    assert all(isinstance(reply, TurnDone) for reply in replies)
+    return replies  # type: ignore[return-value]
+
+
+def test_the_undisturbed_conversation_passes_every_phase(program: Program) -> None:
+    assert set(PHASES) <= set(program.steps)
+    assert program.said[::2] == QUESTIONS
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_process_loses_nothing_that_it_had_said(
+    program: Program, tmp_path: Path, phase: str, number: int
+) -> None:
+    draw = random.Random(f"{phase} {number}")
+    place = 1 if phase == "open" else draw.randint(1, program.steps.count(phase))
+    steps = program.run(tmp_path / "s.db", phase, place, draw.uniform(0, LONGEST_DELAY_S))
+    asked, answered = steps.count("asked"), steps.count("done")
+
+    saved = contents(tmp_path / "s.db")
+    assert saved == program.said[: len(saved)]
+    assert len(saved) >= asked + answered
+
+    told: list[Progress | Notice] = []
+    worker = start(tmp_path / "s.db", told.append)
+    session = worker.open("trip")
+    tokens = [len(message.token_ids) for message in session.messages()]
+    replies = go_on(session)
+    assert [message.content for message in session.messages()] == program.said
+    # A turn begins only when the KV of those before it is saved.
+    assert not replies or replies[0].usage.cached_tokens >= sum(tokens[: 2 * max(0, asked - 1)])
+    assert not any(isinstance(event, Notice) for event in told)
+    worker.close()
+    assert contents(tmp_path / "s.db") == program.said
