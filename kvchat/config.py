@@ -87,13 +87,13 @@ class GenerateConfig(Section):
     """Sampling of an answer; `temperature` 0 is greedy."""
 
     max_new_tokens: int = Field(default=512, ge=1)
-    temperature: float = Field(default=0.7, ge=0)
+    temperature: float = Field(default=0.7, ge=0, le=100)
     top_p: float = Field(default=0.95, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     """0 = off."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    seed: int | None = None
+    repetition_penalty: float = Field(default=1.0, ge=0.1, le=10)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
 
 
 class Config(BaseSettings):
@@ -135,7 +135,7 @@ class Config(BaseSettings):
             tree = TomlConfigSettingsSource(cls, file)() if file.is_file() else {}
             tree = _merge(_merge(tree, EnvSettingsSource(cls)()), _nested(overrides or {}))
             return cls(**tree)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not valid TOML: {error}") from None
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from None

@@ -165,7 +165,14 @@ class Session:
     def _turn(self, work: Callable[[], Iterator[Event]]) -> Iterator[Event]:
         self._check_open()
         self._stop.clear()
-        return self._worker.stream(work, self._conversation.finish)
+        return self._followed(self._worker.stream(work, self._conversation.finish))
+
+    def _followed(self, events: Iterator[Event]) -> Iterator[Event]:
+        """The events of a turn, which is stopped if nobody wants to see its end."""
+        try:
+            yield from events
+        finally:
+            self._stop.set()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -18,6 +18,10 @@ from transformers.generation.logits_process import (
 from kvchat.config import GenerateConfig
 
 
+GREEDY = 1e-3
+"""Temperatures below it would divide logits beyond float32: the best token is drawn then anyway."""
+
+
 class Sampler:
     """Draws the tokens of one answer.
 
@@ -28,7 +32,7 @@ class Sampler:
     """
 
     def __init__(self, settings: GenerateConfig, context: Sequence[int], device: torch.device) -> None:
-        self._greedy = settings.temperature == 0
+        self._greedy = settings.temperature < GREEDY
         self._processors = _processors(settings)
         self._ids = torch.tensor([list(context)], dtype=torch.int64, device=device) if self._processors else None
         self._random = torch.Generator(device)
@@ -55,7 +59,7 @@ def _processors(settings: GenerateConfig) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if settings.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.temperature == 0:
+    if settings.temperature < GREEDY:
         return processors
     if settings.temperature != 1.0:
         processors.append(TemperatureLogitsWarper(settings.temperature))

@@ -202,7 +202,7 @@ def _read_md(text: str) -> list[Any]:
     before = body[: headings[0].start()] if headings else body
     if before.strip():
         raise InputError(f"text before the first heading (## User, ## Assistant or ## System): {before.strip()[:40]!r}")
-    ends = [match.start() for match in headings[1:]] + [len(body)]
+    ends = [*(match.start() for match in headings[1:]), len(body)][: len(headings)]
     return [
         {"role": match[2].lower(), "content": _unescaped(body[match.end() : end])}
         for match, end in zip(headings, ends, strict=True)

@@ -1,8 +1,8 @@
 """One thread owns the model and the store; callers hand it work through a queue.
 
 After a turn's last visible token its caller goes on, and the thread seals and saves. A turn sent meanwhile waits for
-that. A failure in the background is told to the listener and raised by the next call; it is never lost, and the
-thread lives on.
+that. A failure in the background is raised by the next call, or told to the listener if there is none; it is never lost, and
+the thread lives on.
 """
 
 from __future__ import annotations
@@ -165,6 +165,8 @@ class Worker:
     def _run(self) -> None:
         while job := self._jobs.get():
             job()
+        if self._failure is not None:  # nobody has asked for anything since
+            self._listen(Notice(f"saving failed: {type(self._failure).__name__}: {self._failure}"))
         if hasattr(self, "_store"):
             self._store.close()
 
@@ -177,9 +179,10 @@ class Worker:
         try:
             for event in steps:
                 self.report(event)
-        except Exception as error:  # a process edge: told now, raised by the next call
-            self._failure = error
-            self._listen(Notice(f"saving in the background failed: {type(error).__name__}: {error}"))
+        except Exception as error:  # a process edge: raised by the next call
+            if self._failure is not None:
+                self._listen(Notice(f"saving failed: {type(error).__name__}: {error}"))
+            self._failure = self._failure or error
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None
@@ -196,7 +199,7 @@ class Worker:
             return conversation
         engine = self._engine(model or (info.model if info else self.config.model.name))
         if info is None:
-            name = name or f"{datetime.now():%Y-%m-%d-%H%M%S}"
+            name = f"{datetime.now():%Y-%m-%d-%H%M%S}" if name is None else name
             conversation = self._make(
                 self._store.create_session(name, engine.model.name, engine.model.fingerprint), engine
             )
@@ -222,9 +225,8 @@ class Worker:
         differing = fingerprint_difference(info.fingerprint, engine.model.fingerprint)
         if differing and not rebuild:
             raise FingerprintMismatch(
-                f"session {info.name!r} was made with {info.model}, and {', '.join(differing)} differ from "
-                f"{engine.model.name} as it is loaded now; open it with that model and "
-                "settings, or give --rebuild to compute its KV again"
+                f"session {info.name!r} was made with {info.model}; {engine.model.name} as it is loaded now differs in "
+                f"{', '.join(differing)}: open it with that model and settings, or give --rebuild to compute its KV again"
             )
         conversation = self._make(info, engine)
         if rebuild:
@@ -271,20 +273,16 @@ def open_session(
     listener: Listener | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Session:
-    """Resume the session `name` or begin it; it owns its model, and closing it frees both.
+    """Resume the session `name` or begin it; it owns its model, and closing it frees both. Raises KVChatError.
 
     Args:
         name: the session; None = the last one used, or a new one.
         model: Hugging Face id, folder, GGUF file or built-in name; None = the session's own, or the configured one.
         system: system prompt of a new session.
-        store: the database; None = the configured one.
-        config: a config.toml; None = the usual place.
+        store, config: the database and the config.toml; None = the usual ones.
         rebuild: compute saved KV again, also with another model.
         listener: called, in another thread, with progress that belongs to no turn.
         settings: dotted settings on top of the file, as in {"compress.keep_ratio": 0.3}.
-
-    Raises:
-        KVChatError: see `kvchat.errors`.
     """
     overrides = dict(settings or {}) | ({"store.path": str(store)} if store else {})
     worker = Worker(Config.load(Path(config) if config else None, overrides), listener)

@@ -38,7 +38,7 @@ ORDER = [
 EDGES = {"cli.py", "worker.py", "tui/app.py"}
 """The process edges, which report whatever is raised."""
 
-CLEANUPS = {"cli.py", "supported.py", "worker.py", "tui/app.py", "tui/turns.py"}
+CLEANUPS = {"cli.py", "migrations.py", "supported.py", "worker.py", "tui/app.py", "tui/turns.py"}
 """Where everything is caught to be cleaned up after or named, and raised again."""
 
 

@@ -91,17 +91,18 @@ class Ranking:
     @property
     def end(self) -> int:
         """One past the position of the last token."""
-        return self.start + self.chunk_of.shape[2]
+        return self.start + int(self.chunk_of.shape[2])
 
     @property
     def num_chunks(self) -> int:
         """Chunks, at least one."""
-        return len(self.sizes.tolist())
+        return len(self.sizes)
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Pairs of every chunk over all layers and heads, (C,)."""
-        return np.bincount(self.chunk_of.ravel())
+        sizes: npt.NDArray[np.int64] = np.bincount(self.chunk_of.ravel())
+        return sizes
 
     def counts(self, chunk: int) -> npt.NDArray[np.int64]:
         """Pairs of a chunk, (L, H)."""

@@ -109,7 +109,8 @@ class Transcript(VerticalScroll):
 
     async def show(self, messages: Sequence[Message]) -> None:
         """Replace everything with the newest of `messages`."""
-        self._earlier = list(messages)
+        # A system message without text is the template's own opening.
+        self._earlier = [message for message in messages if message.content or message.role != "system"]
         await self.remove_children()
         await self._mount_earlier()
         self.anchor()
