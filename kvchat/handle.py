@@ -14,8 +14,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kvchat.config import GenerateConfig
+from kvchat.engine import Stop
 from kvchat.errors import InputError
 from kvchat.events import Event, Reply, TurnDone, Usage
+from kvchat.jobs import raise_failure
 from kvchat.session import Conversation
 from kvchat.store import Message
 
@@ -33,7 +35,7 @@ class Session:
         """Called at the end of `close`."""
         self._worker = worker
         self._conversation = conversation
-        self._stop = threading.Event()
+        self._stops: set[threading.Event] = set()
         self._closed = False
 
     @property
@@ -64,8 +66,7 @@ class Session:
             InputError: the message is blank. CapacityError: it does not fit. ConfigError: a wrong sampling value.
         """
         settings, submitted = self._sampling(sampling), time.perf_counter()
-        conversation, stop = self._conversation, self._stop.is_set
-        return self._turn(lambda: conversation.send(text, settings, stop, submitted))
+        return self._turn(lambda stop: self._conversation.send(text, settings, stop, submitted))
 
     def ask(self, text: str, **sampling: Any) -> Reply:
         """One turn, whole; arguments and errors as for `send`."""
@@ -75,10 +76,10 @@ class Session:
         """Answer the newest message of the user once more; the former answer stays in the store as a branch."""
         settings, submitted = self._sampling(sampling), time.perf_counter()
 
-        def again() -> Iterator[Event]:
+        def again(stop: Stop) -> Iterator[Event]:
             conversation = self._conversation
             conversation.rewind(conversation.user_index(1) + 1)
-            return conversation.answer(settings, self._stop.is_set, submitted)
+            return conversation.answer(settings, stop, submitted)
 
         return self._turn(again)
 
@@ -88,23 +89,32 @@ class Session:
 
     def stop(self) -> None:
         """End the running turn, from any thread; what was generated stays."""
-        self._stop.set()
+        for event in list(self._stops):
+            event.set()
 
     # -- the conversation --------------------------------------------------------------------------------------------
 
     def append(self, messages: Sequence[Mapping[str, str]]) -> Usage:
         """Take in {"role", "content"} messages and generate nothing; progress goes to the listener."""
 
-        def take() -> Usage:
-            conversation, stop = self._conversation, self._stop.is_set
-            before = conversation.num_tokens
-            for event in conversation.append(messages, stop):
-                self._worker.report(event)
-            return Usage(conversation.num_tokens, before, conversation.num_tokens - before, 0)
+        stop = threading.Event()
 
-        self._stop.clear()
-        usage = self._call(take)
-        self._worker.background(self._conversation.finish)
+        def take() -> Usage:
+            steps = self._conversation.append(messages, stop.is_set)
+            while True:
+                try:
+                    self._worker.jobs.tell(next(steps))
+                except StopIteration as finished:
+                    usage: Usage = finished.value
+                    return usage
+
+        self._stops.add(stop)
+        try:
+            usage = self._call(take)
+        finally:
+            self._stops.discard(stop)
+        conversation = self._conversation
+        self._worker.jobs.put(lambda: self._worker.jobs.in_background(conversation.finish, conversation))
         return usage
 
     def logprobs(self, prompt: str, continuation: str) -> list[tuple[str, float]]:
@@ -144,9 +154,11 @@ class Session:
         """Save what is under way and let the memory go."""
         if not self._closed:
             self._closed = True
-            self._stop.set()
+            self.stop()
+            conversation = self._conversation
             try:
-                self._worker.call(lambda: self._worker.release(self._conversation))
+                self._worker.jobs.call(lambda: self._worker.release(conversation))
+                raise_failure(conversation)
             finally:
                 self.on_close()
 
@@ -160,19 +172,23 @@ class Session:
 
     def _call(self, work: Callable[[], Result]) -> Result:
         self._check_open()
-        return self._worker.call(work)
+        return self._worker.jobs.call(work, self._conversation)
 
-    def _turn(self, work: Callable[[], Iterator[Event]]) -> Iterator[Event]:
+    def _turn(self, work: Callable[[Stop], Iterator[Event]]) -> Iterator[Event]:
+        """Begin a turn now; it is stopped if nobody wants to see its end."""
         self._check_open()
-        self._stop.clear()
-        return self._followed(self._worker.stream(work, self._conversation.finish))
+        stop, conversation = threading.Event(), self._conversation
+        self._stops.add(stop)
+        events = self._worker.jobs.stream(lambda: work(stop.is_set), conversation.finish, conversation)
 
-    def _followed(self, events: Iterator[Event]) -> Iterator[Event]:
-        """The events of a turn, which is stopped if nobody wants to see its end."""
-        try:
-            yield from events
-        finally:
-            self._stop.set()
+        def followed() -> Iterator[Event]:
+            try:
+                yield from events
+            finally:
+                stop.set()
+                self._stops.discard(stop)
+
+        return followed()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -17,7 +17,7 @@ from typing import Literal
 from kvchat.codecs import frame
 from kvchat.errors import CodecError, CorruptFrame, StoreError
 from kvchat.migrations import explained, open_database, transaction
-from kvchat.queries import CANDIDATES
+from kvchat.queries import CANDIDATES, DROP_REPLACED
 from kvchat.records import SegmentRecord, now, segment_of
 
 
@@ -47,8 +47,8 @@ class KVStore:
             if self._db.execute("SELECT 1 FROM segments WHERE id = ?", [record.id]).fetchone() is None:
                 self._insert_segment(record, frames)
             self._db.execute(
-                "DELETE FROM segments WHERE kind = 'open' AND id IN (SELECT value FROM json_each(?))",
-                [json.dumps(list(replaces))],
+                DROP_REPLACED,
+                {"ids": json.dumps(list(replaces)), "messages": json.dumps(list(record.messages))},
             )
 
     def segment(self, segment_id: str) -> SegmentRecord | None:
@@ -59,7 +59,7 @@ class KVStore:
         """Segments of that fingerprint for a path, in order and not overlapping; what they leave out is a miss.
 
         (record, n): the first n messages of the record lie on the path. From the beginning on, the segment with the
-        most messages on the path wins, then sealed before open, then the one with the least beyond the path.
+        most messages on the path wins, then one that ends on it, then sealed before open, then the shortest.
         """
         rows = self._rows(CANDIDATES, ids=json.dumps(list(message_ids)), fingerprint=fingerprint)
         candidates = [_candidate(list(group)) for _, group in groupby(rows, key=lambda row: row["segment_id"])]
@@ -204,7 +204,7 @@ class _Candidate:
     id: str
     place: int
     count: int
-    order: tuple[int, int, bool, int, str]
+    order: tuple[int, int, bool, bool, int, str]
 
 
 def _candidate(rows: Sequence[sqlite3.Row]) -> _Candidate | None:
@@ -213,5 +213,6 @@ def _candidate(rows: Sequence[sqlite3.Row]) -> _Candidate | None:
     count = sum(row["ordinal"] == i and row["place"] == place + i for i, row in enumerate(rows))
     if count == 0:
         return None
+    beyond = rows[0]["num_messages"] > count
     segment_id, kind, end = rows[0]["segment_id"], rows[0]["kind"], rows[0]["end_token"]
-    return _Candidate(segment_id, place, count, (place, -count, kind != "sealed", end, segment_id))
+    return _Candidate(segment_id, place, count, (place, -count, beyond, kind != "sealed", end, segment_id))

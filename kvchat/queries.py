@@ -58,8 +58,20 @@ FROM hits CROSS JOIN messages USING (number) JOIN walk ON walk.id = messages.id
 JOIN sessions ON sessions.id = session_id
 GROUP BY number, session_id ORDER BY rank, sessions.updated DESC, sessions.id DESC LIMIT :limit
 """
+# A waiting turn's exact KV goes when a sealed segment holds it, unless another branch or session leaves the path there.
+DROP_REPLACED = """
+DELETE FROM segments WHERE kind = 'open' AND id IN (SELECT value FROM json_each(:ids)) AND NOT EXISTS (
+    SELECT 1 FROM segment_messages AS held WHERE held.segment_id = segments.id AND (
+        EXISTS (SELECT 1 FROM messages WHERE parent = held.message_id
+            AND id NOT IN (SELECT value FROM json_each(:messages))
+            AND held.message_id <> (SELECT value FROM json_each(:messages) ORDER BY key DESC LIMIT 1))
+        OR (held.message_id <> (SELECT value FROM json_each(:messages) ORDER BY key DESC LIMIT 1) AND (
+            EXISTS (SELECT 1 FROM sessions WHERE tip = held.message_id)
+            OR EXISTS (SELECT 1 FROM branches WHERE tip = held.message_id)))))
+"""
 CANDIDATES = """
-SELECT segment_id, ordinal, path.key AS place, kind, end_token
+SELECT segment_id, ordinal, path.key AS place, kind, end_token,
+    (SELECT count(*) FROM segment_messages AS all_of WHERE all_of.segment_id = segments.id) AS num_messages
 FROM json_each(:ids) AS path CROSS JOIN segment_messages ON message_id = path.value
 CROSS JOIN segments ON segments.id = segment_id
 WHERE fingerprint = :fingerprint ORDER BY segment_id, ordinal

@@ -59,6 +59,8 @@ class Residence:
         """Open segments that cover parts of the tail, each with one past the last position that is in use."""
         self.num_computed = 0
         """Tokens computed again since the last turn because no segment had them."""
+        self.notices: list[Notice] = []
+        """What went wrong where nobody could be told."""
         self._load_s: float | None = None
 
     # -- positions ---------------------------------------------------------------------------------------------------
@@ -137,7 +139,8 @@ class Residence:
         """A sealed segment of whose messages the first `used` lie on the path, with the chunks it may hold."""
         header = SegmentHeader.from_bytes(record.header)
         last = next(index for index, message in enumerate(path) if message.id == record.messages[used - 1])
-        return Resident(record.id, header, self.bounds(path)[last + 1], self._budget(header, path))
+        end = self.bounds(path)[last + 1]
+        return Resident(record.id, header, end, self._budget(header, end, path))
 
     def _wait_again(self, record: SegmentRecord, end: int) -> None:
         """Append an open segment's exact KV, up to position `end`, to the tail. Raises CodecError."""
@@ -155,7 +158,7 @@ class Residence:
         """Compute the KV of messages before index `last` that the cache does not stand for, sealing on the way."""
         bounds, ids, before = self.bounds(path), self.ids(path), self.cache.num_seen
         if before > bounds[-1]:  # a reply that was interrupted before its first token
-            self.cache.crop(bounds[-1])
+            self.cut(bounds[-1])
         for index in range(1, last + 1):
             long = bounds[index] - self.cache.tail_start >= self.config.compress.segment_min
             # Short messages are computed together: one pass over many tokens is far quicker than many passes.
@@ -187,6 +190,9 @@ class Residence:
         """Make the KV of all finished turns durable: seal what is long enough, save the rest, hold the budget."""
         if not path or (path[-1].role == "user" and self.cache.num_seen < self.bounds(path)[-1]):
             return  # interrupted while prefilling: the rest is computed when the question is answered
+        if len(path) > 1 and self.cache.num_seen < self.bounds(path)[-2]:
+            self._save_waiting(path)
+            return  # stopped while taking much in: the rest is computed with the next turn
         yield from self.restore(path)
         computed = self.num_computed
         yield from self.catch_up(path, len(path), "seal", lambda: False)
@@ -195,6 +201,15 @@ class Residence:
             yield from self._seal(path, len(path))
         self._save_waiting(path)
         self.hold(path)
+        if self.notices:  # what was to grow is damaged: compute it again
+            yield from self.tell()
+            yield from self.catch_up(path, len(path), "rebuild", lambda: False)
+            self._save_waiting(path)
+
+    def tell(self) -> Steps:
+        """Say what went wrong where nobody could be told."""
+        told, self.notices = self.notices, []
+        yield from told
 
     def _seal(self, path: Sequence[Message], last: int) -> Steps:
         """Seal the tail up to message `last`; afterwards memory holds what the store holds, not the exact KV."""
@@ -208,9 +223,13 @@ class Residence:
         try:
             resident = self._resident(stored, last - first, path)
             self.tiers.add({resident: self.tiers.load(resident).pieces()}, tail=bounds[last] - bounds[first])
+        except UnknownCodec as error:
+            yield Notice(f"a segment of a newer version stays as it is, and its KV exact for now: {error}")
+            return
         except CodecError as error:
             self.store.drop_segment(stored.id)
-            yield Notice(f"a segment could not be read back and was removed; its KV stays as it is for now: {error}")
+            self.waiting = []
+            yield Notice(f"a segment could not be read back and was removed; its KV stays exact for now: {error}")
             return
         self.waiting = []
 
@@ -262,26 +281,33 @@ class Residence:
         record = replace(record, header=header.to_bytes(), num_chunks=chunks, num_groups=groups)
         self.store.put_segment(record, frames, replaces)
 
-    def _budget(self, header: SegmentHeader, path: Sequence[Message]) -> int:
+    def _budget(self, header: SegmentHeader, end: int, path: Sequence[Message]) -> int:
         """Chunks that memory holds: all of a segment with one of the newest turns, else what `keep_ratio` gives."""
         asked = [index for index, message in enumerate(path[:-1]) if message.role == "user"]
         recent = asked[-self.config.compress.recent_turns :] if self.config.compress.recent_turns else []
-        if recent and header.ranking.end > self.bounds(path)[recent[0]]:
+        if recent and end > self.bounds(path)[recent[0]]:
             return header.ranking.num_chunks
         return chunks_within(header.ranking.sizes, self.config.compress.keep_ratio)
 
     def hold(self, path: Sequence[Message]) -> None:
         """Shrink and grow the sealed segments to what the budget gives each."""
-        self.tiers.hold({one.id: self._budget(one.header, path) for one in self.tiers.residents})
+        wanted = {one.id: self._budget(one.header, one.end, path) for one in self.tiers.residents}
+        for one in self.tiers.hold(wanted):
+            self.store.drop_segment(one.id)
+            turn = turn_of(path, self.bounds(path).index(one.start))
+            self.notices.append(Notice(f"saved KV from turn {turn} on is damaged and removed; it is computed again"))
+            self.cut(min(one.start, self.cache.num_seen))
 
     def crop(self, path: Sequence[Message]) -> None:
         """Forget what lies beyond the end of the path."""
-        end = self.bounds(path)[-1]
-        if self._load_s is None:
-            return
-        self.tiers.crop(min(end, self.cache.num_seen))
-        self.waiting = [(record, min(used, end)) for record, used in self.waiting if record.start < end]
-        self.hold(path)
+        if self._load_s is not None:
+            self.cut(min(self.bounds(path)[-1], self.cache.num_seen))
+            self.hold(path)
+
+    def cut(self, position: int) -> None:
+        """Forget every token from `position` on."""
+        self.tiers.crop(position)
+        self.waiting = [(record, min(used, position)) for record, used in self.waiting if record.start < position]
 
 
 def turn_of(path: Sequence[Message], index: int) -> int:

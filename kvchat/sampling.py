@@ -17,7 +17,6 @@ from transformers.generation.logits_process import (
 
 from kvchat.config import GenerateConfig
 
-
 GREEDY = 1e-3
 """Temperatures below it would divide logits beyond float32: the best token is drawn then anyway."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
+import torch
 from torch import Tensor
 
 from kvchat.cache.ragged import SegmentedCache
@@ -55,7 +56,7 @@ def describe(
         token_ids=tuple(ids[start:end]),
         protected=tuple(protected[start:end]),
         before=tuple(spoken[-8:]),
-        prefix_keys=prefix_keys(cache, prefix_length(path, num_sink_tokens) if start else 0),
+        prefix_keys=prefix_keys(cache, min(prefix_length(path, num_sink_tokens), start)),
         encode=encode,
         ask=lambda content: sample.ids[:low] + content + sample.ids[high:] + template.generation_prompt,
     )
@@ -77,10 +78,12 @@ def prefix_length(path: Sequence[Message], num_sink_tokens: int) -> int:
 
 
 def prefix_keys(cache: SegmentedCache, length: int) -> list[Tensor]:
-    """Keys (H, length, D) a layer: rows that every head keeps are its first, in its first chunk and in time order."""
+    """Keys (H, P, D) a layer of the tokens before position `length`, which every head keeps."""
     keys = []
     for layer in cache.layers:
-        rows, heads = layer.sealed, len(layer.sealed.cu_seqlens) - 1
-        first = [row for low in rows.cu_seqlens[:-1].tolist() for row in range(low, low + length)]
-        keys.append(rows.keys[first].view(heads, length, rows.keys.shape[1]))
+        rows = layer.sealed
+        heads = [rows.keys[low:high][rows.positions[low:high] < length] for low, high in pairwise(rows.bounds)]
+        # As many as all heads have: fewer than `length` only if more sinks are wanted now than at sealing.
+        least = min(len(head) for head in heads)
+        keys.append(torch.stack([head[:least] for head in heads]))
     return keys

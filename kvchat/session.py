@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from kvchat.config import GenerateConfig
 from kvchat.engine import Engine, Stop
 from kvchat.errors import CapacityError, InputError
-from kvchat.events import Delta, Event, FinishReason, Notice, Timings, TurnDone, Usage
+from kvchat.events import Delta, Event, FinishReason, Notice, Progress, Timings, TurnDone, Usage
 from kvchat.residence import Residence, Steps
 from kvchat.sampling import Sampler
 from kvchat.stats import describe
-from kvchat.store import Message, SessionInfo, Store
+from kvchat.store import Message, Role, SessionInfo, Store
 from kvchat.template import Piece
+
+Drafted = tuple[str, str, Piece]
+"""Role, text and ids of a message that is not committed yet."""
 
 INTERRUPTED: FinishReason = "interrupted"
 
@@ -64,6 +67,8 @@ class Conversation:
         self.path: list[Message] = store.path(info.tip)
         self.last: TurnDone | None = None
         self.seal_s = 0.0
+        self.failure: Exception | None = None
+        """What went wrong in the background since the last call."""
         self._template = engine.model.template
 
     @property
@@ -89,15 +94,19 @@ class Conversation:
             raise InputError("there is no question to answer; send a message first")
         residence, opening = self.residence, self._template.generation_prompt
         yield from residence.restore(self.path)
+        yield from residence.tell()
         yield from residence.catch_up(self.path, len(self.path) - 1, "rebuild", stop)
         prompt = [*residence.ids(self.path), *opening]
+        if residence.cache.num_seen >= len(prompt):  # no opening of a reply, and all is there: logits need a pass
+            residence.cut(residence.bounds(self.path)[-2])
         cached = residence.num_reused
         yield from self._warn(len(prompt))
         logits = yield from residence.prefill(prompt, len(prompt), "prefill", stop)
         draft, reason = Draft(submitted), INTERRUPTED
         if logits is not None:
             reason = yield from self._decode(logits, prompt, settings, stop, draft)
-        yield self._end_turn(draft, Usage(len(prompt), cached, len(prompt) - cached, len(draft.ids)), reason)
+        read = min(len(prompt), residence.cache.num_seen) - cached
+        yield self._end_turn(draft, Usage(len(prompt), cached, read, len(draft.ids)), reason)
 
     def _decode(
         self, logits: Tensor, prompt: Sequence[int], settings: GenerateConfig, stop: Stop, draft: Draft
@@ -105,23 +114,24 @@ class Conversation:
         """Generate into `draft`; returns why it ended."""
         model = self.engine.model
         most = min(settings.max_new_tokens, self._room(len(prompt)))
+        reason: FinishReason = "interrupted"
         stream = self._template.stream()
         sample = Sampler(settings, prompt, model.device)
         for token in self.engine.decode(self.residence.cache, logits, sample, model.stop_ids, stop):
             draft.times.append(time.perf_counter())
             if token in model.stop_ids:
-                return "stop"
+                reason = "stop"
+                break
             draft.ids.append(token)
             if text := stream.step(token):
                 draft.first_text = draft.first_text or draft.times[-1]
                 yield Delta(text)
             if len(draft.ids) >= most:
+                reason = "length" if most == settings.max_new_tokens else "context"
                 break
         if rest := stream.flush():
             yield Delta(rest)
-        if stop():
-            return "interrupted"
-        return "length" if most == settings.max_new_tokens else "context"
+        return reason
 
     def _end_turn(self, draft: Draft, usage: Usage, reason: FinishReason) -> TurnDone:
         """Commit the reply, if there is any, and describe the turn."""
@@ -139,10 +149,15 @@ class Conversation:
         """After the last visible token: give the reply's last tokens their KV, seal or save, hold to the budget."""
         begun = time.perf_counter()
         yield from self.residence.settle(self.path)
-        self.seal_s = time.perf_counter() - begun
-        if self.path and self.path[-1].timings:
-            timings = {**self.path[-1].timings, "seal_s": self.seal_s}
-            self.store.set_timings(self.path[-1].id, timings)
+        timings = self.path[-1].timings if self.path else None
+        if timings and timings["seal_s"] is None:
+            self.seal_s = time.perf_counter() - begun
+            self.path[-1] = replace(self.path[-1], timings={**timings, "seal_s": self.seal_s})
+            self.store.set_timings(self.path[-1].id, {**timings, "seal_s": self.seal_s})
+
+    def restore(self) -> Steps:
+        """Bring the KV back before it is needed."""
+        yield from self.residence.restore(self.path)
 
     # -- the path ----------------------------------------------------------------------------------------------------
 
@@ -159,32 +174,48 @@ class Conversation:
             InputError: an unknown role, a system message that is not the first, a blank message.
             CapacityError: the window has no room for all; nothing is saved then.
         """
-        asked = any(message.role == "user" for message in self.path)
-        drafts: list[tuple[str, str, Piece]] = []
+        self._commit(self._drafts(messages, self.path))
+
+    def _drafts(self, messages: Sequence[Mapping[str, str]], path: Sequence[Message]) -> list[Drafted]:
+        """Messages as they would stand after `path`, all checked. Errors as for `take`."""
+        asked = any(message.role == "user" for message in path)
+        drafts: list[Drafted] = []
         for number, message in enumerate(messages, 1):
-            role, text = message["role"], message["content"]
-            if not text.strip():
+            role, text = str(message.get("role")), message.get("content")
+            if not isinstance(text, str) or not (text.strip() or role == "assistant"):
                 raise InputError(f"message {number} is empty; write something, or leave it out")
+            if role == "system" and (path or drafts):
+                raise InputError(f"message {number} is a system message; only the first of a session can be one")
+            if not (path or drafts) and role != "system":
+                drafts.append(("system", "", self._template.system(None)))
             drafts.append((role, text, self._piece(number, role, text, asked)))
             asked = asked or role == "user"
-        needed = sum(len(piece.ids) for _, _, piece in drafts)
-        used = self.num_tokens
+        self._require_room(path, sum(len(piece.ids) for _, _, piece in drafts))
+        return [draft for draft in drafts if draft[2].ids]
+
+    def _require_room(self, path: Sequence[Message], needed: int) -> None:
+        used, window = self.residence.bounds(path)[-1], self.engine.model.context_window
         if self._room(used + needed) < 1:
-            window = self.engine.model.context_window
             raise CapacityError(
                 f"{needed} tokens do not fit: {used} of the model's window of {window} are in use; shorten the "
                 "message, fork from an earlier turn, or start a new session (nothing was cut)"
             )
-        self._commit(drafts)
 
-    def append(self, messages: Sequence[Mapping[str, str]], stop: Stop) -> Steps:
+    def append(self, messages: Sequence[Mapping[str, str]], stop: Stop) -> Generator[Progress | Notice, None, Usage]:
         """Take in messages, and compute and seal their KV; generates nothing. Errors as for `take`."""
-        yield from self.residence.restore(self.path)
-        if messages and messages[0].get("role") == "system":
-            self._replace_opening()
-        self.take(messages)
-        yield from self.residence.catch_up(self.path, len(self.path), "import", stop)
-        self.residence.num_computed = 0
+        residence = self.residence
+        yield from residence.restore(self.path)
+        given = bool(messages) and messages[0].get("role") == "system"
+        # A given system message takes the place of the template's own opening, if that is all there is.
+        fresh = given and len(self.path) == 1 and self.path[0].role == "system" and not self.path[0].content
+        drafts = self._drafts(messages, [] if fresh else self.path)
+        if fresh:
+            self.rewind(0)
+        cached = residence.num_reused
+        self._commit(drafts)
+        yield from residence.catch_up(self.path, len(self.path), "import", stop)
+        residence.num_computed = 0
+        return Usage(self.num_tokens, cached, residence.cache.num_seen - cached, 0)
 
     def rewind(self, index: int) -> None:
         """Go back to just before message `index` of the path; the branch left stays in the store."""
@@ -205,13 +236,15 @@ class Conversation:
 
     def logprobs(self, prompt: str, continuation: str) -> list[tuple[str, float]]:
         """Natural log-probability of each token of `continuation` as the answer to `prompt`; nothing changes."""
-        for _ in self.residence.restore(self.path):
-            pass
-        for _ in self.residence.catch_up(self.path, len(self.path), "rebuild", lambda: False):
-            pass
         reply = self._template.assistant(continuation)
-        ids = reply.ids[slice(*reply.content_span)]
-        values = self.engine.logprobs(self.residence.cache, self.question(prompt), ids)
+        ids, question = reply.ids[slice(*reply.content_span)], self.question(prompt)
+        if not ids or not prompt.strip():
+            raise InputError("prompt and continuation must not be empty")
+        self._require_room(self.path, len(question) + len(ids))
+        self.residence.notices += [event for event in self.restore() if isinstance(event, Notice)]
+        missing = self.residence.catch_up(self.path, len(self.path), "rebuild", lambda: False)
+        self.residence.notices += [event for event in missing if isinstance(event, Notice)]
+        values = self.engine.logprobs(self.residence.cache, question, ids)
         return [(self._template.text([token]), value) for token, value in zip(ids, values, strict=True)]
 
     def question(self, text: str) -> tuple[int, ...]:
@@ -229,27 +262,31 @@ class Conversation:
 
     def rebuild(self, retokenise: bool) -> None:
         """Drop the KV of the path, to be computed again; `retokenise` makes new ids from the texts, as a new branch."""
-        for record, _ in self.store.cover([message.id for message in self.path], self.residence.fingerprint):
-            self.store.drop_segment(record.id)
-        if retokenise:
-            said = [{"role": message.role, "content": message.content} for message in self.path if message.content]
+        said = [{"role": message.role, "content": message.content} for message in self.path]
+        opening = bool(said) and said[0]["role"] == "system" and not said[0]["content"]
+        drafts = self._drafts(said[opening:], []) if retokenise else []
+        while cover := self.store.cover([message.id for message in self.path], self.residence.fingerprint):
+            for record, _ in cover:
+                self.store.drop_segment(record.id)
+        if drafts:
             self.rewind(0)
-            if not said or said[0]["role"] != "system":
-                self.begin(None)
-            self.take(said)
+            self._commit(drafts)
 
     def stats(self) -> dict[str, Any]:
         """Tokens, pairs and bytes of the whole, of each segment and, in proportion, of each turn."""
-        for _ in self.residence.restore(self.path):
-            pass
+        self.residence.notices += [event for event in self.restore() if isinstance(event, Notice)]
         return describe(self)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _piece(self, number: int, role: str, text: str, asked: bool) -> Piece:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"message {number} is not valid Unicode at character {error.start}; mend it there"
+            ) from None
         if role == "system":
-            if number > 1 or self.path:
-                raise InputError(f"message {number} is a system message; only the first of a session can be one")
             return self._template.system(text)
         if role == "user":
             return self._template.user(text, first=not asked)
@@ -257,17 +294,12 @@ class Conversation:
             return self._template.assistant(text)
         raise InputError(f"message {number} has the role {role!r}; known roles: system, user, assistant")
 
-    def _replace_opening(self) -> None:
-        """Make room for a given system message where only the template's own opening has been written."""
-        if len(self.path) == 1 and self.path[0].role == "system" and not self.path[0].content:
-            self.rewind(0)
-
-    def _commit(self, drafts: Sequence[tuple[Any, str, Piece]], **about: Any) -> None:
+    def _commit(self, drafts: Sequence[Drafted], **about: Any) -> None:
         """Append messages to the path, in the store first."""
         tip = parent = self.path[-1].id if self.path else None
         messages = []
         for role, text, piece in drafts:
-            messages.append(Message.new(parent, role, text, piece.ids, piece.content_span, **about))
+            messages.append(Message.new(parent, cast(Role, role), text, piece.ids, piece.content_span, **about))
             parent = messages[-1].id
         self.store.add_messages(self.info.id, messages, tip)
         self.path += messages

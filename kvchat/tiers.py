@@ -7,12 +7,16 @@ attached so. Tiers do not import the store: they are given a `fetch`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
 
 from kvchat.cache.ragged import Piece, SegmentedCache
 from kvchat.cache.segment import LayerKV
 from kvchat.codecs import SegmentHeader, decode_frame
+from kvchat.errors import CodecError
 
 Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, bytes]]]
 """Segment id and chunks to (chunk, group, blob), ordered by chunk and group; raises CorruptFrame."""
@@ -37,7 +41,7 @@ class Resident:
 class Loading:
     """Rank chunks of a segment on their way into memory, decoded on the pool's threads."""
 
-    def __init__(self, resident: Resident, decoding: Sequence[tuple[int, Future[list[LayerKV]]]]) -> None:
+    def __init__(self, resident: Resident, decoding: Sequence[tuple[int, Callable[[], list[LayerKV]]]]) -> None:
         self.resident = resident
         self._decoding = decoding
 
@@ -45,7 +49,7 @@ class Loading:
         """Rows before the resident's end, a LayerKV a layer; waits for them. Raises CodecError."""
         resident, pieces = self.resident, dict[Piece, list[LayerKV]]()
         for chunk, rows in self._decoding:
-            pieces.setdefault(Piece(resident.start, chunk), []).extend(rows.result())
+            pieces.setdefault(Piece(resident.start, chunk), []).extend(rows())
         if resident.end < resident.header.ranking.end:
             return {piece: [rows.before(resident.end) for rows in layers] for piece, layers in pieces.items()}
         return pieces
@@ -72,10 +76,18 @@ class Tiers:
         return Loading(
             resident,
             [
-                (chunk, self._pool.submit(decode_frame, header, chunk, group, blob, device))
+                (chunk, self._decoding(header, chunk, group, blob, device))
                 for chunk, group, blob in self._fetch(resident.id, range(first, resident.chunks))
             ],
         )
+
+    def _decoding(
+        self, header: SegmentHeader, chunk: int, group: int, blob: bytes, device: torch.device
+    ) -> Callable[[], list[LayerKV]]:
+        try:
+            return self._pool.submit(decode_frame, header, chunk, group, blob, device).result
+        except RuntimeError:  # the interpreter is ending, and its pools with it
+            return partial(decode_frame, header, chunk, group, blob, device)
 
     def add(self, loaded: Mapping[Resident, Mapping[Piece, Sequence[LayerKV]]], tail: int = 0) -> None:
         """Attach loaded segments, all at once, in place of the first `tail` tokens of the tail."""
@@ -86,20 +98,29 @@ class Tiers:
         self.cache.attach(pieces, max(resident.end for resident in loaded))
         self.residents = sorted([*self.residents, *loaded], key=lambda one: one.start)
 
-    def hold(self, wanted: Mapping[str, int]) -> None:
-        """Shrink or grow the named segments to so many chunks; shrinks come first, so that the peak stays low."""
-        targets = [replace(one, chunks=wanted.get(one.id, one.chunks)) for one in self.residents]
+    def hold(self, wanted: Mapping[str, int]) -> list[Resident]:
+        """Shrink or grow segments to so many chunks, shrinks first so that the peak stays low.
+
+        Returns the segments of which chunks that were to come are damaged; they stay as small as they were.
+        """
+        shrunk = [replace(one, chunks=min(one.chunks, wanted.get(one.id, one.chunks))) for one in self.residents]
         dropped = {
             Piece(old.start, chunk)
-            for old, new in zip(self.residents, targets, strict=True)
+            for old, new in zip(self.residents, shrunk, strict=True)
             for chunk in range(new.chunks, old.chunks)
         }
         if dropped:
             self.cache.keep([piece for piece in self.cache.pieces if piece not in dropped])
-        for index, (old, new) in enumerate(zip(self.residents, targets, strict=True)):
-            if new.chunks > old.chunks:
-                self.cache.attach(self.load(new, first=old.chunks).pieces(), new.end)
-            self.residents[index] = new
+        self.residents, damaged = shrunk, []
+        for index, one in enumerate(shrunk):
+            if (chunks := wanted.get(one.id, one.chunks)) > one.chunks:
+                larger = replace(one, chunks=chunks)
+                try:
+                    self.cache.attach(self.load(larger, first=one.chunks).pieces(), larger.end)
+                    self.residents[index] = larger
+                except CodecError:
+                    damaged.append(one)
+        return damaged
 
     def crop(self, position: int) -> None:
         """Forget every token from `position` on."""

@@ -65,7 +65,7 @@ def play(store: Path) -> None:
     connections: list[sqlite3.Connection] = []
     sys.addaudithook(lambda event, arguments: watch(event, arguments, connections))
     worker = start(store, announce)
-    worker.call(lambda: trace(connections[0]))
+    worker.jobs.call(lambda: trace(connections[0]))
     session = worker.open("trip")
     for question in QUESTIONS:
         events = session.send(question)
