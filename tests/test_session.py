@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -405,3 +406,61 @@ def test_a_turn_that_nobody_follows_to_its_end_is_stopped(opener: Open) -> None:
         if isinstance(event, Delta):
             break
     assert session.messages()[-1].finish_reason == "interrupted"
+
+
+def test_a_stop_belongs_to_the_turn_that_was_running(opener: Open) -> None:
+    session = opener(generate__max_new_tokens=30).open("trip")
+    running = session.send(QUESTIONS[0])
+    next(running)
+    running = session.send(QUESTIONS[1])
+    *_, done = running
+    assert isinstance(done, TurnDone)
+    assert done.finish_reason in ("length", "stop")
+
+
+def test_a_listener_that_raises_does_not_stop_the_thread(opener: Open) -> None:
+    def refuse(event: Any) -> None:
+        raise RuntimeError("no")
+
+    session = opener(listener=refuse).open("trip")
+    with pytest.raises(RuntimeError, match="no"):
+        for question in QUESTIONS * 2:
+            session.ask(question)
+            session.settle()
+    assert session.ask("Still there?").text
+
+
+def test_damage_in_chunks_that_were_not_held_is_found_when_they_are_wanted(opener: Open, tmp_path: Path) -> None:
+    worker = opener(compress__segment_min=1)
+    session = worker.open("trip")
+    play(session)
+    session.settle()
+    where = "chunk = 6 AND segment_id = (SELECT id FROM segments WHERE start_token > 0 ORDER BY start_token LIMIT 1)"
+    flip_a_bit(tmp_path / "s.db", "frames", "body", where)
+    session.rewind(2)
+    events = list(session.send("And then?"))
+    assert any(isinstance(event, Notice) and "damaged" in event.text for event in events)
+    session.settle()
+    stats = session.stats()
+    assert stats["num_seen"] == stats["num_tokens"]
+    worker.close()
+    store = Store(tmp_path / "s.db")
+    assert store.verify() == []
+    store.close()
+
+
+def test_a_rebuild_that_fails_changes_nothing(opener: Open) -> None:
+    worker = opener()
+    session = worker.open("trip")
+    play(session, QUESTIONS[:2])
+    said = [message.content for message in session.messages()]
+    worker.close()
+    narrow = Worker(
+        worker.config,
+        None,
+        lambda *_: replace(make_model("qwen3"), context_window=60, fingerprint={"tokenizer": "another"}),
+    )
+    with pytest.raises(CapacityError):
+        narrow.open("trip", rebuild=True)
+    narrow.close()
+    assert [message.content for message in opener().open("trip").messages()] == said

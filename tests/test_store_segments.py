@@ -73,8 +73,16 @@ def test_sealing_replaces_the_open_segments(store: Store) -> None:
     assert store.segment(opens[0]) is None and store.segment(opens[1]) is None
     assert covered(store, chain) == [(sealed[0].id, 4), (opens[2], 2)]
     assert store.stats()["frames"] == 4 + 2
-    put(store, sealed, opens[2:])
-    assert store.segment(opens[2]) is None
+
+
+def test_exact_kv_that_another_branch_still_needs_is_kept(store: Store) -> None:
+    _, chain = converse(store, "trip", *WORDS)
+    waiting = put(store, segment(chain, 0, 2, kind="open", num_chunks=1))
+    store.fork("trip", "other", chain[1].id)
+    sealed = segment(chain, 0, 4)
+    put(store, sealed, [waiting])
+    assert covered(store, chain) == [(sealed[0].id, 4)]
+    assert covered(store, chain[:2]) == [(waiting, 2)]
 
 
 def test_a_sealed_segment_is_never_replaced(store: Store) -> None:
@@ -165,7 +173,7 @@ def test_another_fingerprint_is_a_miss(store: Store) -> None:
     assert covered(store, chain, "f3") == []
 
 
-def test_at_equal_start_more_messages_win_then_sealed_then_the_closer_fit(store: Store) -> None:
+def test_at_equal_start_more_messages_win_then_the_one_that_ends_there_then_sealed(store: Store) -> None:
     _, chain = converse(store, "trip", *WORDS)
     waiting = put(store, segment(chain, 0, 2, kind="open"))
     sealed = put(store, segment(chain, 0, 2))
@@ -173,9 +181,9 @@ def test_at_equal_start_more_messages_win_then_sealed_then_the_closer_fit(store:
     assert covered(store, chain) == [(longer, 4)]
     assert covered(store, chain[:2]) == [(sealed, 2)]
     store.drop_segment(sealed)
-    assert covered(store, chain[:2]) == [(longer, 2)]
-    store.drop_segment(longer)
     assert covered(store, chain[:2]) == [(waiting, 2)]
+    store.drop_segment(waiting)
+    assert covered(store, chain[:2]) == [(longer, 2)]
 
 
 def test_a_segment_that_starts_before_the_path_asked_for_is_no_help(store: Store) -> None:
