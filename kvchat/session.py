@@ -229,7 +229,7 @@ class Conversation:
         Raises:
             InputError: there are not so many turns.
         """
-        asked = [index for index, message in enumerate(self.path) if message.role == "user"]
+        asked = self._questions()
         if not 1 <= turns <= len(asked):
             raise InputError(f"this session has {len(asked)} turns; {turns} cannot be taken back")
         return asked[-turns]
@@ -241,9 +241,8 @@ class Conversation:
         if not ids or not prompt.strip():
             raise InputError("prompt and continuation must not be empty")
         self._require_room(self.path, len(question) + len(ids))
-        self.residence.notices += [event for event in self.restore() if isinstance(event, Notice)]
-        missing = self.residence.catch_up(self.path, len(self.path), "rebuild", lambda: False)
-        self.residence.notices += [event for event in missing if isinstance(event, Notice)]
+        self._unseen(self.restore())
+        self._unseen(self.residence.catch_up(self.path, len(self.path), "rebuild", lambda: False))
         values = self.engine.logprobs(self.residence.cache, question, ids)
         return [(self._template.text([token]), value) for token, value in zip(ids, values, strict=True)]
 
@@ -254,7 +253,7 @@ class Conversation:
 
     def fork(self, name: str, at: int | None) -> None:
         """Store a session that shares this path up to the end of turn `at`; InputError if there is no such turn."""
-        asked = [index for index, message in enumerate(self.path) if message.role == "user"]
+        asked = self._questions()
         if at is not None and not 1 <= at <= len(asked):
             raise InputError(f"this session has {len(asked)} turns; there is no turn {at} to fork at")
         end = len(self.path) if at is None or at == len(asked) else asked[at]
@@ -274,10 +273,18 @@ class Conversation:
 
     def stats(self) -> dict[str, Any]:
         """Tokens, pairs and bytes of the whole, of each segment and, in proportion, of each turn."""
-        self.residence.notices += [event for event in self.restore() if isinstance(event, Notice)]
+        self._unseen(self.restore())
         return describe(self)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _questions(self) -> list[int]:
+        """Where in the path the user's messages stand."""
+        return [index for index, message in enumerate(self.path) if message.role == "user"]
+
+    def _unseen(self, steps: Steps) -> None:
+        """Take steps that nobody follows; what they say is told with the next turn."""
+        self.residence.notices += [event for event in steps if isinstance(event, Notice)]
 
     def _piece(self, number: int, role: str, text: str, asked: bool) -> Piece:
         try:
