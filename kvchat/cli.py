@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvchat import cli_store
+from kvchat import cli_eval, cli_store
 from kvchat.errors import InputError, KVChatError, SessionExists
 from kvchat.flags import Json, ModelFlags, WorkerFactory, command
 
@@ -238,9 +238,12 @@ def stats(flags: ModelFlags, name: Name, as_json: Json = False) -> None:
 @command
 def bench(
     flags: ModelFlags,
-    kind: Annotated[Literal["resume", "decode", "seal"], typer.Argument(help="What to measure.")],
-    tokens: Annotated[int | None, typer.Option(min=1, help="Length of the history.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Repetitions; medians are shown.")] = None,
+    kind: Annotated[
+        Literal["all", "resume", "decode", "prefill", "store", "memory", "seal"],
+        typer.Argument(help="What to measure."),
+    ] = "all",
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the history.")] = 6000,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians are shown.")] = 5,
     messages: Annotated[Path | None, typer.Option(help="A conversation as the history.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -250,16 +253,13 @@ def bench(
     from kvchat.plain import Status
 
     history = transcript.read(messages) if messages else None
-    options = {"tokens": tokens, "rounds": rounds, "messages": history}
     status = Status()
     try:
-        figures = benchmark.run(
-            kind, flags.settings(), status, **{key: value for key, value in options.items() if value is not None}
-        )
+        figures = benchmark.run(kind, flags.settings(), status, tokens, rounds, history)
     finally:
         status.clear()
     if not as_json:
-        cli_store.print_table([{"figure": key, "value": value} for key, value in figures.items()], sys.stderr)
+        cli_store.print_table(list(benchmark.rows(figures)), sys.stderr)
     print(json.dumps(figures, ensure_ascii=False))
 
 
@@ -292,6 +292,7 @@ def doctor_(flags: ModelFlags, as_json: Json = False) -> None:
 
 
 app.add_typer(cli_store.app)
+app.add_typer(cli_eval.app, name="eval")
 
 if __name__ == "__main__":
     sys.exit(main())

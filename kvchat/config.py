@@ -54,7 +54,7 @@ class StoreConfig(Section):
 class CompressConfig(Section):
     """What is kept of a sealed segment."""
 
-    scorer: Literal["kvzip"] = "kvzip"
+    scorer: Literal["kvzip", "random"] = "kvzip"
     keep_ratio: float = Field(default=0.5, gt=0, le=1)
     """Fraction of a segment's KV pairs held in memory; the store always keeps all."""
     recent_turns: int = Field(default=2, ge=0)
@@ -77,10 +77,28 @@ class CompressConfig(Section):
         return cuts
 
 
+CODEC_NAMES = ("raw", *(f"k{keys}v{values}" for keys in (8, 4, 3, 2) for values in (8, 4, 3, 2)))
+"""Names of `kvchat.codecs.CODECS`: k and v with the bits of keys and values."""
+
+
 class CodecConfig(Section):
     """How sealed KV is written down."""
 
-    name: Literal["raw", "k8v8"] = "k8v8"
+    name: str | tuple[str, ...] = "k8v8"
+    """One of CODEC_NAMES, or one for each entry of `compress.rank_chunks`; the last serves all further entries."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _known(cls, name: Any) -> Any:
+        names = [name] if isinstance(name, str) else name
+        if not isinstance(names, list | tuple) or not names or not all(one in CODEC_NAMES for one in names):
+            raise ValueError(f"must be one of {', '.join(CODEC_NAMES)}, or a list of them")
+        return name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name, or each of them."""
+        return (self.name,) if isinstance(self.name, str) else self.name
 
 
 class GenerateConfig(Section):
@@ -146,6 +164,13 @@ class Config(BaseSettings):
             return GenerateConfig(**{**self.generate.model_dump(), **given})
         except ValidationError as error:
             raise ConfigError(_one_line(error, "generate")) from None
+
+    def replaced(self, values: Mapping[str, Any]) -> Config:
+        """These settings with some replaced, by dotted key, as in {"compress.keep_ratio": 0.3}. Raises ConfigError."""
+        try:
+            return Config(**_merge(self.model_dump(), _nested(dict(values))))
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from None
 
     @property
     def store_path(self) -> Path:

@@ -6,6 +6,7 @@ Letters: V vocabulary, q tokens of one forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -87,12 +88,33 @@ class Engine:
         with cache.scratch(tap):
             self.model.network.base_model(**self._inputs(cache, ids))
 
+    def predict(self, cache: SegmentedCache, prompt: Sequence[int], continuation: Sequence[int]) -> Tensor:
+        """Logits (len(continuation), V) that foretell each token of `continuation`; the cache is left as it was."""
+        ids, first, rows = [*prompt, *continuation[:-1]], len(prompt) - 1, []
+        with cache.scratch():
+            for start in range(0, len(ids), self.chunk_size):
+                part = ids[start : start + self.chunk_size]
+                wanted = max(0, start + len(part) - max(first, start))
+                logits = self.forward(cache, part, logits=max(1, wanted))
+                rows.append(logits[len(logits) - wanted :])
+        return torch.cat(rows)
+
     def logprobs(self, cache: SegmentedCache, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
         """Natural log-probability of each token of `continuation` after `prompt`; the cache is left as it was."""
+        rows = self.predict(cache, prompt, continuation).float().log_softmax(-1)
+        wanted = torch.tensor(list(continuation), device=rows.device)
+        values: list[float] = rows.gather(1, wanted[:, None])[:, 0].tolist()
+        return values
+
+    def greedy(self, cache: SegmentedCache, prompt: Sequence[int], most: int) -> list[int]:
+        """The likeliest answer to `prompt`, at most `most` tokens, its end not included; the cache is left as it was."""
         with cache.scratch():
             for start in range(0, len(prompt), self.chunk_size):
-                last = self.forward(cache, prompt[start : start + self.chunk_size])
-            rest = self.forward(cache, continuation, logits=len(continuation))
-            rows = torch.cat([last[-1:], rest[:-1]]).float().log_softmax(-1)
-            wanted = torch.tensor(list(continuation), device=rows.device)
-            return rows.gather(1, wanted[:, None])[:, 0].tolist()
+                logits = self.forward(cache, prompt[start : start + self.chunk_size])[-1]
+            tokens = islice(self.decode(cache, logits, likeliest, self.model.stop_ids, lambda: False), most)
+            return [token for token in tokens if token not in self.model.stop_ids]
+
+
+def likeliest(logits: Tensor) -> int:
+    """Greedy sampling of (V,) logits."""
+    return int(logits.argmax())

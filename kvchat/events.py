@@ -12,12 +12,12 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length", "interrupted", "context"]
 """stop: the model ended its turn; length: max_new_tokens; interrupted: the user; context: the window is full."""
 
-Phase = Literal["download", "convert", "load", "restore", "rebuild", "prefill", "import", "seal"]
+Phase = Literal["download", "convert", "load", "restore", "rebuild", "prefill", "import", "seal", "evaluate"]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` units (bytes for a download, tokens otherwise) of a phase; total 0 = unknown."""
+    """`done` of `total` units (bytes for a download, runs for an evaluation, else tokens) of a phase; total 0 = unknown."""
 
     phase: Phase
     done: int

@@ -98,9 +98,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _options(flags: type[StoreFlags]) -> dict[str, inspect.Parameter]:
     """The annotated fields of `flags` as keyword parameters."""
-    parameters = inspect.signature(flags, eval_str=True).parameters
+    hints: dict[str, Any] = {}
+    for base in reversed(flags.__mro__):  # each in the names of its own module
+        hints |= inspect.get_annotations(base, eval_str=True)
     kind = inspect.Parameter.KEYWORD_ONLY
-    return {name: option.replace(kind=kind) for name, option in parameters.items() if name != "factory"}
+    given = [item for item in fields(flags) if item.name != "factory"]
+    return {
+        item.name: inspect.Parameter(item.name, kind, default=item.default, annotation=hints[item.name])
+        for item in given
+    }
 
 
 def _joined(flags: type[StoreFlags], before: dict[str, Any], after: dict[str, Any]) -> StoreFlags:

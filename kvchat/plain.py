@@ -28,6 +28,7 @@ LABELS = {
     "prefill": "Reading",
     "import": "Importing",
     "seal": "Sealing",
+    "evaluate": "Measuring",
 }
 HELP = """\
 /retry        answer the last message again
@@ -99,6 +100,7 @@ def _bars(stream: TextIO) -> Bars:
 def _amount(event: Progress) -> str:
     """'1200/6000 tokens' or '12.5/98.0 MB'."""
     scale, unit = (1e6, "MB") if event.phase in ("download", "convert", "load") else (1, "tokens")
+    unit = "runs" if event.phase == "evaluate" else unit
     figures = [f"{count / scale:.1f}" if scale > 1 else str(count) for count in (event.done, event.total) if count]
     return f"{'/'.join(figures)} {unit}" if figures else ""
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader, decode_frame, encode_segment
-from kvchat.compress.compressor import chunks_within
+from kvchat.compress.compressor import chunks_within, codecs_for
 from kvchat.config import Config
 from kvchat.engine import Engine, Stop
 from kvchat.errors import CodecError, UnknownCodec
 from kvchat.events import Notice, Phase, Progress
 from kvchat.model import fingerprint_id
-from kvchat.sealing import rank_turns
+from kvchat.sealing import cuts_of, rank_turns
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Resident, Tiers
 
@@ -140,7 +140,7 @@ class Residence:
         header = SegmentHeader.from_bytes(record.header)
         last = next(index for index, message in enumerate(path) if message.id == record.messages[used - 1])
         end = self.bounds(path)[last + 1]
-        return Resident(record.id, header, end, self._budget(header, end, path))
+        return Resident(record.id, header, end, self.budget(header.ranking, end, path))
 
     def _wait_again(self, record: SegmentRecord, end: int) -> None:
         """Append an open segment's exact KV, up to position `end`, to the tail. Raises CodecError."""
@@ -215,7 +215,7 @@ class Residence:
         """Seal the tail up to message `last`; afterwards memory holds what the store holds, not the exact KV."""
         bounds = self.bounds(path)
         first = bounds.index(self.cache.tail_start)
-        record = self._record("sealed", self.config.codec.name, path[first:last], bounds[first])
+        record = self._record("sealed", ",".join(self.config.codec.names), path[first:last], bounds[first])
         if self.store.segment(record.id) is None:
             yield from self._write(record, path, first, last)
         stored = self.store.segment(record.id)
@@ -240,8 +240,10 @@ class Residence:
         tail = [layer.tail() for layer in self.cache.layers]
         tokens = record.end - record.start
         keys, values = [k[:, :tokens] for k, _ in tail], [v[:, :tokens] for _, v in tail]
+        compress = self.config.compress
+        codecs = codecs_for(cuts_of(compress), compress.rank_chunks, record.codec.split(","))
         try:
-            header, frames = encode_segment(record.codec, keys, values, ranking)
+            header, frames = encode_segment(codecs, keys, values, ranking)
         except CodecError as error:
             yield Notice(f"this segment is written with codec raw: {error}")
             record = replace(record, codec="raw")
@@ -281,17 +283,17 @@ class Residence:
         record = replace(record, header=header.to_bytes(), num_chunks=chunks, num_groups=groups)
         self.store.put_segment(record, frames, replaces)
 
-    def _budget(self, header: SegmentHeader, end: int, path: Sequence[Message]) -> int:
+    def budget(self, ranking: Ranking, end: int, path: Sequence[Message]) -> int:
         """Chunks that memory holds: all of a segment with one of the newest turns, else what `keep_ratio` gives."""
         asked = [index for index, message in enumerate(path[:-1]) if message.role == "user"]
         recent = asked[-self.config.compress.recent_turns :] if self.config.compress.recent_turns else []
         if recent and end > self.bounds(path)[recent[0]]:
-            return header.ranking.num_chunks
-        return chunks_within(header.ranking.sizes, self.config.compress.keep_ratio)
+            return ranking.num_chunks
+        return chunks_within(ranking.sizes, self.config.compress.keep_ratio)
 
     def hold(self, path: Sequence[Message]) -> None:
         """Shrink and grow the sealed segments to what the budget gives each."""
-        wanted = {one.id: self._budget(one.header, one.end, path) for one in self.tiers.residents}
+        wanted = {one.id: self.budget(one.header.ranking, one.end, path) for one in self.tiers.residents}
         for one in self.tiers.hold(wanted):
             self.store.drop_segment(one.id)
             turn = turn_of(path, self.bounds(path).index(one.start))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
 from kvchat.compress.compressor import rank
-from kvchat.compress.scorers import SCORERS, Subject
+from kvchat.compress.scorers import SCORERS, Scorer, Subject
 from kvchat.config import CompressConfig
 from kvchat.engine import Engine
 from kvchat.events import Progress
@@ -24,16 +24,28 @@ def rank_turns(
 ) -> Generator[Progress, None, Ranking]:
     """Rank the pairs of messages [first, last), whose tokens begin the tail; the cache is left as it was."""
     subject = describe(engine.model.template, cache, path, first, last, config.num_sink_tokens)
-    # Passes stand behind the conversation: near the window's end they are cut shorter, to stay within it.
-    room = max(256, engine.model.context_window - cache.num_seen - 64)
-    scorer = SCORERS[config.scorer](subject, min(config.score_chunk, room))
-    done, total = 0, len(subject.token_ids)
+    scorer = SCORERS[config.scorer](subject, pass_length(engine, cache, config))
+    yield from run_passes(engine, cache, scorer, len(subject.token_ids))
+    return rank(scorer.scores(), subject.protected, cuts_of(config), cache.tail_start)
+
+
+def run_passes(engine: Engine, cache: SegmentedCache, scorer: Scorer, total: int) -> Generator[Progress, None, None]:
+    """Run what the scorer wants to see, of a segment of `total` tokens."""
+    done = 0
     for ids in scorer.passes():
         engine.observe(cache, ids, scorer)
-        done = min(total, done + config.score_chunk)
+        done = min(total, done + len(ids))
         yield Progress("seal", done, total)
-    cuts = sorted({*config.rank_chunks, config.keep_ratio})
-    return rank(scorer.scores(), subject.protected, cuts, cache.tail_start)
+
+
+def pass_length(engine: Engine, cache: SegmentedCache, config: CompressConfig) -> int:
+    """Most tokens of one pass: passes stand behind the conversation, and near the window's end must be shorter."""
+    return min(config.score_chunk, max(256, engine.model.context_window - cache.num_seen - 64))
+
+
+def cuts_of(config: CompressConfig) -> list[float]:
+    """Cumulative fractions at which a ranking is cut."""
+    return sorted({*config.rank_chunks, config.keep_ratio})
 
 
 def describe(

@@ -1,4 +1,7 @@
-"""Frames find damage, `raw` is exact, `k8v8` stays within half a step, and decoding depends on nothing but bytes."""
+"""Frames find damage, `raw` is exact, `k8v8` stays within half a step, and decoding depends on nothing but bytes.
+
+What codecs of fewer bits do besides is in test_ladder.py.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,9 @@ def random_ranking(layers: int, heads: int, tokens: int, chunks: int, start: int
     return Ranking(start, np.random.default_rng(0).integers(0, chunks, (layers, heads, tokens), dtype=np.uint8))
 
 
-def encode(codec: str, keys: Sequence[Tensor], values: Sequence[Tensor], ranking: Ranking) -> tuple[bytes, Frames]:
+def encode(
+    codec: str | Sequence[str], keys: Sequence[Tensor], values: Sequence[Tensor], ranking: Ranking
+) -> tuple[bytes, Frames]:
     header, frames = encode_segment(codec, keys, values, ranking)
     return header.to_bytes(), list(frames)
 
@@ -191,7 +196,7 @@ def test_an_unknown_codec_is_named_with_the_known_ones() -> None:
         encode_segment("k1v1", keys, keys, Ranking.single(0, 1, 1, 3))
     header, _ = encode_segment("raw", keys, keys, Ranking.single(0, 1, 1, 3))
     with pytest.raises(UnknownCodec, match="'k1v1'"):
-        SegmentHeader.from_bytes(replace(header, codec="k1v1").to_bytes())
+        SegmentHeader.from_bytes(replace(header, codecs=("k1v1",)).to_bytes())
 
 
 def test_frames_are_read_without_torch() -> None:
@@ -200,6 +205,8 @@ def test_frames_are_read_without_torch() -> None:
 
 
 # Segments
+
+SOME = ("raw", "k8v8", "k4v4", "k3v2", "k2v3")
 
 AWKWARD = [(1, 1, 1, 1), (1, 1, 1, 64), (3, 2, 7, 5), (30, 3, 1, 64), (2, 1, 33, 96)]
 
@@ -270,7 +277,7 @@ def test_k8v8_refuses_what_is_not_finite(bad: float, side: str) -> None:
         encode_segment("k8v8", kv["keys"], kv["values"], Ranking.single(0, 3, 2, 8))
 
 
-@pytest.mark.parametrize("codec", ["raw", "k8v8"])
+@pytest.mark.parametrize("codec", SOME)
 def test_encoding_leaves_its_input_alone(codec: str) -> None:
     keys, values = normal(2, 2, 20, 8, torch.float32, 1), normal(2, 2, 20, 8, torch.float32, 2)
     encode(codec, keys, values, random_ranking(2, 2, 20, 2))
@@ -278,7 +285,7 @@ def test_encoding_leaves_its_input_alone(codec: str) -> None:
     assert torch.equal(torch.stack(values), torch.stack(normal(2, 2, 20, 8, torch.float32, 2)))
 
 
-@pytest.mark.parametrize("codec", ["raw", "k8v8"])
+@pytest.mark.parametrize("codec", ["raw", "k8v8", "k8v4", "k8v3"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_chunks_together_are_the_whole_segment(codec: str, dtype: torch.dtype) -> None:
     keys, values = normal(4, 2, 40, 16, dtype, 1), normal(4, 2, 40, 16, dtype, 2)
@@ -290,7 +297,7 @@ def test_the_chunks_together_are_the_whole_segment(codec: str, dtype: torch.dtyp
     assert torch.equal(torch.stack([part[0] for part in parts]).sum(0), whole[0])
 
 
-@pytest.mark.parametrize("codec", ["raw", "k8v8"])
+@pytest.mark.parametrize("codec", SOME)
 def test_a_head_may_have_nothing_in_a_chunk_and_a_chunk_nothing_at_all(codec: str) -> None:
     chunk_of = np.full((3, 2, 6), 3, np.uint8)
     chunk_of[1, 0] = 0
@@ -304,7 +311,7 @@ def test_a_head_may_have_nothing_in_a_chunk_and_a_chunk_nothing_at_all(codec: st
     assert best[1].cu_seqlens.tolist() == [0, 6, 6]
 
 
-@pytest.mark.parametrize("codec", ["raw", "k8v8"])
+@pytest.mark.parametrize("codec", SOME)
 def test_decoding_is_the_same_every_time_whatever_the_threads(codec: str) -> None:
     keys, values = normal(6, 3, 700, 64, torch.bfloat16, 1), normal(6, 3, 700, 64, torch.bfloat16, 2)
     header, frames = encode(codec, keys, values, random_ranking(6, 3, 700, 2))
@@ -331,7 +338,7 @@ def test_a_code_times_its_scale_is_exact_in_float32() -> None:
     assert torch.equal((scale * codes).double(), scale.double() * codes)
 
 
-@pytest.mark.parametrize("codec", ["raw", "k8v8"])
+@pytest.mark.parametrize("codec", SOME)
 def test_decoding_warns_of_nothing_and_gives_tensors_of_its_own(codec: str) -> None:
     x = normal(2, 2, 9, 8, torch.bfloat16)
     header, frames = encode(codec, x, x, random_ranking(2, 2, 9, 2))
@@ -372,7 +379,7 @@ def test_a_header_survives_its_bytes() -> None:
     x = normal(4, 2, 8, 4, torch.float16)
     header, _ = encode_segment("k8v8", x, x, random_ranking(4, 2, 8, 3, start=77))
     back = SegmentHeader.from_bytes(header.to_bytes())
-    assert (back.codec, back.dtype, back.head_dim, back.group_size) == ("k8v8", torch.float16, 4, header.group_size)
+    assert (back.codecs, back.dtype, back.head_dim, back.group_size) == (("k8v8",), torch.float16, 4, header.group_size)
     assert (back.num_layers, back.num_kv_heads, back.num_groups, back.ranking.start) == (4, 2, 1, 77)
     np.testing.assert_array_equal(back.ranking.chunk_of, header.ranking.chunk_of)
     assert back.to_bytes() == header.to_bytes()
@@ -401,7 +408,7 @@ def test_a_long_segment_is_cut_into_groups_of_layers() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("codec", ["raw", "k8v8"])
+@pytest.mark.parametrize("codec", SOME)
 def test_a_gpu_writes_and_reads_the_bits_that_a_cpu_does(codec: str) -> None:
     keys, values = normal(4, 3, 600, 64, torch.bfloat16, 1), normal(4, 3, 600, 64, torch.bfloat16, 2)
     ranking = random_ranking(4, 3, 600, 3)

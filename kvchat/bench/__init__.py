@@ -1,56 +1,116 @@
-"""`kvchat bench`: speed as ratios, each figure with its baseline from the same run, medians of several rounds.
+"""`kvchat bench`: speed and size as ratios, each figure with its baseline from the same run.
 
     resume   first token of a saved session in a new process, against prefilling its history with plain transformers
     decode   time a token behind a long history, against transformers' greedy `generate` with a DynamicCache
+    prefill  tokens a second while reading, against transformers' forward passes over the same chunks
+    store    bits an element and speed of every codec, bytes a token on disk, the store against a plain file
+    memory   bytes of KV held against all of it, and what a process grows by when it resumes
     seal     sealing a turn, against prefilling it
 
-The result is one JSON object.
+The result is one JSON object. All benchmarks of a run share one model and one history, kvchat and its baselines take
+turns in the same loop, and a figure is the median of its rounds with the least and the greatest. llama.cpp stands
+beside transformers in `resume` and `decode` where the package xllamacpp is installed.
 """
 
 from __future__ import annotations
 
-import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from kvchat.bench.decode import decode
+from kvchat.bench.history import Subject, prepared
+from kvchat.bench.llama_cpp import no_server, serving
+from kvchat.bench.machine import machine
+from kvchat.bench.memory import RATIOS, memory
+from kvchat.bench.prefill import prefill
 from kvchat.bench.resume import resume
 from kvchat.bench.seal import seal
+from kvchat.bench.store import store
 from kvchat.config import Config
-from kvchat.errors import InputError
-from kvchat.events import Listener
+from kvchat.engine import Engine
+from kvchat.errors import InputError, KVChatError
+from kvchat.events import Listener, Notice
+from kvchat.model import load
+
+# In this order: `seal`, the last, adds to the history.
+KINDS: dict[str, Callable[[Subject], dict[str, Any]]] = {
+    "resume": resume,
+    "decode": decode,
+    "prefill": prefill,
+    "store": store,
+    "memory": memory,
+    "seal": seal,
+}
 
 
-def run(kind: str, config: Config, listener: Listener | None = None, **options: Any) -> dict[str, Any]:
-    """Run one benchmark: "resume", "decode" or "seal".
+def run(
+    kind: str,
+    config: Config,
+    listener: Listener | None = None,
+    tokens: int = 6000,
+    rounds: int = 5,
+    messages: Sequence[Mapping[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Run one benchmark, or all of them one after the other.
 
     Args:
+        kind: one of KINDS, or "all".
         config: the model and all settings; the store is a temporary one.
         listener: told of progress.
-        options: `tokens` of history, `rounds` to take medians of, `messages` to use instead of made-up ones.
+        tokens: about so long a history is made up.
+        rounds: runs that medians are taken of.
+        messages: a conversation to use as the history instead.
+
+    Returns:
+        The figures of that benchmark, or of each under its name, and the machine.
+
+    Raises:
+        InputError: there is no such benchmark, or the measuring process fails.
+        CapacityError: the window has no room for the history, or for a turn behind it.
     """
-    benches: dict[str, Callable[..., dict[str, Any]]] = {"resume": resume, "decode": decode, "seal": seal}
-    if kind not in benches:
-        raise InputError(f"there is no benchmark {kind!r}; known: {', '.join(benches)}")
+    if kind not in (*KINDS, "all"):
+        raise InputError(f"there is no benchmark {kind!r}; known: all, {', '.join(KINDS)}")
+    engine = Engine(load(config.model, listener), config.model.prefill_chunk_size)
     with tempfile.TemporaryDirectory(prefix="kvchat-bench-") as folder:
-        store = config.store.model_copy(update={"path": str(Path(folder) / "bench.db")})
-        figures = benches[kind](config.model_copy(update={"store": store}), listener, **options)
-    return {"bench": kind, **figures, "machine": machine()}
+        config = ranked(config, Path(folder) / "bench.db")
+        with prepared(config, engine, listener, tokens, messages) as (conversation, pool):
+            room = conversation.num_tokens + 512
+            wanted = kind in ("resume", "decode", "all")
+            with serving(config.model.name, engine.model.device, room, listener) if wanted else no_server() as llama:
+                subject = Subject(config, conversation, pool, rounds, llama)
+                figures = _all(subject, listener) if kind == "all" else KINDS[kind](subject)
+    return {"bench": kind, **figures, "machine": machine(engine.model, config.model.attention)}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+def _all(subject: Subject, listener: Listener | None) -> dict[str, Any]:
+    """The figures of each; one that fails, as where the window has no room for another turn, costs only its own."""
+    figures = {}
+    for name, bench in KINDS.items():
+        if listener:
+            listener(Notice(f"measuring {name}"))
+        try:
+            figures[name] = bench(subject)
+        except KVChatError as error:
+            figures[name] = {"problem": str(error)}
+    return figures
+
+
+def ranked(config: Config, path: Path) -> Config:
+    """The same settings with the store at `path`, whose segments can be held to every ratio that is measured."""
+    cuts = tuple(sorted({*config.compress.rank_chunks, *RATIOS}))
+    compress = config.compress.model_copy(update={"rank_chunks": cuts})
+    store = config.store.model_copy(update={"path": str(path)})
+    return config.model_copy(update={"store": store, "compress": compress})
+
+
+def rows(figures: Mapping[str, Any], above: str = "") -> Iterator[dict[str, str]]:
+    """The figures as lines of a table: a name and a value, medians with the least and the greatest of their runs."""
+    for key, value in figures.items():
+        if isinstance(value, dict) and value.keys() != {"median", "min", "max"}:
+            yield from rows(value, f"{above}{key}.")
+            continue
+        if isinstance(value, dict):
+            value = "{median:.4g} ({min:.4g} to {max:.4g})".format(**value)
+        yield {"figure": above + key, "value": "" if value is None else str(value)}

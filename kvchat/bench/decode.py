@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -12,47 +12,38 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from kvchat.bench.history import plain_attention, prepared
-from kvchat.config import Config
+from kvchat.bench.history import Subject, cut_back, plain_attention, ratio, spread
 from kvchat.engine import Engine
-from kvchat.events import Listener
 from kvchat.session import Conversation
 
+NEW_TOKENS = 32
 
-def decode(
-    config: Config,
-    listener: Listener | None = None,
-    tokens: int = 4000,
-    rounds: int = 9,
-    messages: Sequence[Mapping[str, str]] | None = None,
-    new_tokens: int = 32,
-) -> dict[str, Any]:
-    """Seconds a token, greedy, behind a history: everything kept, 0.3 kept, and transformers."""
-    # No turn is recent: every segment is held to exactly the ratio that is named.
-    whole = config.compress.model_copy(update={"keep_ratio": 1.0, "recent_turns": 0})
-    small = whole.model_copy(update={"keep_ratio": 0.3})
-    times: dict[str, list[float]] = {"keep_1.0": [], "keep_0.3": [], "transformers": []}
-    # Sealed under the smaller ratio, so that it is one of the ranking's cuts.
-    with prepared(config.model_copy(update={"compress": small}), listener, tokens, messages) as conversation:
-        ids = conversation.residence.ids(conversation.path)
-        full = transformers_cache(conversation.engine, ids[:-1])
-        for number in range(rounds + 1):
-            for name, compress in (("keep_1.0", whole), ("keep_0.3", small)):
-                conversation.residence.config = config.model_copy(update={"compress": compress})
-                conversation.residence.hold(conversation.path)
-                times[name].append(token_s(conversation, ids[-1], new_tokens))
-            times["transformers"].append(generate_s(conversation.engine, full, ids, new_tokens))
-            if not number:  # a warm-up
-                times = {name: [] for name in times}
-        rows = conversation.stats()
-    medians = {name: median(values) for name, values in times.items()}
+
+def decode(subject: Subject) -> dict[str, Any]:
+    """Seconds a token, greedy, behind the history: everything kept, 0.3 kept, transformers and llama.cpp."""
+    conversation, ids, full = subject.conversation, subject.ids, subject.plain
+    times: dict[str, list[float | None]] = {"keep_1.0": [], "keep_0.3": [], "transformers": [], "llama.cpp": []}
+    for number in range(subject.rounds + 1):
+        for name, keep_ratio in (("keep_1.0", 1.0), ("keep_0.3", 0.3)):
+            with subject.keeping(keep_ratio):
+                times[name].append(token_s(conversation, ids[-1], NEW_TOKENS))
+                kept = conversation.stats()["num_kept"]
+        times["transformers"].append(generate_s(conversation.engine, full, [*ids, ids[-1]], NEW_TOKENS))
+        times["llama.cpp"].append(subject.llama.token_s([*ids, ids[-1]], NEW_TOKENS))
+        if not number:  # a warm-up, in which llama.cpp reads the history
+            times = {name: [] for name in times}
+    spreads = {name: spread(values) for name, values in times.items()}
     return {
         "history_tokens": len(ids),
-        "kept_pairs_at_0.3": rows["num_kept"],
-        "pairs": rows["num_pairs"],
-        **{f"{name}_token_s": value for name, value in medians.items()},
-        "speedup_at_1.0": round(medians["transformers"] / medians["keep_1.0"], 3),
-        "speedup_at_0.3": round(medians["transformers"] / medians["keep_0.3"], 3),
+        "pairs": conversation.stats()["num_pairs"],
+        "kept_pairs_at_0.3": kept,
+        **{f"{name}_token_s": values for name, values in spreads.items()},
+        **{
+            f"speedup_at_{keep_ratio}_over_{name}": ratio(spreads[name], spreads[f"keep_{keep_ratio}"])
+            for name in ("transformers", "llama.cpp")
+            for keep_ratio in ("1.0", "0.3")
+        },
+        "llama.cpp_problem": subject.llama.problem,
     }
 
 
@@ -68,14 +59,6 @@ def token_s(conversation: Conversation, first: int, count: int) -> float:
             gaps.append(now - last)
             last = now
     return median(gaps[1:])
-
-
-def transformers_cache(engine: Engine, ids: Sequence[int]) -> DynamicCache:
-    """A DynamicCache that holds `ids`."""
-    network, cache = engine.model.network, DynamicCache(config=engine.model.network.config)
-    with plain_attention(engine), torch.inference_mode():
-        network(torch.tensor([list(ids)], device=engine.model.device), past_key_values=cache, logits_to_keep=1)
-    return cache
 
 
 def generate_s(engine: Engine, cache: DynamicCache, ids: Sequence[int], count: int) -> float:
@@ -100,7 +83,6 @@ def generate_s(engine: Engine, cache: DynamicCache, ids: Sequence[int], count: i
             min_new_tokens=count,
             max_new_tokens=count,
         )
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+    cut_back(cache, length)
     # The first two are the prompt and the token of the pass that took it in.
     return median(later - earlier for earlier, later in pairwise(times[2:]))

@@ -1,16 +1,28 @@
-"""What benchmarks share: a saved session of a given length, and the network as transformers runs it."""
+"""What benchmarks share: a saved conversation in memory, the network as transformers runs it, medians and ratios."""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+from typing import Any
 
+import torch
+from transformers import DynamicCache
+
+from kvchat.bench.llama_cpp import LlamaCpp
 from kvchat.config import Config
 from kvchat.engine import Engine
+from kvchat.errors import InputError
 from kvchat.events import Listener
-from kvchat.model import load
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.store import Store
@@ -33,13 +45,70 @@ WORDS = [
 WORDS += ["travel", "paint", "remember", "forget", "answer", "question", "small", "quiet", "bright", "early", "always"]
 WORDS += ["never", "because", "while", "before", "after", "under", "with", "to", "from", "and", "or", "but", "the", "a"]
 
+Spread = dict[str, float]
+"""The median, the least and the greatest of several runs."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the benchmarks measure.
+
+    config        all settings; the store is a temporary one
+    conversation  saved and settled, in memory
+    pool          threads that decode frames
+    rounds        runs that medians are taken of
+    llama         llama.cpp on the same weights, or why there is none
+    """
+
+    config: Config
+    conversation: Conversation
+    pool: Executor
+    rounds: int
+    llama: LlamaCpp
+
+    @property
+    def engine(self) -> Engine:
+        """The network."""
+        return self.conversation.engine
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids of the history."""
+        return Residence.ids(self.conversation.path)
+
+    @cached_property
+    def plain(self) -> DynamicCache:
+        """The history's exact KV as transformers holds it. Who appends to it cuts it back."""
+        cache = DynamicCache(config=self.engine.model.network.config)
+        with plain_attention(self.engine):
+            extend(self.engine, cache, self.ids)
+        return cache
+
+    @contextmanager
+    def keeping(self, keep_ratio: float) -> Iterator[None]:
+        """Every segment held to exactly this ratio: no turn is recent."""
+        compress = self.config.compress.model_copy(update={"keep_ratio": keep_ratio, "recent_turns": 0})
+        self._hold(self.config.model_copy(update={"compress": compress}))
+        try:
+            yield
+        finally:
+            self._hold(self.config)
+
+    def _hold(self, config: Config) -> None:
+        residence = self.conversation.residence
+        residence.config = config
+        residence.hold(self.conversation.path)
+
 
 @contextmanager
 def prepared(
-    config: Config, listener: Listener | None, tokens: int, messages: Sequence[Mapping[str, str]] | None
-) -> Iterator[Conversation]:
-    """A saved and settled session "bench" of about so many tokens, still in memory."""
-    engine = Engine(load(config.model, listener), config.model.prefill_chunk_size)
+    config: Config,
+    engine: Engine,
+    listener: Listener | None,
+    tokens: int,
+    messages: Sequence[Mapping[str, str]] | None,
+) -> Iterator[tuple[Conversation, Executor]]:
+    """A saved and settled session "bench" of about so many tokens, still in memory, and the pool that it uses."""
     store = Store(config.store_path)
     with ThreadPoolExecutor(2) as pool:
         info = store.create_session("bench", engine.model.name, engine.model.fingerprint)
@@ -49,7 +118,7 @@ def prepared(
             for event in steps:
                 if listener:
                     listener(event)
-        yield conversation
+        yield conversation, pool
     store.close()
 
 
@@ -72,3 +141,64 @@ def plain_attention(engine: Engine) -> Iterator[None]:
         yield
     finally:
         network.set_attn_implementation(ours)
+
+
+@torch.inference_mode()
+def extend(engine: Engine, cache: DynamicCache, ids: Sequence[int]) -> None:
+    """Prefill `ids` into a DynamicCache, in the chunks that kvchat uses; call it under `plain_attention`."""
+    for start in range(0, len(ids), engine.chunk_size):
+        chunk = torch.tensor([list(ids[start : start + engine.chunk_size])], device=engine.model.device)
+        engine.model.network(chunk, past_key_values=cache, logits_to_keep=1)
+
+
+def cut_back(cache: DynamicCache, length: int) -> None:
+    """Forget what stands behind the first `length` tokens."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
+
+def timed(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds that `work` takes, until the device is done too."""
+    _wait(device)
+    begun = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - begun
+
+
+def _wait(device: torch.device | None) -> None:
+    if device and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """Median, least and greatest of the runs; None if one of them gave nothing."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return {"median": median(known), "min": min(known), "max": max(known)}
+
+
+def ratio(one: Spread | None, other: Spread | None) -> float | None:
+    """How many times as large the first median is as the second; None if either is missing."""
+    return round(one["median"] / other["median"], 3) if one and other else None
+
+
+def in_new_process(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What `kvchat.bench.child` answers to a request.
+
+    Raises:
+        InputError: it failed; the last line that it wrote.
+    """
+    child = subprocess.run(
+        [sys.executable, "-m", "kvchat.bench.child"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if child.returncode:
+        said = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+        raise InputError(f"the measuring process failed: {said[-1]}")
+    answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return answer

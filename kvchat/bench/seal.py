@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Iterable
 from typing import Any
 
-from kvchat.bench.history import WORDS, prepared
-from kvchat.config import Config
-from kvchat.events import Listener
+from kvchat.bench.history import WORDS, Subject, ratio, spread, timed
+from kvchat.bench.prefill import prefill_s
+from kvchat.session import Conversation
 
 
-def seal(
-    config: Config,
-    listener: Listener | None = None,
-    tokens: int = 3000,
-    rounds: int = 5,
-    messages: Sequence[Mapping[str, str]] | None = None,
-) -> dict[str, Any]:
-    """Seconds to seal a turn behind a history, from scoring to the commit, and to prefill the same turn."""
+def seal(subject: Subject) -> dict[str, Any]:
+    """Seconds to seal a turn behind the history, from scoring to the commit, and to prefill the same turn."""
+    conversation = subject.conversation
     prefills: list[float] = []
     seals: list[float] = []
-    with prepared(config, listener, tokens, messages) as conversation:
-        residence, count = conversation.residence, config.compress.segment_min
-        for number in range(rounds + 1):
-            text = " ".join(random.Random(100 + number).choices(WORDS, k=count))
-            conversation.take([{"role": "user", "content": text}])
-            ids, begun = residence.ids(conversation.path), time.perf_counter()
-            for _ in residence.prefill(ids, len(ids), "prefill", lambda: False):
-                pass
-            prefills.append(time.perf_counter() - begun)
-            begun = time.perf_counter()
-            for _ in conversation.finish():
-                pass
-            seals.append(time.perf_counter() - begun)
-        sizes = [segment["end"] - segment["start"] for segment in conversation.stats()["segments"][-rounds:]]
-    # The first round also seals what waited from the history.
-    ratios = [one / other for one, other in zip(seals[1:], prefills[1:], strict=True)]
+    # The first round also seals what waited from the history; the others go back to where it ended.
+    one_round(conversation, random.Random(100))
+    for number in range(subject.rounds):
+        prefilled, sealed = one_round(conversation, random.Random(101 + number))
+        prefills.append(prefilled)
+        seals.append(sealed)
+        segment = conversation.stats()["segments"][-1]
+        conversation.rewind(len(conversation.path) - 1)
+    prefilled_s, sealed_s = spread(prefills), spread(seals)
     return {
-        "history_tokens": tokens,
-        "segment_tokens": median(sizes),
-        "prefill_s": median(prefills[1:]),
-        "seal_s": median(seals[1:]),
-        "seal_over_prefill": round(median(ratios), 3),
+        "history_tokens": conversation.num_tokens,
+        "segment_tokens": segment["end"] - segment["start"],
+        "prefill_s": prefilled_s,
+        "seal_s": sealed_s,
+        "seal_over_prefill": ratio(sealed_s, prefilled_s),
     }
+
+
+def one_round(conversation: Conversation, source: random.Random) -> tuple[float, float]:
+    """Add a turn that fills a segment; seconds to prefill and to seal it."""
+    residence = conversation.residence
+    text = " ".join(source.choices(WORDS, k=residence.config.compress.segment_min))
+    conversation.take([{"role": "user", "content": text}])
+    prefilled = prefill_s(residence, residence.ids(conversation.path))
+    return prefilled, timed(lambda: run_through(conversation.finish()), residence.engine.model.device)
+
+
+def run_through(steps: Iterable[object]) -> None:
+    """Take all steps."""
+    for _ in steps:
+        pass

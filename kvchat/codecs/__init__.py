@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvchat.codecs.encode import CODECS, SegmentHeader, decode_frame, encode_segment
+    from kvchat.codecs.encode import CODECS, SegmentHeader, decode_frame, encode_segment, packed_bytes, param_bytes
 
-__all__ = ["CODECS", "SegmentHeader", "decode_frame", "encode_segment"]
+__all__ = ["CODECS", "SegmentHeader", "decode_frame", "encode_segment", "packed_bytes", "param_bytes"]
 
 
 def __getattr__(name: str) -> Any:

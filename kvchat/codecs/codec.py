@@ -1,5 +1,7 @@
 """What a codec is: how the KV pairs of a frame become planes of bytes, and back.
 
+A codec joins a method for keys and a method for values. Each writes its own planes, named after its side.
+
 Letters: L layers, H KV heads, T tokens, N rows of a frame, D head_dim.
 """
 
@@ -33,21 +35,50 @@ class FrameRows:
         """(N, D)."""
         return int(self.counts.sum()), self.head_dim
 
+    @property
+    def per_layer(self) -> npt.NDArray[np.int64]:
+        """Rows of each layer, (layers,)."""
+        rows: npt.NDArray[np.int64] = self.counts.sum(axis=1)
+        return rows
 
-class Codec(Protocol):
-    """One way to write KV. Stateless; decoding is a pure function of bytes, equal on every device and thread count."""
 
-    bars: Mapping[str, float]
-    """For `frame.pack`: how far zstd must shrink a plane to be worth its time."""
+class Method(Protocol):
+    """One way to write keys or values. Stateless; decoding depends on bytes alone, not on device or thread count."""
 
-    def row_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
-        """Most bytes one pair takes before zstd."""
+    @property
+    def bars(self) -> Mapping[str, float]:
+        """For `frame.pack`: how far zstd must shrink a plane to be worth its time."""
+
+    def layer_bytes(self, rows: FrameRows, scale_bytes: int) -> npt.NDArray[np.int64]:
+        """Bytes of each layer's planes before zstd, (layers,), if a scale, min or norm takes `scale_bytes`."""
 
     def param_shapes(self, layers: int, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Float32 planes that serve the whole segment and lie in its header; the first axis is L."""
 
-    def read(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Planes, Take]:
-        """Parameters and rows of L layers of (H, T, D). Raises CodecError for values that it cannot write."""
+    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
+        """Parameters and rows of L layers of (H, T, D). Raises CodecError for what it cannot write."""
 
-    def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Keys and values (N, D); `params` are those of the frame's layers. Raises CorruptFrame."""
+    def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
+        """The rows (N, D); `params` are those of the frame's layers. Raises CorruptFrame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A method for keys and one for values."""
+
+    keys: Method
+    values: Method
+
+    @property
+    def bars(self) -> Mapping[str, float]:
+        """Those of both sides."""
+        return {**self.keys.bars, **self.values.bars}
+
+    def layer_bytes(self, rows: FrameRows, scale_bytes: int = 2) -> npt.NDArray[np.int64]:
+        """Bytes of each layer's planes of both sides before zstd, (layers,)."""
+        return self.keys.layer_bytes(rows, scale_bytes) + self.values.layer_bytes(rows, scale_bytes)
+
+    def param_shapes(self, layers: int, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """Those of both sides."""
+        of_keys, of_values = (side.param_shapes(layers, heads, head_dim) for side in (self.keys, self.values))
+        return {**of_keys, **of_values}

@@ -1,7 +1,8 @@
 """A segment's exact KV to frames, one per (rank chunk, layer group), and each frame back to ragged KV.
 
 Rows of a frame stand in (layer, head, time) order and are one plane for all layers of the group, so that decoding is a
-few large operations. The segment's header holds what every frame needs: ranking, geometry, the codec's parameters.
+few large operations. Each rank chunk has a codec, so that the pairs that matter most can have the most bits. The
+segment's header holds what every frame needs: ranking, geometry, the names and parameters of the codecs.
 
 Letters: L layers, H KV heads, T tokens of the segment, N rows of a frame, D head_dim.
 """
@@ -18,13 +19,21 @@ import torch
 from torch import Tensor
 
 from kvchat.cache.segment import LayerKV, Ranking
-from kvchat.codecs.codec import Codec, FrameRows, Take
+from kvchat.codecs.channel import ChannelKeys
+from kvchat.codecs.codec import Codec, FrameRows, Method, Take
 from kvchat.codecs.frame import Planes, expect, pack, unpack
 from kvchat.codecs.lossless import Raw
-from kvchat.codecs.quant import K8V8
+from kvchat.codecs.quant import Keys8, Values8
+from kvchat.codecs.rotate import RotatedValues
 from kvchat.errors import CorruptFrame, UnknownCodec
 
-CODECS: dict[str, Codec] = {"raw": Raw(), "k8v8": K8V8()}
+_KEYS: dict[int, Method] = {8: Keys8(), **{bits: ChannelKeys(bits) for bits in (4, 3, 2)}}
+_VALUES: dict[int, Method] = {8: Values8(), **{bits: RotatedValues(bits) for bits in (4, 3, 2)}}
+CODECS: dict[str, Codec] = {
+    "raw": Codec(Raw("key"), Raw("value")),
+    **{f"k{k}v{v}": Codec(keys, values) for k, keys in _KEYS.items() for v, values in _VALUES.items()},
+}
+"""By name: `raw`, and k and v with the bits of keys and values. config.CODEC_NAMES repeats the names, without torch."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _FRAME_BYTES = 4 * 1024 * 1024
@@ -35,11 +44,12 @@ _HEADER_BYTES = 256 * 1024 * 1024
 class SegmentHeader:
     """What is needed before any frame of the segment can be decoded.
 
+    codecs      name of each rank chunk's codec; the last serves all further chunks
     group_size  layers per frame (the last group may have fewer)
-    params      the codec's planes for the whole segment, first axis L
+    params      the codecs' planes for the whole segment, first axis L
     """
 
-    codec: str
+    codecs: tuple[str, ...]
     dtype: torch.dtype
     head_dim: int
     ranking: Ranking
@@ -61,6 +71,10 @@ class SegmentHeader:
         """Frames per rank chunk."""
         return -(-self.num_layers // self.group_size)
 
+    def codec(self, chunk: int) -> str:
+        """Name of a rank chunk's codec."""
+        return self.codecs[min(chunk, len(self.codecs) - 1)]
+
     def layers(self, group: int) -> tuple[int, int]:
         """First layer of a group and one past its last."""
         return group * self.group_size, min((group + 1) * self.group_size, self.num_layers)
@@ -69,7 +83,8 @@ class SegmentHeader:
         """The header as one frame."""
         head = {
             "kind": "segment",
-            "codec": self.codec,
+            # One text, so that a program that knows only single names calls it unknown and not damaged.
+            "codec": ",".join(self.codecs),
             "dtype": str(self.dtype).removeprefix("torch."),
             "head_dim": self.head_dim,
             "start": self.ranking.start,
@@ -84,22 +99,26 @@ class SegmentHeader:
         match head:
             case {
                 "kind": "segment",
-                "codec": str(name),
+                "codec": str(names),
                 "dtype": str(dtype),
                 "head_dim": int(head_dim),
                 "start": int(start),
                 "group_size": int(group_size),
             } if dtype in DTYPES and head_dim > 0 and start >= 0 and group_size > 0:
-                codec = find_codec(name)
+                codecs = tuple(names.split(","))
             case _:
                 raise CorruptFrame(f"not a segment's header: {str(head)[:120]}")
         chunk_of = planes.pop("chunk_of", np.zeros(0, np.uint8))
         if chunk_of.ndim != 3 or chunk_of.dtype != np.uint8 or not chunk_of.size:
             raise CorruptFrame(f"the segment's ranking has shape {chunk_of.shape}, expected (layers, heads, tokens)")
         layers, heads, _ = chunk_of.shape
-        shapes = codec.param_shapes(layers, heads, head_dim)
-        params = {key: expect(planes, key, shape, "<f4") for key, shape in shapes.items()}
-        return cls(name, DTYPES[dtype], head_dim, Ranking(start, chunk_of), group_size, params)
+        shapes = {
+            plane: shape
+            for name in codecs
+            for plane, shape in find_codec(name).param_shapes(layers, heads, head_dim).items()
+        }
+        params = {plane: expect(planes, plane, shape, "<f4") for plane, shape in shapes.items()}
+        return cls(codecs, DTYPES[dtype], head_dim, Ranking(start, chunk_of), group_size, params)
 
 
 def find_codec(name: str) -> Codec:
@@ -110,20 +129,22 @@ def find_codec(name: str) -> Codec:
 
 
 def encode_segment(
-    codec: str, keys: Sequence[Tensor], values: Sequence[Tensor], ranking: Ranking
+    codecs: str | Sequence[str], keys: Sequence[Tensor], values: Sequence[Tensor], ranking: Ranking
 ) -> tuple[SegmentHeader, Iterator[tuple[int, int, bytes]]]:
     """Header, and the frames as (chunk, group, bytes), made as they are asked for.
 
-    keys, values: L layers of (H, T, D) exact KV in bfloat16, float16 or float32, on any device. The codec has read them
-    when this returns. Raises UnknownCodec, and CodecError for values that the codec cannot write.
+    codecs: one name for all, or the name of each rank chunk's codec, of which the last serves all further chunks.
+    keys, values: L layers of (H, T, D) exact KV in bfloat16, float16 or float32, on any device. The codecs have read
+    them when this returns. Raises UnknownCodec, and CodecError for values that a codec cannot write.
     """
     assert len(keys) == len(values) == len(ranking.chunk_of) and ranking.chunk_of.size
     assert all(x.shape[:2] == ranking.chunk_of.shape[1:] and x.dtype == keys[0].dtype for x in (*keys, *values))
-    method, dtype, head_dim = find_codec(codec), keys[0].dtype, keys[0].shape[2]
-    params, take = method.read(keys, values)
-    group_size = _group_size(ranking, method.row_bytes(head_dim, dtype))
-    header = SegmentHeader(codec, dtype, head_dim, ranking, group_size, params)
-    return header, _frames(header, method, take)
+    names = _shortest((codecs,) if isinstance(codecs, str) else tuple(codecs), ranking.num_chunks)
+    dtype, head_dim = keys[0].dtype, keys[0].shape[2]
+    group_size = _group_size(ranking, [find_codec(name) for name in names], head_dim, dtype)
+    params, takes = _read([find_codec(name) for name in names], keys, values)
+    header = SegmentHeader(names, dtype, head_dim, ranking, group_size, params)
+    return header, _frames(header, takes)
 
 
 def decode_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes, device: torch.device) -> list[LayerKV]:
@@ -132,41 +153,84 @@ def decode_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes, dev
     Raises CorruptFrame if the bytes are damaged or are not this frame of this segment.
     """
     assert 0 <= chunk < header.ranking.num_chunks and 0 <= group < header.num_groups, (chunk, group)
-    codec = find_codec(header.codec)
+    name = header.codec(chunk)
+    codec = find_codec(name)
     first, last = header.layers(group)
     counts = header.ranking.counts(chunk)[first:last]
     rows = FrameRows(counts, header.head_dim, header.dtype)
-    head, planes = unpack(blob, limit=rows.shape[0] * codec.row_bytes(header.head_dim, header.dtype))
+    head, planes = unpack(blob, limit=int(codec.layer_bytes(rows, scale_bytes=4).sum()))
     if head != _frame_head(header, chunk, group):
-        raise CorruptFrame(f"not chunk {chunk} of layer group {group} in {header.codec}: {str(head)[:120]}")
+        raise CorruptFrame(f"not chunk {chunk} of layer group {group} in {name}: {str(head)[:120]}")
     params = {name: plane[first:last] for name, plane in header.params.items()}
-    keys, values = codec.decode(planes, params, rows, device)
+    keys, values = (method.decode(planes, params, rows, device) for method in (codec.keys, codec.values))
     return _layers(header.ranking, chunk, first, counts, keys, values)
 
 
-def _group_size(ranking: Ranking, row_bytes: int) -> int:
-    """The most layers of which no frame exceeds _FRAME_BYTES, at least one."""
-    per_layer = np.stack([ranking.counts(chunk).sum(axis=1) for chunk in range(ranking.num_chunks)], axis=1)
+def packed_bytes(header: SegmentHeader, chunk: int) -> int:
+    """Bytes of one rank chunk's keys and values as encoded, before zstd: codes, scales, mins; plain numbers for `raw`.
+
+    That is what memory would need to hold these pairs encoded. Positions, the ranking and the segment's parameters
+    (`param_bytes`) are not counted. Scales count as float16; in the rare frame where they overflow it they take twice
+    as much.
+    """
+    rows = FrameRows(header.ranking.counts(chunk), header.head_dim, header.dtype)
+    return int(find_codec(header.codec(chunk)).layer_bytes(rows, scale_bytes=2).sum())
+
+
+def param_bytes(header: SegmentHeader) -> int:
+    """Bytes of the parameters that serve all chunks of the segment."""
+    return sum(plane.nbytes for plane in header.params.values())
+
+
+def _shortest(names: tuple[str, ...], num_chunks: int) -> tuple[str, ...]:
+    """The names of `num_chunks` chunks, without repeating the last."""
+    assert names
+    kept = names[:num_chunks]
+    while len(kept) > 1 and kept[-1] == kept[-2]:
+        kept = kept[:-1]
+    return kept
+
+
+def _group_size(ranking: Ranking, codecs: Sequence[Codec], head_dim: int, dtype: torch.dtype) -> int:
+    """The most layers of which no frame exceeds _FRAME_BYTES, at least one; `codecs` is that of each chunk."""
+    of_chunk = [codecs[min(chunk, len(codecs) - 1)] for chunk in range(ranking.num_chunks)]
+    rows = [FrameRows(ranking.counts(chunk), head_dim, dtype) for chunk in range(ranking.num_chunks)]
+    per_layer = np.stack([codec.layer_bytes(one, 4) for codec, one in zip(of_chunk, rows, strict=True)], axis=1)
     layers = len(per_layer)
     for groups in range(1, layers):
         size = -(-layers // groups)
         frames = np.add.reduceat(per_layer, np.arange(0, layers, size))
-        if frames.max() * row_bytes <= _FRAME_BYTES:
+        if frames.max() <= _FRAME_BYTES:
             return size
     return 1
 
 
-def _frames(header: SegmentHeader, codec: Codec, take: Take) -> Iterator[tuple[int, int, bytes]]:
+def _read(
+    codecs: Sequence[Codec], keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[Planes, dict[Method, Take]]:
+    """What each method of the codecs has read, and the parameters of all."""
+    sides = {method: side for codec in codecs for method, side in ((codec.keys, keys), (codec.values, values))}
+    params: Planes = {}
+    takes: dict[Method, Take] = {}
+    for method, side in sides.items():
+        more, takes[method] = method.read(side)
+        params |= more
+    return params, takes
+
+
+def _frames(header: SegmentHeader, takes: dict[Method, Take]) -> Iterator[tuple[int, int, bytes]]:
     per_layer = header.num_kv_heads * header.ranking.chunk_of.shape[2]
     for chunk in range(header.ranking.num_chunks):
+        codec = find_codec(header.codec(chunk))
         for group in range(header.num_groups):
             first, last = header.layers(group)
-            planes = take(header.ranking.rows(chunk, first, last) + first * per_layer)
+            rows = header.ranking.rows(chunk, first, last) + first * per_layer
+            planes = {**takes[codec.keys](rows), **takes[codec.values](rows)}
             yield chunk, group, pack(_frame_head(header, chunk, group), planes, codec.bars)
 
 
 def _frame_head(header: SegmentHeader, chunk: int, group: int) -> dict[str, Any]:
-    return {"kind": "rows", "codec": header.codec, "chunk": chunk, "group": group}
+    return {"kind": "rows", "codec": header.codec(chunk), "chunk": chunk, "group": group}
 
 
 def _layers(

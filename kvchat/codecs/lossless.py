@@ -1,4 +1,4 @@
-"""Codec `raw`: the exact bits of keys and values, whatever they are.
+"""Method `raw`: the exact bits of keys or values, whatever they are.
 
 A word is rotated left by one bit: its top byte is then the exponent (bfloat16, float32), the sign joins the mantissa.
 Each byte of the words becomes a plane. Exponents shrink to about a third, mantissas hardly at all.
@@ -9,6 +9,7 @@ Letters: L layers, H KV heads, T tokens, N rows of a frame, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,36 +26,43 @@ _INTEGERS: dict[int, tuple[torch.dtype, np.dtype[Any]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
 class Raw:
-    """Lossless; planes key0, key1, ... and value0, value1, ... (N, D) uint8, byte 0 the lowest."""
+    """Lossless; planes key0, key1, ... or value0, value1, ... (N, D) uint8, byte 0 the lowest."""
 
-    bars: Mapping[str, float] = {}
+    side: str
 
-    def row_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
-        """Plain bytes of one pair."""
-        return 2 * head_dim * dtype.itemsize
+    @property
+    def bars(self) -> Mapping[str, float]:
+        """The usual one."""
+        return {}
+
+    def layer_bytes(self, rows: FrameRows, scale_bytes: int) -> npt.NDArray[np.int64]:
+        """Plain bytes of the numbers."""
+        return rows.per_layer * (rows.head_dim * rows.dtype.itemsize)
 
     def param_shapes(self, layers: int, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         """None: every row stands for itself."""
         return {}
 
-    def read(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Planes, Take]:
+    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
         """Rows as rotated words, cut into bytes when they are taken."""
-        sides = {"key": _words(keys), "value": _words(values)}
+        words = _words(layers)
 
         def take(rows: npt.NDArray[np.int64]) -> Planes:
-            taken = {side: words[rows] for side, words in sides.items()}
-            return {
-                f"{side}{byte}": (words >> 8 * byte).astype(np.uint8)
-                for side, words in taken.items()
-                for byte in range(words.itemsize)
-            }
+            taken = words[rows]
+            return {f"{self.side}{byte}": (taken >> 8 * byte).astype(np.uint8) for byte in range(words.itemsize)}
 
         return {}, take
 
-    def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Keys and values (N, D), bit for bit what was written."""
-        return _join(planes, "key", rows).to(device), _join(planes, "value", rows).to(device)
+    def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
+        """The rows (N, D), bit for bit what was written."""
+        _, unsigned = _INTEGERS[rows.dtype.itemsize]
+        words = np.zeros(rows.shape, unsigned)
+        for byte in range(words.itemsize):
+            words |= expect(planes, f"{self.side}{byte}", rows.shape, "|u1").astype(unsigned) << 8 * byte
+        words = (words >> 1) | (words << (8 * words.itemsize - 1))
+        return torch.from_numpy(words).view(rows.dtype).to(device)
 
 
 def _words(layers: Sequence[Tensor]) -> npt.NDArray[Any]:
@@ -63,12 +71,3 @@ def _words(layers: Sequence[Tensor]) -> npt.NDArray[Any]:
     words = torch.stack(list(layers)).flatten(0, 2).view(signed).cpu().numpy().view(unsigned)
     rotated: npt.NDArray[Any] = (words << 1) | (words >> (8 * words.itemsize - 1))
     return rotated
-
-
-def _join(planes: Planes, side: str, rows: FrameRows) -> Tensor:
-    _, unsigned = _INTEGERS[rows.dtype.itemsize]
-    words = np.zeros(rows.shape, unsigned)
-    for byte in range(words.itemsize):
-        words |= expect(planes, f"{side}{byte}", rows.shape, "|u1").astype(unsigned) << 8 * byte
-    words = (words >> 1) | (words << (8 * words.itemsize - 1))
-    return torch.from_numpy(words).view(rows.dtype)

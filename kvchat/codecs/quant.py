@@ -1,4 +1,4 @@
-"""Codec `k8v8`: 8-bit codes, keys scaled per channel, values per row.
+"""8-bit codes: keys scaled per channel, values per row.
 
 x is written as q = round((x - min) / scale) in 0..255 and read as q * scale + min in float32. Keys have strong fixed
 channels (and some models a huge constant key bias), so one scale and min per (layer, head, channel) of the whole
@@ -13,7 +13,8 @@ Letters: L layers, H KV heads, T tokens, N rows of a frame, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,70 +31,111 @@ _LEVELS = 255
 _SERIAL = 32768
 
 
-class K8V8:
-    """Planes key, value (N, D) uint8; value_scale, value_min (N, 1) float16, or float32 if float16 would overflow."""
+@dataclass(frozen=True, slots=True)
+class Keys8:
+    """Plane key (N, D) uint8; in the header key_scale, key_min (L, H, D) float32."""
 
-    # Decompressing 69 MB of codes costs more than reading the tenth that zstd may save.
-    bars: Mapping[str, float] = {"key": 0.9, "value": 0.9}
+    @property
+    def bars(self) -> Mapping[str, float]:
+        """Decompressing 69 MB of codes costs more than reading the tenth that zstd may save."""
+        return {"key": 0.9}
 
-    def row_bytes(self, head_dim: int, dtype: torch.dtype) -> int:
-        """Codes, scale and min of one pair."""
-        return 2 * head_dim + 8
+    def layer_bytes(self, rows: FrameRows, scale_bytes: int) -> npt.NDArray[np.int64]:
+        """Codes."""
+        return rows.per_layer * rows.head_dim
 
     def param_shapes(self, layers: int, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Scale and min of each key channel."""
         return dict.fromkeys(("key_scale", "key_min"), (layers, heads, head_dim))
 
-    def read(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Planes, Take]:
+    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
         """The whole segment's codes, of which `take` only picks rows."""
         # By head: small enough for one core's cache, and only one head at a time is held in float32.
-        key_heads, value_heads = ([head for layer in side for head in layer] for side in (keys, values))
-        key_min, key_range = _bounds(key_heads, 0)
-        value_min, value_range = _bounds(value_heads, 1)
-        for what, extent in (("keys", key_range), ("values", value_range)):
-            _refuse_what_does_not_fit(what, extent.reshape(len(keys), -1))
-        key_scale = _or_one(_round_up_16_bits(key_range / _LEVELS))
-        value_scale, value_min = _row_scales(value_min, value_range)
-        planes = {
-            "key": _codes(key_heads, key_scale, key_min),
-            "value": _codes(value_heads, value_scale.float(), value_min.float()),
-            "value_scale": value_scale,
-            "value_min": value_min,
-        }
-        by_row = {name: plane.flatten(0, 1).cpu() for name, plane in planes.items()}
+        heads = [head for layer in layers for head in layer]
+        low, extent = _bounds(heads, 0)
+        _refuse_unless("keys", extent.reshape(len(layers), -1).isfinite().all(1))
+        scale = or_one(_round_up_16_bits(extent / _LEVELS))
+        shape = (len(layers), len(layers[0]), -1)
+        params = {"key_scale": scale.reshape(shape).cpu().numpy(), "key_min": low.reshape(shape).cpu().numpy()}
+        return params, _picking({"key": _codes(heads, scale, low)})
 
-        def take(rows: npt.NDArray[np.int64]) -> Planes:
-            index = torch.from_numpy(rows)
-            return {name: plane.index_select(0, index).numpy() for name, plane in by_row.items()}
+    def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
+        """Keys (N, D), computed in float32."""
+        codes = to_tensor(expect(planes, "key", rows.shape, "|u1"), device)
+        scale, low = (to_tensor(params[name].reshape(-1, rows.head_dim), device) for name in ("key_scale", "key_min"))
+        head = torch.from_numpy(np.repeat(np.arange(rows.counts.size), rows.counts.reshape(-1))).to(device)
+        keys = torch.empty(rows.shape, dtype=rows.dtype, device=device)
+        for part in blocks(rows.shape, device):
+            of = head[part]
+            keys[part] = codes[part].float().mul_(scale.index_select(0, of)).add_(low.index_select(0, of))
+        return keys
 
-        params = {"key_scale": key_scale, "key_min": key_min}
-        shape = (len(keys), len(keys[0]), -1)
-        return {name: param.reshape(shape).cpu().numpy() for name, param in params.items()}, take
 
-    def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Keys and values (N, D), computed in float32."""
-        num_rows, head_dim = rows.shape
-        key, value = (_tensor(expect(planes, name, (num_rows, head_dim), "|u1"), device) for name in ("key", "value"))
-        value_scale, value_min = (
-            _tensor(expect(planes, name, (num_rows, 1), "<f2", "<f4"), device).float()
+@dataclass(frozen=True, slots=True)
+class Values8:
+    """Planes value (N, D) uint8; value_scale, value_min (N, 1) float16, or float32 if float16 would overflow."""
+
+    @property
+    def bars(self) -> Mapping[str, float]:
+        """As for keys."""
+        return {"value": 0.9}
+
+    def layer_bytes(self, rows: FrameRows, scale_bytes: int) -> npt.NDArray[np.int64]:
+        """Codes, and a scale and min a row."""
+        return rows.per_layer * (rows.head_dim + 2 * scale_bytes)
+
+    def param_shapes(self, layers: int, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """None: every row stands for itself."""
+        return {}
+
+    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
+        """The whole segment's codes, of which `take` only picks rows."""
+        heads = [head for layer in layers for head in layer]
+        low, extent = _bounds(heads, 1)
+        _refuse_unless("values", extent.reshape(len(layers), -1).isfinite().all(1))
+        scale, low = scale_and_min(low, extent, _LEVELS)
+        codes = _codes(heads, scale.float(), low.float())
+        return {}, _picking({"value": codes, "value_scale": scale, "value_min": low})
+
+    def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
+        """Values (N, D), computed in float32."""
+        num_rows, _ = rows.shape
+        codes = to_tensor(expect(planes, "value", rows.shape, "|u1"), device)
+        scale, low = (
+            to_tensor(expect(planes, name, (num_rows, 1), "<f2", "<f4"), device).float()
             for name in ("value_scale", "value_min")
         )
-        key_scale, key_min = (_tensor(params[name].reshape(-1, head_dim), device) for name in ("key_scale", "key_min"))
-        head = torch.from_numpy(np.repeat(np.arange(rows.counts.size), rows.counts.reshape(-1))).to(device)
-        keys, values = torch.empty((2, num_rows, head_dim), dtype=rows.dtype, device=device)
-        # On a CPU in blocks that stay in its cache, each too small for torch to spread over threads: with one more
-        # busy process on the machine, a barrier between threads costs more than the whole block.
-        block = max(1, _SERIAL // head_dim) if device.type == "cpu" else max(1, num_rows)
-        for part in (slice(first, first + block) for first in range(0, num_rows, block)):
-            scale, low = key_scale.index_select(0, head[part]), key_min.index_select(0, head[part])
-            keys[part] = key[part].float().mul_(scale).add_(low)
-            values[part] = value[part].float().mul_(value_scale[part]).add_(value_min[part])
-        return keys, values
+        values = torch.empty(rows.shape, dtype=rows.dtype, device=device)
+        for part in blocks(rows.shape, device):
+            values[part] = codes[part].float().mul_(scale[part]).add_(low[part])
+        return values
 
 
-def _tensor(plane: npt.NDArray[Any], device: torch.device) -> Tensor:
-    # A copy, because planes are read-only views of the frame; numpy's, because it stays in this thread.
+def blocks(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
+    """The rows of (N, D) to decode at once.
+
+    On a CPU blocks that stay in its cache, each too small for torch to spread over threads: with one more busy process
+    on the machine, a barrier between threads costs more than the whole block.
+    """
+    num_rows, head_dim = shape
+    block = max(1, _SERIAL // head_dim) if device.type == "cpu" else max(1, num_rows)
+    return (slice(first, first + block) for first in range(0, num_rows, block))
+
+
+def to_tensor(plane: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A copy, because planes are read-only views of the frame; numpy's, because it stays in this thread."""
     return torch.from_numpy(plane.copy()).to(device)
+
+
+def _picking(planes: dict[str, Tensor]) -> Take:
+    """Picks rows of planes (L*H, T, ...)."""
+    by_row = {name: plane.flatten(0, 1).cpu() for name, plane in planes.items()}
+
+    def take(rows: npt.NDArray[np.int64]) -> Planes:
+        index = torch.from_numpy(rows)
+        return {name: plane.index_select(0, index).numpy() for name, plane in by_row.items()}
+
+    return take
 
 
 def _bounds(heads: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
@@ -103,21 +145,26 @@ def _bounds(heads: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
     return low, high - low
 
 
-def _refuse_what_does_not_fit(what: str, extent: Tensor) -> None:
-    fits = extent.isfinite().all(1)
+def refuse_what_does_not_fit(what: str, layers: Sequence[Tensor]) -> None:
+    """Raise CodecError unless all numbers are finite, with room for the error of few bits: an eighth of the dtype's."""
+    largest = torch.stack([layer.abs().amax() for layer in layers]).float()
+    _refuse_unless(what, largest * 8 <= torch.finfo(layers[0].dtype).max)
+
+
+def _refuse_unless(what: str, fits: Tensor) -> None:
     if not bool(fits.all()):
         layer = int((~fits).nonzero()[0])
-        raise CodecError(f"{what} of layer {layer} are not finite or span too much for 8 bits: use codec raw")
+        raise CodecError(f"{what} of layer {layer} are not finite or span too much to be quantised: use codec raw")
 
 
-def _row_scales(low: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and min of each row, both float16 if they fit."""
+def scale_and_min(low: Tensor, extent: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Scale and min, for codes 0 .. levels, of ranges that begin at `low`: both float16 if all fit, else float32."""
     low16 = _round_down_half(low)
     # The range grows by what rounding took off the min; a min that overflowed makes it infinite.
-    scale16 = -_round_down_half(-(low + extent - low16.float()) / _LEVELS)
+    scale16 = -_round_down_half(-(low + extent - low16.float()) / levels)
     if bool(scale16.isfinite().all()):
-        return _or_one(scale16), low16
-    return _or_one(_round_up_16_bits(extent / _LEVELS)), low
+        return or_one(scale16), low16
+    return or_one(_round_up_16_bits(extent / levels)), low
 
 
 def _codes(heads: Sequence[Tensor], scale: Tensor, low: Tensor) -> Tensor:
@@ -125,7 +172,8 @@ def _codes(heads: Sequence[Tensor], scale: Tensor, low: Tensor) -> Tensor:
     return torch.stack([(head.float() - low[i]).div_(scale[i]).round_().byte() for i, head in enumerate(heads)])
 
 
-def _or_one(scale: Tensor) -> Tensor:
+def or_one(scale: Tensor) -> Tensor:
+    """1 for 0, to divide by."""
     return torch.where(scale == 0, 1, scale)
 
 

@@ -7,6 +7,7 @@ Letters: L layers, H KV heads, T tokens of the segment, C chunks.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,3 +46,12 @@ def chunks_within(sizes: npt.NDArray[np.int64], keep_ratio: float) -> int:
     within = np.cumsum(sizes) <= keep_ratio * sizes.sum() + 1e-6
     # An empty chunk costs nothing: it counts as held with those before it.
     return max(1, int(np.count_nonzero(within)))
+
+
+def codecs_for(cuts: Sequence[float], rank_chunks: Sequence[float], names: Sequence[str]) -> list[str]:
+    """The codec of each chunk of a ranking that is cut at `cuts`, cumulative fractions as in `rank`.
+
+    `names` belong to the intervals that end at `rank_chunks`; the last serves all further ones. A chunk takes the name
+    of the interval that it lies in, so that more cuts than `rank_chunks` change no pair's precision.
+    """
+    return [names[min(bisect_left(rank_chunks, cut), len(names) - 1)] for cut in cuts]

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from kvchat.compress.scorers.base import Scorer, Subject
 from kvchat.compress.scorers.kvzip import KVzip
+from kvchat.compress.scorers.random import Random
 
-SCORERS: dict[str, Callable[[Subject, int], Scorer]] = {"kvzip": KVzip}
+SCORERS: dict[str, Callable[[Subject, int], Scorer]] = {"kvzip": KVzip, "random": Random}
 """Name to a constructor from the segment and the most tokens that one pass may take in."""
 
-__all__ = ["SCORERS", "KVzip", "Scorer", "Subject"]
+__all__ = ["SCORERS", "KVzip", "Random", "Scorer", "Subject"]

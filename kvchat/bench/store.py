@@ -1,0 +1,212 @@
+"""What saved KV takes and how fast it is written and read, for every codec, on the history's exact KV."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvchat.bench.history import Subject, ratio, spread, timed
+from kvchat.cache.segment import Ranking
+from kvchat.codecs import CODECS, SegmentHeader, decode_frame, encode_segment
+from kvchat.codecs.frame import unpack
+from kvchat.records import SegmentRecord
+from kvchat.store import Store
+
+Frame = tuple[int, int, bytes]
+BF16_BYTES = 2
+SAMPLE_TOKENS = 1024
+"""At least so much of the history is coded, if it is so long."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The exact KV of one stored segment, L layers of (H, T, D), and the ranking that it was stored with."""
+
+    record: SegmentRecord
+    ranking: Ranking
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+
+    @property
+    def elements(self) -> int:
+        """Numbers of keys and values."""
+        return 2 * sum(layer.numel() for layer in self.keys)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A segment as it is stored."""
+
+    record: SegmentRecord
+    header: SegmentHeader
+    frames: list[Frame]
+
+    @property
+    def bodies(self) -> list[bytes]:
+        """The header and all frames."""
+        return [self.record.header, *(blob for _, _, blob in self.frames)]
+
+
+def store(subject: Subject) -> dict[str, Any]:
+    """Bytes and speeds, MB/s of bf16 for codecs and of stored bytes for the store.
+
+    The store commits as it does for KV, without waiting for the disk (a power cut may lose the newest segment), so its
+    writing is set against a plain file both with and without fsync. Reading is from the page cache for both.
+    """
+    saved = subject.conversation.stats()
+    model = subject.engine.model
+    plain = BF16_BYTES * 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    on_disk = saved["bytes_on_disk"] / saved["num_tokens"]
+    sources = list_sources(subject)
+    return {
+        "history_tokens": saved["num_tokens"],
+        "codec": subject.config.codec.name,
+        "disk_bytes_per_token": round(on_disk, 1),
+        "bf16_bytes_per_token": plain,
+        "compression_factor": round(plain / on_disk, 3),
+        "coded_tokens": sources[-1].record.end,
+        "codecs": {name: one_codec(name, sources, subject) for name in CODECS},
+    }
+
+
+def list_sources(subject: Subject) -> list[Source]:
+    """The history's first segments, up to SAMPLE_TOKENS, with the KV that transformers computed for them."""
+    path, residence, layers = subject.conversation.path, subject.conversation.residence, subject.plain.layers
+    sources: list[Source] = []
+    for record, _ in residence.store.cover([message.id for message in path], residence.fingerprint):
+        if record.start >= SAMPLE_TOKENS:
+            break
+        ranking = SegmentHeader.from_bytes(record.header).ranking
+        part = slice(record.start, record.end)
+        keys, values = [layer.keys[0][:, part] for layer in layers], [layer.values[0][:, part] for layer in layers]
+        sources.append(Source(record, ranking, keys, values))
+    return sources
+
+
+def one_codec(name: str, sources: Sequence[Source], subject: Subject) -> dict[str, Any]:
+    """Bits an element, and the speeds of coding, writing and reading."""
+    device, folder = subject.engine.model.device, subject.config.store_path.parent
+    runs = Runs()
+    for _ in range(subject.rounds):
+        written: list[Written] = []
+        runs.add("encode", partial(encode_all, name, sources, written), device)
+        runs.add("decode", partial(decode_all, written, device), device)
+        rows_and_file(runs, written, subject.conversation.store, folder / "plain.bin")
+    bits, elements = 8, sum(source.elements for source in sources)
+    stored = sum(len(body) for one in written for body in one.bodies)
+    packed = sum(plane.nbytes for one in written for body in one.bodies for plane in _planes(body))
+    return {
+        "bits_per_element_on_disk": round(bits * stored / elements, 3),
+        "bits_per_element_packed": round(bits * packed / elements, 3),
+        "compression_factor": round(BF16_BYTES * elements / stored, 3),
+        **runs.speeds(BF16_BYTES * elements, "encode", "decode"),
+        **runs.speeds(stored, "store_write", "file_write_fsync", "file_write", "store_read", "file_read"),
+        "write_over_file_fsync": runs.speedup("store_write", "file_write_fsync"),
+        "write_over_file": runs.speedup("store_write", "file_write"),
+        "read_over_file": runs.speedup("store_read", "file_read"),
+    }
+
+
+def _planes(body: bytes) -> list[Any]:
+    # A header's ranking says where pairs lie, not what they are; the store's frames have none.
+    _, planes = unpack(body, limit=1 << 40)
+    return [plane for name, plane in planes.items() if name != "chunk_of"]
+
+
+class Runs:
+    """Seconds of several runs, by what was done."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def add(self, name: str, work: Callable[[], object], device: torch.device | None = None) -> None:
+        """Do it once."""
+        self.seconds.setdefault(name, []).append(timed(work, device))
+
+    def speeds(self, nbytes: int, *names: str) -> dict[str, Any]:
+        """MB/s of so many bytes."""
+        return {f"{name}_mb_per_s": spread([nbytes / one / 1e6 for one in self.seconds[name]]) for name in names}
+
+    def speedup(self, name: str, baseline: str) -> float | None:
+        """How many times as fast as the baseline."""
+        return ratio(spread(self.seconds[baseline]), spread(self.seconds[name]))
+
+
+@torch.inference_mode()
+def encode_all(name: str, sources: Sequence[Source], written: list[Written]) -> None:
+    """Add every segment in a codec to `written`."""
+    written += [encoded(name, source) for source in sources]
+
+
+def encoded(name: str, source: Source) -> Written:
+    """One segment in a codec, under an id of its own and a fingerprint that no conversation asks for."""
+    header, frames = encode_segment(name, source.keys, source.values, source.ranking)
+    listed = list(frames)
+    record = replace(
+        source.record,
+        id=f"bench:{name}:{source.record.id}",
+        fingerprint="bench",
+        codec=name,
+        header=header.to_bytes(),
+        num_chunks=header.ranking.num_chunks,
+        num_groups=header.num_groups,
+    )
+    return Written(record, header, listed)
+
+
+def decode_all(written: Sequence[Written], device: torch.device) -> None:
+    """Decode every frame, in one thread."""
+    for one in written:
+        for chunk, group, blob in one.frames:
+            decode_frame(one.header, chunk, group, blob, device)
+
+
+def rows_and_file(runs: Runs, written: Sequence[Written], database: Store, file: Path) -> None:
+    """Write and read the same bytes as rows of the store and as a plain file."""
+    bodies = [body for one in written for body in one.bodies]
+    runs.add("store_write", partial(write_rows, database, written))
+    runs.add("store_read", partial(read_rows, database, written))
+    for one in written:
+        database.drop_segment(one.record.id)
+    runs.add("file_write", lambda: write_file(file, bodies, sync=False))
+    file.unlink()
+    runs.add("file_write_fsync", lambda: write_file(file, bodies, sync=True))
+    runs.add("file_read", lambda: read_file(file, [len(body) for body in bodies]))
+    file.unlink()
+
+
+def write_rows(database: Store, written: Sequence[Written]) -> None:
+    """One transaction a segment."""
+    for one in written:
+        database.put_segment(one.record, one.frames)
+
+
+def read_rows(database: Store, written: Sequence[Written]) -> None:
+    """Every segment's header and all its frames."""
+    for one in written:
+        assert database.segment(one.record.id)
+        for _ in database.frames(one.record.id, range(one.record.num_chunks)):
+            pass
+
+
+def write_file(file: Path, bodies: Sequence[bytes], sync: bool) -> None:
+    """One write a body; with `sync` it waits for the disk."""
+    with file.open("wb", buffering=0) as out:
+        for body in bodies:
+            out.write(body)
+        if sync:
+            os.fsync(out.fileno())
+
+
+def read_file(file: Path, lengths: Sequence[int]) -> None:
+    """One read a body."""
+    with file.open("rb", buffering=0) as source:
+        for length in lengths:
+            assert len(source.read(length)) == length

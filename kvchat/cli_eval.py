@@ -1,0 +1,181 @@
+"""`kvchat eval`: what compression costs in quality, measured on this machine's own conversations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvchat.errors import InputError
+from kvchat.flags import ModelFlags, StoreFlags, command
+
+if TYPE_CHECKING:
+    from kvchat.evals.cases import Case
+
+app = typer.Typer(
+    help="Measure what compression costs in quality: a grid of settings over conversations. A stopped run goes on.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Files = Annotated[list[Path], typer.Argument(help="Conversations: messages as JSON, or LoCoMo's files.")]
+Seed = Annotated[int, typer.Option(help="What is asked and planted depends on it.")]
+
+
+@dataclass(frozen=True)
+class GridFlags(ModelFlags):
+    """What every evaluation takes: the cells of its grid, and where results go."""
+
+    methods: Annotated[
+        str, typer.Option(help="session (kvchat itself), full, window, recompress, one-shot; commas between.")
+    ] = "full,session"
+    keep: Annotated[str, typer.Option(help="Fractions of the pairs kept, as in 1,0.5,0.3.")] = "1,0.5,0.3"
+    codecs: Annotated[str | None, typer.Option(help="As in raw,k8v8; a+b is one for each interval of ranks.")] = None
+    scorers: Annotated[str | None, typer.Option(help="Scorers of the session, as in kvzip,random.")] = None
+    segment_min: Annotated[str | None, typer.Option(help="Tokens until a segment is sealed.")] = None
+    recent: Annotated[str | None, typer.Option(help="Newest turns that hold everything.")] = None
+    vary: Annotated[list[str] | None, typer.Option(metavar="SECTION.KEY=A,B", help="Values of any setting.")] = None
+    tokens: Annotated[int | None, typer.Option(min=1, help="Use so many tokens of each conversation at most.")] = None
+    step: Annotated[int, typer.Option(min=1, help="Turns fed at once; more is faster.")] = 1
+    out: Annotated[Path | None, typer.Option(help="Results, without suffix: OUT.jsonl, OUT.md, OUT.png.")] = None
+    plot: Annotated[bool, typer.Option("--plot", help="Draw quality against bytes; needs matplotlib.")] = False
+
+    def grid(self) -> dict[str, list[Any]]:
+        """The values of each setting that varies."""
+        given = {
+            "compress.keep_ratio": self.keep,
+            "codec.name": self.codecs,
+            "compress.scorer": self.scorers,
+            "compress.segment_min": self.segment_min,
+            "compress.recent_turns": self.recent,
+        }
+        for text in self.vary or ():
+            key, found, values = text.partition("=")
+            if not found:
+                raise InputError(f"--vary {text}: write it as section.key=value,value")
+            given[key.strip()] = values
+        return {key: [_value(text) for text in texts.split(",")] for key, texts in given.items() if texts}
+
+
+@app.command()
+@command
+def fidelity(
+    flags: GridFlags,
+    files: Files,
+    at: Annotated[str, typer.Option(help="Where questions are asked, as fractions of the turns.")] = "0.5,1",
+    questions: Annotated[int, typer.Option(min=1, help="Questions at each such turn.")] = 12,
+    seed: Seed = 0,
+) -> None:
+    """Distance from the full cache: KL, agreement and log-probability on its own greedy answers."""
+    from kvchat.evals.cases import spread
+
+    where = [_number(text) for text in at.split(",")]
+    _run("fidelity", flags, files, lambda case: spread(case, where, questions, seed))
+
+
+@app.command()
+@command
+def recall(
+    flags: GridFlags,
+    files: Files,
+    distances: Annotated[str, typer.Option(help="Turns between a fact and its question.")] = "5,20,50,100",
+    facts: Annotated[int, typer.Option(min=1, help="Facts planted in each conversation.")] = 16,
+    seed: Seed = 0,
+) -> None:
+    """Facts planted among the turns of real conversations, asked many turns later: exact match."""
+    from kvchat.evals.planted import plant
+
+    far = [int(_number(text)) for text in distances.split(",")]
+    _run("recall", flags, files, lambda case: plant(case, far, facts, seed))
+
+
+@app.command()
+@command
+def locomo(
+    flags: GridFlags,
+    files: Annotated[list[Path], typer.Argument(help="LoCoMo's files.")],
+    questions: Annotated[int, typer.Option(min=1, help="Questions of each conversation.")] = 24,
+    seed: Seed = 0,
+) -> None:
+    """LoCoMo's questions after the whole conversation: F1 and log-probability of the right answer."""
+    from kvchat.evals.cases import spread
+
+    def asked(case: Case) -> Case:
+        if not all(question.answer for question in case.questions):
+            raise InputError(f"{case.name} is no LoCoMo file: it has no questions with answers")
+        return spread(case, [1.0], questions, seed)
+
+    _run("locomo", flags, files, asked)
+
+
+@app.command()
+@command
+def report(
+    flags: StoreFlags,
+    files: Annotated[list[Path], typer.Argument(help="Files of results, OUT.jsonl of earlier runs.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw to this file, as in plot.png or plot.svg.")] = None,
+) -> None:
+    """Print the table of earlier results, several files together."""
+    from kvchat.evals.grid import read_lines
+    from kvchat.evals.plot import draw
+    from kvchat.evals.report import markdown
+
+    lines = read_lines(files)
+    if not lines:
+        raise InputError("there are no results in these files")
+    sys.stdout.write(markdown(lines))
+    if plot:
+        draw(lines, plot)
+
+
+def _value(text: str) -> Any:
+    """A number where it is one; a+b is a list."""
+    parts = [part.strip() for part in text.split("+")]
+    if len(parts) > 1:
+        return tuple(_value(part) for part in parts)
+    try:
+        return json.loads(parts[0])
+    except json.JSONDecodeError:
+        return parts[0]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{text!r} is not a number") from None
+
+
+def _run(task: str, flags: GridFlags, files: Sequence[Path], prepare: Callable[[Case], Case]) -> None:
+    """Read cases, run the grid, write results and print the table."""
+    from kvchat.engine import Engine
+    from kvchat.evals.cases import read
+    from kvchat.evals.grid import Grid, settings_of, shortened
+    from kvchat.evals.plot import draw
+    from kvchat.evals.report import markdown
+    from kvchat.model import load
+    from kvchat.plain import Status
+
+    config, cases = flags.settings(), [read(file) for file in files]
+    settings = settings_of(flags.methods.split(","), flags.grid())
+    for setting in settings:
+        config.replaced(dict(setting.values))  # a wrong value is said before the model is loaded
+    out, status = str(flags.out or f"eval-{task}"), Status()
+    try:
+        engine = Engine(load(config.model, status), config.model.prefill_chunk_size)
+        if flags.tokens:
+            cases = [shortened(engine, case, flags.tokens) for case in cases]
+        runner = Grid(task, engine, config, Path(f"{out}.jsonl"), status, flags.step)
+        lines = runner.run([prepare(case) for case in cases], settings)
+    finally:
+        status.clear()
+    table = markdown(lines)
+    Path(f"{out}.md").write_text(table, "utf-8")
+    sys.stdout.write(table)
+    if flags.plot:
+        draw(lines, Path(f"{out}.png"))

@@ -1,0 +1,1 @@
+"""`kvchat eval`: how much of a conversation survives compression, measured by questions asked along the way."""

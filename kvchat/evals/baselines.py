@@ -1,0 +1,183 @@
+"""What kvchat is compared with, under the same harness and at equal bytes.
+
+Every baseline is a `Residence`: the session feeds it the same tokens at the same moments, and it keeps as many pairs
+as the session's own method would. It holds all sealed KV densely and shows the network the pairs of a mask: slow and
+plain, which is what a baseline should be. Nothing is saved. Those that score are in `rescoring.py`.
+
+    Full         no compression
+    Window       the protected prefix and the newest rows (StreamingLLM, arXiv 2309.17453)
+
+Letters: L layers, H KV heads, T sealed tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvchat.cache.ragged import Piece
+from kvchat.cache.segment import LayerKV, Ranking
+from kvchat.codecs import decode_frame, encode_segment
+from kvchat.codecs.encode import packed_bytes, param_bytes
+from kvchat.compress.compressor import rank
+from kvchat.config import Config
+from kvchat.engine import Engine
+from kvchat.errors import InputError
+from kvchat.residence import Residence, Steps
+from kvchat.sealing import cuts_of, prefix_length, protected_tokens
+from kvchat.store import Message, Store
+
+Rows = list[tuple[Tensor, Tensor]]
+"""Keys and values (H, T, D) a layer."""
+
+
+def held_bytes(residence: Residence) -> int:
+    """Bytes of all KV that stands for the history, as encoded: codes and scales of sealed rows, the tail as it is."""
+    if isinstance(residence, Masked):
+        sealed = residence.sealed_bytes
+    else:
+        held = ((one, range(one.chunks)) for one in residence.tiers.residents)
+        sealed = sum(
+            param_bytes(one.header) + sum(packed_bytes(one.header, chunk) for chunk in chunks) for one, chunks in held
+        )
+    return sealed + residence.cache.tail_length * dense_bytes(residence)
+
+
+def dense_bytes(residence: Residence) -> int:
+    """Bytes of one token's exact KV."""
+    model = residence.engine.model
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * model.dtype.itemsize
+
+
+class Unsaved(Residence):
+    """A residence that writes nothing."""
+
+    def _save_waiting(self, path: Sequence[Message]) -> None:
+        """Nothing is saved."""
+
+
+class Full(Unsaved):
+    """Every pair, exactly, in the tail."""
+
+    def __init__(self, store: Store, engine: Engine, config: Config, pool: Executor) -> None:
+        # No tail is long enough to be sealed.
+        super().__init__(store, engine, config.replaced({"compress.segment_min": sys.maxsize}), pool)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The tokens of one segment: where it begins and ends, and what the session would hold of it."""
+
+    start: int
+    end: int
+    ranking: Ranking
+    nbytes: int
+    """Encoded, all pairs."""
+
+
+class Masked(Unsaved):
+    """Sealed KV, dense, and a mask (L, H, T) of the pairs that the network sees."""
+
+    rows: Rows
+    mask: Tensor
+
+    def __init__(self, store: Store, engine: Engine, config: Config, pool: Executor) -> None:
+        super().__init__(store, engine, config, pool)
+        model = engine.model
+        shape = (model.num_hidden_layers, model.num_key_value_heads, 0)
+        self.rows = [layer.tail() for layer in self.cache.layers]
+        self.mask = torch.ones(shape, dtype=torch.bool, device=model.device)
+        self.blocks: list[Block] = []
+        self.quota: list[int] = []
+        """Pairs that the session would hold of each block."""
+
+    @property
+    def sealed_bytes(self) -> int:
+        """Encoded bytes of the pairs in the mask."""
+        pairs, nbytes = self.mask.numel(), sum(block.nbytes for block in self.blocks)
+        return round(nbytes * int(self.mask.sum()) / pairs) if pairs else 0
+
+    def _seal(self, path: Sequence[Message], last: int) -> Steps:
+        """Take the tail up to message `last` in, whole, as the codec gives it back."""
+        yield from ()
+        bounds, start = self.bounds(path), self.cache.tail_start
+        tokens, protected = bounds[last] - start, protected_tokens(path, self.config.compress.num_sink_tokens)
+        tail = [layer.tail() for layer in self.cache.layers]
+        rows, nbytes = self._stored([(keys[:, :tokens], values[:, :tokens]) for keys, values in tail], start)
+        shape = (len(rows), len(rows[0][0]), tokens)
+        # Counts do not depend on scores, so the budget is that of any ranking of these tokens.
+        flags = protected[start : bounds[last]]
+        ranking = rank(torch.zeros(shape), flags, cuts_of(self.config.compress), start)
+        self.blocks.append(Block(start, bounds[last], ranking, nbytes))
+        self.rows = [
+            (torch.cat([keys, more[0]], dim=1), torch.cat([values, more[1]], dim=1))
+            for (keys, values), more in zip(self.rows, rows, strict=True)
+        ]
+        self.cache.drop_tail(tokens)
+        self.show(torch.cat([self.mask, torch.ones(shape, dtype=torch.bool, device=self.mask.device)], dim=2))
+
+    def _stored(self, rows: Rows, start: int) -> tuple[Rows, int]:
+        """KV after a round trip through the codec, and its encoded size."""
+        name, tokens = self.config.codec.name, rows[0][0].shape[1]
+        if not isinstance(name, str):
+            raise InputError("a baseline has no ranks to set the codec by; give it a single codec")
+        keys, values = ([side[index] for side in rows] for index in (0, 1))
+        header, frames = encode_segment([name], keys, values, Ranking.single(start, len(keys), len(keys[0]), tokens))
+        device = self.engine.model.device
+        decoded = [kv for _, group, blob in frames for kv in decode_frame(header, 0, group, blob, device)]
+        shape = keys[0].shape
+        nbytes = param_bytes(header) + packed_bytes(header, 0)
+        return [(kv.keys.view(shape), kv.values.view(shape)) for kv in decoded], nbytes
+
+    def show(self, mask: Tensor) -> None:
+        """Let the network see the pairs of `mask`, block by block as the session has segments."""
+        self.mask = mask
+        self.cache.keep([])
+        for block in self.blocks:
+            span = slice(block.start, block.end)
+            layers = [
+                masked(keys[:, span], values[:, span], seen[:, span], block.start)
+                for (keys, values), seen in zip(self.rows, mask, strict=True)
+            ]
+            self.cache.attach({Piece(block.start, 0): layers}, block.end)
+
+    def hold(self, path: Sequence[Message]) -> None:
+        """Choose anew when the budget has changed."""
+        quota = self.quotas(path)
+        if quota != self.quota:
+            self.quota = quota
+            self.show(self.choose(path))
+
+    def quotas(self, path: Sequence[Message]) -> list[int]:
+        """What the session would hold of each block."""
+        chunks = [self.budget(block.ranking, block.end, path) for block in self.blocks]
+        return [int(block.ranking.sizes[:count].sum()) for block, count in zip(self.blocks, chunks, strict=True)]
+
+    def choose(self, path: Sequence[Message]) -> Tensor:
+        """The new mask, of as many pairs as `quota`."""
+        raise NotImplementedError
+
+
+class Window(Masked):
+    """The protected prefix, and the newest rows of every head."""
+
+    def choose(self, path: Sequence[Message]) -> Tensor:
+        layers, heads, tokens = self.mask.shape
+        prefix = prefix_length(path, self.config.compress.num_sink_tokens)
+        each = sum(self.quota) // (layers * heads)
+        mask = torch.zeros_like(self.mask)
+        mask[:, :, :prefix] = True
+        mask[:, :, max(prefix, tokens - (each - prefix)) :] = True
+        return mask
+
+
+def masked(keys: Tensor, values: Tensor, mask: Tensor, start: int) -> LayerKV:
+    """The rows of (H, T, D) keys and values that a mask (H, T) names."""
+    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int().cpu()
+    positions = (mask.nonzero()[:, 1] + start).int()
+    return LayerKV(keys[mask], values[mask], positions, cu_seqlens)

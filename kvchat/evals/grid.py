@@ -1,0 +1,256 @@
+"""A grid of settings over conversations: each is run through the session path and measured, a JSON line each.
+
+A run that was stopped goes on where it was: lines that are there already are not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from kvchat.config import Config
+from kvchat.engine import Engine
+from kvchat.errors import InputError
+from kvchat.evals.baselines import Full, Window, dense_bytes, held_bytes
+from kvchat.evals.cases import Case, Question, asked, cut
+from kvchat.evals.measures import MEASURES, Truth, truth
+from kvchat.evals.rescoring import OneShot, Recompress, SnapRecompress
+from kvchat.events import Listener, Notice, Progress
+from kvchat.model import fingerprint_id
+from kvchat.residence import Residence
+from kvchat.session import Conversation
+from kvchat.store import Store
+
+METHODS: dict[str, type[Residence]] = {
+    "session": Residence,
+    "full": Full,
+    "window": Window,
+    "recompress": Recompress,
+    "recompress-snapkv": SnapRecompress,
+    "one-shot": OneShot,
+}
+"""What can be compared; "session" is kvchat itself, with any of its settings."""
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One cell of the grid: a method, and settings by dotted key."""
+
+    method: str
+    values: tuple[tuple[str, Any], ...] = ()
+
+
+def settings_of(methods: Sequence[str], vary: Mapping[str, Sequence[Any]]) -> list[Setting]:
+    """Every method under every combination of values, but for those that cannot differ from another.
+
+    Raises:
+        InputError: an unknown method.
+    """
+    found: dict[Setting, None] = {}
+    for method in methods:
+        if method not in METHODS:
+            raise InputError(f"there is no method {method!r}; known: {', '.join(METHODS)}")
+        for combination in product(*vary.values()):
+            values = dict(zip(vary, combination, strict=True))
+            if method == "full":
+                values = {}
+            elif method != "session":
+                values.pop("compress.scorer", None)
+                if values.get("compress.keep_ratio") == 1.0 or isinstance(values.get("codec.name"), tuple):
+                    continue
+            found[Setting(method, tuple(values.items()))] = None
+    return list(found)
+
+
+class Grid:
+    """Runs settings over cases.
+
+    Args:
+        task: "fidelity", "recall" or "locomo".
+        engine: the model.
+        config: all settings; a cell's values replace some.
+        out: the file of JSON lines, appended to.
+        listener: told of progress, cells done and in all.
+        step: turns fed at once; more is faster, and segments get a little longer.
+    """
+
+    def __init__(self, task: str, engine: Engine, config: Config, out: Path, listener: Listener, step: int = 1) -> None:
+        self.task, self.engine, self.config, self.out, self.listener = task, engine, config, out, listener
+        self.step = step
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+    def run(self, cases: Sequence[Case], settings: Sequence[Setting]) -> list[Line]:
+        """Lines of all cells, computed or found."""
+        cases = [fitted(self.engine, case) for case in cases]
+        done = {line["key"]: line for line in read_lines([self.out])} if self.out.exists() else {}
+        cells = {self._key(case, setting): (case, setting) for case in cases for setting in settings}
+        left = [key for key in cells if key not in done]
+        truths: dict[str, Truth] = {}
+        known = ""
+        for number, key in enumerate(left):
+            case, setting = cells[key]
+            self.listener(Progress("evaluate", len(cells) - len(left) + number, len(cells)))
+            if self.task == "fidelity" and known != case.name:
+                known, truths = case.name, self._truths(case)
+            line = {"key": key, **self._describe(case, setting), **self._measure(case, setting, truths)}
+            done[key] = line
+            with self.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self.listener(Progress("evaluate", len(cells), len(cells)))
+        return [done[key] for key in cells]
+
+    def _key(self, case: Case, setting: Setting) -> str:
+        questions = [(question.id, question.text, question.asked_after) for question in case.questions]
+        settled = self._config(setting).model_dump(mode="json", include={"compress", "codec"})
+        model = fingerprint_id(self.engine.model.fingerprint)
+        parts = [self.task, model, self.step, case.name, case.system, case.turns, questions, setting.method, settled]
+        return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+    def _config(self, setting: Setting) -> Config:
+        return self.config.replaced(dict(setting.values))
+
+    def _describe(self, case: Case, setting: Setting) -> Line:
+        config, model = self._config(setting), self.engine.model
+        return {
+            "task": self.task,
+            "model": model.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "case": case.name,
+            "method": setting.method,
+            "values": dict(setting.values),
+            "scorer": config.compress.scorer,
+            "keep": 1.0 if setting.method == "full" else config.compress.keep_ratio,
+            "codec": "raw" if setting.method == "full" else codec_name(config),
+        }
+
+    def _truths(self, case: Case) -> dict[str, Truth]:
+        """What the full cache answers, computed once for all settings."""
+        found = {}
+        with self._conversation(Setting("full")) as conversation:
+            for question in feed(conversation, case, self._heed, self.step):
+                found[question.id] = truth(conversation, question)
+        return found
+
+    def _measure(self, case: Case, setting: Setting, truths: Mapping[str, Truth]) -> Line:
+        begun, figures, notices = time.perf_counter(), [], list[str]()
+        with self._conversation(setting) as conversation:
+            for question in feed(conversation, case, lambda notice: notices.append(notice.text), self.step):
+                about = {"id": question.id, "kind": question.kind, "after": question.asked_after}
+                about["distance"] = question.asked_after - question.evidence
+                measured = MEASURES[self.task](conversation, question, truths.get(question.id))
+                figures.append(about | holding(conversation.residence) | measured)
+        return {"questions": figures, "notices": notices, "seconds": round(time.perf_counter() - begun, 2)}
+
+    def _heed(self, notice: Notice) -> None:
+        self.listener(notice)
+
+    @contextmanager
+    def _conversation(self, setting: Setting) -> Iterator[Conversation]:
+        """An empty conversation under a setting, its store a temporary one."""
+        config, model = self._config(setting), self.engine.model
+        with tempfile.TemporaryDirectory(prefix="kvchat-eval-") as folder, ThreadPoolExecutor(2) as pool:
+            store = Store(Path(folder) / "eval.db")
+            info = store.create_session("eval", model.name, model.fingerprint)
+            residence = METHODS[setting.method](store, self.engine, config, pool)
+            yield Conversation(info, store, self.engine, residence)
+            store.close()
+
+
+def feed(conversation: Conversation, case: Case, heed: Callable[[Notice], None], step: int) -> Iterator[Question]:
+    """Feed the case, `step` turns at a time as a chat would, and yield each question when its turn has come."""
+    conversation.begin(case.system)
+    fed, stops = 0, sorted({question.asked_after for question in case.questions})
+    for number in sorted({*range(step, stops[-1], step), *stops}):
+        messages = [message for turn in case.turns[fed:number] for message in turn]
+        for steps in (conversation.append(messages, lambda: False), conversation.finish()):
+            for event in steps:
+                if isinstance(event, Notice):
+                    heed(event)
+        fed, questions, residence = number, asked(case, number), conversation.residence
+        if questions and isinstance(residence, OneShot):
+            residence.compress(conversation.path)
+        yield from questions
+        if questions and isinstance(residence, OneShot):
+            residence.release()
+
+
+def holding(residence: Residence) -> dict[str, float]:
+    """What stands for the history: tokens, and the fractions of all pairs and of the exact KV's bytes."""
+    cache, model = residence.cache, residence.engine.model
+    pairs = cache.num_seen * model.num_hidden_layers * model.num_key_value_heads
+    kept = cache.num_sealed_rows + cache.tail_length * model.num_hidden_layers * model.num_key_value_heads
+    nbytes = held_bytes(residence) / (cache.num_seen * dense_bytes(residence))
+    return {"history": cache.num_seen, "pairs": round(kept / pairs, 5), "bytes": round(nbytes, 5)}
+
+
+def fitted(engine: Engine, case: Case) -> Case:
+    """The case, if the window has room for it, its questions and the passes that score it.
+
+    Raises:
+        InputError: it has not.
+    """
+    template, window = engine.model.template, engine.model.context_window
+    tokens = sum(lengths(engine, case))
+    longest = max((len(template.user(question.text, first=False).ids) for question in case.questions), default=0)
+    room = window - longest - 256
+    if tokens > room:
+        raise InputError(
+            f"{case.name} has {tokens} tokens, and the window of {engine.model.name} has room for {room} before "
+            f"the questions; shorten it with --tokens {room // 500 * 500}"
+        )
+    return case
+
+
+def shortened(engine: Engine, case: Case, tokens: int) -> Case:
+    """As many of the case's first turns as have at most so many tokens."""
+    turns, total = 0, 0
+    for count in lengths(engine, case):
+        total += count
+        turns += total <= tokens
+    if not turns:
+        raise InputError(f"not even the first turn of {case.name} has so few tokens as {tokens}; give more")
+    return cut(case, turns)
+
+
+def lengths(engine: Engine, case: Case) -> list[int]:
+    """Tokens of each turn, the opening counted with the first."""
+    template, counts = engine.model.template, []
+    opening = len(template.system(case.system).ids)
+    for number, turn in enumerate(case.turns):
+        pieces = [
+            template.user(m["content"], first=number == 0) if m["role"] == "user" else template.assistant(m["content"])
+            for m in turn
+        ]
+        counts.append(sum(len(piece.ids) for piece in pieces) + (0 if number else opening))
+    return counts
+
+
+def codec_name(config: Config) -> str:
+    """The codec, or one for each interval of the ranking."""
+    name = config.codec.name
+    return name if isinstance(name, str) else "+".join(name)
+
+
+def read_lines(files: Sequence[Path]) -> list[Line]:
+    """Lines of result files, the last of each key. Raises InputError for a file of another kind."""
+    lines: dict[str, Line] = {}
+    for file in files:
+        for number, text in enumerate(file.read_text("utf-8").splitlines(), 1):
+            try:
+                line = json.loads(text)
+                lines[line["key"]] = line
+            except (json.JSONDecodeError, TypeError, KeyError):
+                raise InputError(f"{file}: line {number} is no result of `kvchat eval`") from None
+    return list(lines.values())

@@ -1,0 +1,158 @@
+"""Result lines as a table: means with bootstrap intervals, and how far each method is from kvchat's own.
+
+An interval is the middle 95% of means over resampled data: conversations are drawn with replacement, then questions
+within each. With one conversation it speaks of its questions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvchat.evals.grid import Line
+
+Table = npt.NDArray[np.float64]
+"""(questions, 2): a figure and its weight; the mean is the sum of figures over the sum of weights."""
+
+RESAMPLES = 1000
+
+COLUMNS: dict[str, dict[str, tuple[str, str | None]]] = {
+    "fidelity": {"KL": ("kl", "tokens"), "agree": ("agree", "tokens"), "log-prob": ("logprob", "tokens")},
+    "recall": {"recall": ("match", None), "log-prob": ("logprob", "tokens")},
+    "locomo": {"F1": ("f1", None), "exact": ("match", None), "log-prob": ("logprob", "tokens")},
+}
+"""Column to the figure and the weight that it is a mean by; methods are compared in the first."""
+
+_OF_FULL = {"recall": ["of the full cache's"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All lines of one setting, over conversations."""
+
+    model: str
+    task: str
+    method: str
+    keep: float
+    codec: str
+    other: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, line: Line) -> Group:
+        """The group that a line belongs to."""
+        method = f"{line['scorer']} per turn" if line["method"] == "session" else line["method"]
+        known = ("compress.scorer", "compress.keep_ratio", "codec.name")
+        other = {key: tuple(v) if isinstance(v, list) else v for key, v in line["values"].items() if key not in known}
+        return cls(line["model"], line["task"], method, line["keep"], line["codec"], tuple(sorted(other.items())))
+
+
+def grouped(lines: Iterable[Line]) -> dict[Group, list[Line]]:
+    """Lines by setting, every method from the most to the least kept."""
+    groups: dict[Group, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(Group.of(line), []).append(line)
+    return dict(sorted(groups.items(), key=lambda item: _order(item[0])))
+
+
+def _order(group: Group) -> tuple[Any, ...]:
+    return group.model, group.task, group.codec, -group.keep, group.method, str(group.other)
+
+
+def values(lines: Sequence[Line], figure: str, weight: str | None = None) -> list[Table]:
+    """A figure and its weight for each question, an array a conversation."""
+    return [np.array([[q[figure], q[weight] if weight else 1.0] for q in line["questions"]], float) for line in lines]
+
+
+def mean(tables: Sequence[Table]) -> float:
+    """Weighted mean over all questions."""
+    figure, weight = np.concatenate(tables).sum(axis=0)
+    return float(figure / weight)
+
+
+def interval(tables: Sequence[Table], seed: int = 0) -> tuple[float, float]:
+    """The 95% bootstrap interval of the mean."""
+    source, means = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        drawn = [tables[index] for index in source.integers(len(tables), size=len(tables))]
+        picked = [table[source.integers(len(table), size=len(table))] for table in drawn]
+        means.append(mean(picked))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def difference(ours: Sequence[Line], theirs: Sequence[Line], figure: str, weight: str | None) -> list[Table]:
+    """Theirs minus ours, question by question, for the conversations that both have."""
+    mine = {line["case"]: {q["id"]: q for q in line["questions"]} for line in ours}
+    tables = []
+    for line in theirs:
+        pairs = [(mine[line["case"]][q["id"]], q) for q in line["questions"] if q["id"] in mine.get(line["case"], {})]
+        if pairs:
+            tables.append(np.array([[q[figure] - p[figure], q[weight] if weight else 1.0] for p, q in pairs], float))
+    return tables
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """One table a model and task."""
+    groups = grouped(lines)
+    parts = []
+    for model, task in dict.fromkeys((group.model, group.task) for group in groups):
+        chosen = {group: found for group, found in groups.items() if (group.model, group.task) == (model, task)}
+        parts.append(_table(task, model, chosen))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(task: str, model: str, groups: Mapping[Group, list[Line]]) -> str:
+    first, columns = next(iter(COLUMNS[task])), COLUMNS[task]
+    names = ["method", "keep", "codec", "bytes", *columns, *_OF_FULL.get(task, ()), f"{first}, difference from ours"]
+    rows = [_row(task, group, groups) for group in groups]
+    counts = [sum(len(line["questions"]) for line in lines) for lines in groups.values()]
+    cases = sorted({line["case"] for lines in groups.values() for line in lines})
+    head = f"**{task}, {model}**: {max(counts)} questions on {len(cases)} conversation(s): {', '.join(cases)}"
+    return "\n".join([head, "", _cells(names), _cells(["---"] * len(names)), *rows])
+
+
+def _row(task: str, group: Group, groups: Mapping[Group, list[Line]]) -> str:
+    lines = groups[group]
+    other = "".join(f", {key.partition('.')[2]} {value}" for key, value in group.other)
+    cells = [group.method + other, f"{group.keep:g}", group.codec, number(mean(values(lines, "bytes")))]
+    for place, (figure, weight) in enumerate(COLUMNS[task].values()):
+        tables = values(lines, figure, weight)
+        cells.append(number(mean(tables)) + (f" [{_span(interval(tables))}]" if not place else ""))
+    if task in _OF_FULL:
+        cells.append(_share(group, groups))
+    return _cells([*cells, _difference(task, group, groups)])
+
+
+def _share(group: Group, groups: Mapping[Group, list[Line]]) -> str:
+    """Of the facts that the full cache gives, those that this setting gives."""
+    full = [line for other, lines in groups.items() if other.method == "full" for line in lines]
+    known = {(line["case"], q["id"]) for line in full for q in line["questions"] if q["match"]}
+    found = [q["match"] for line in groups[group] for q in line["questions"] if (line["case"], q["id"]) in known]
+    return number(sum(found) / len(found)) if found else ""
+
+
+def _difference(task: str, group: Group, groups: Mapping[Group, list[Line]]) -> str:
+    """From KVzip per turn at the same keep and codec, which has as many bytes."""
+    ours = Group(group.model, group.task, "kvzip per turn", group.keep, group.codec, group.other)
+    if group == ours or ours not in groups:
+        return ""
+    figure, weight = next(iter(COLUMNS[task].values()))
+    tables = difference(groups[ours], groups[group], figure, weight)
+    return f"{mean(tables):+.3f} [{_span(interval(tables))}]" if tables else ""
+
+
+def _span(ends: tuple[float, float]) -> str:
+    return ", ".join(number(end) for end in ends)
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent unless it is tiny."""
+    return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:#.3g}"
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
