@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Number = TypeVar("Number", int, float)
 Files = Annotated[list[Path], typer.Argument(help="Conversations: messages as JSON, or LoCoMo's files.")]
 Seed = Annotated[int, typer.Option(help="What is asked and planted depends on it.")]
 
@@ -32,7 +33,7 @@ class GridFlags(ModelFlags):
     """What every evaluation takes: the cells of its grid, and where results go."""
 
     methods: Annotated[
-        str, typer.Option(help="session (kvchat itself), full, window, recompress, one-shot; commas between.")
+        str, typer.Option(help="session (kvchat), full, window, recompress, recompress-snapkv, one-shot.")
     ] = "full,session"
     keep: Annotated[str, typer.Option(help="Fractions of the pairs kept, as in 1,0.5,0.3.")] = "1,0.5,0.3"
     codecs: Annotated[str | None, typer.Option(help="As in raw,k8v8; a+b is one for each interval of ranks.")] = None
@@ -59,7 +60,7 @@ class GridFlags(ModelFlags):
             if not found:
                 raise InputError(f"--vary {text}: write it as section.key=value,value")
             given[key.strip()] = values
-        return {key: [_value(text) for text in texts.split(",")] for key, texts in given.items() if texts}
+        return {key: [_value(text) for text in _parts(texts)] for key, texts in given.items() if texts}
 
 
 @app.command()
@@ -74,7 +75,7 @@ def fidelity(
     """Distance from the full cache: KL, agreement and log-probability on its own greedy answers."""
     from kvchat.evals.cases import spread
 
-    where = [_number(text) for text in at.split(",")]
+    where = [_number(text, float) for text in _parts(at)]
     _run("fidelity", flags, files, lambda case: spread(case, where, questions, seed))
 
 
@@ -90,7 +91,7 @@ def recall(
     """Facts planted among the turns of real conversations, asked many turns later: exact match."""
     from kvchat.evals.planted import plant
 
-    far = [int(_number(text)) for text in distances.split(",")]
+    far = [_number(text, int) for text in _parts(distances)]
     _run("recall", flags, files, lambda case: plant(case, far, facts, seed))
 
 
@@ -106,7 +107,7 @@ def locomo(
     from kvchat.evals.cases import spread
 
     def asked(case: Case) -> Case:
-        if not all(question.answer for question in case.questions):
+        if not any(question.answer for question in case.questions):
             raise InputError(f"{case.name} is no LoCoMo file: it has no questions with answers")
         return spread(case, [1.0], questions, seed)
 
@@ -133,39 +134,45 @@ def report(
         draw(lines, plot)
 
 
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
 def _value(text: str) -> Any:
-    """A number where it is one; a+b is a list."""
-    parts = [part.strip() for part in text.split("+")]
+    """A number or truth value where it is one, else the text; a+b is a tuple."""
+    parts = text.split("+")
     if len(parts) > 1:
-        return tuple(_value(part) for part in parts)
+        return tuple(_value(part.strip()) for part in parts)
     try:
-        return json.loads(parts[0])
+        value = json.loads(text)
     except json.JSONDecodeError:
-        return parts[0]
+        return text
+    return value if isinstance(value, int | float) else text
 
 
-def _number(text: str) -> float:
+def _number(text: str, kind: type[Number]) -> Number:
     try:
-        return float(text)
+        return kind(text)
     except ValueError:
-        raise InputError(f"{text!r} is not a number") from None
+        raise InputError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
 def _run(task: str, flags: GridFlags, files: Sequence[Path], prepare: Callable[[Case], Case]) -> None:
     """Read cases, run the grid, write results and print the table."""
     from kvchat.engine import Engine
     from kvchat.evals.cases import read
-    from kvchat.evals.grid import Grid, settings_of, shortened
-    from kvchat.evals.plot import draw
+    from kvchat.evals.grid import Grid, mend, settings_of, shortened
+    from kvchat.evals.plot import draw, require_matplotlib
     from kvchat.evals.report import markdown
     from kvchat.model import load
     from kvchat.plain import Status
 
     config, cases = flags.settings(), [read(file) for file in files]
-    settings = settings_of(flags.methods.split(","), flags.grid())
-    for setting in settings:
-        config.replaced(dict(setting.values))  # a wrong value is said before the model is loaded
+    settings = settings_of(_parts(flags.methods), flags.grid(), config)
     out, status = str(flags.out or f"eval-{task}"), Status()
+    mend(Path(f"{out}.jsonl"))  # what cannot be written or drawn is said before the model is loaded
+    if flags.plot:
+        require_matplotlib()
     try:
         engine = Engine(load(config.model, status), config.model.prefill_chunk_size)
         if flags.tokens:

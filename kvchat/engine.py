@@ -107,7 +107,7 @@ class Engine:
         return values
 
     def greedy(self, cache: SegmentedCache, prompt: Sequence[int], most: int) -> list[int]:
-        """The likeliest answer to `prompt`, at most `most` tokens, its end not included; the cache is left as it was."""
+        """The likeliest answer to `prompt`, at most `most` tokens, without its end; the cache is left as it was."""
         with cache.scratch():
             for start in range(0, len(prompt), self.chunk_size):
                 logits = self.forward(cache, prompt[start : start + self.chunk_size])[-1]

@@ -17,7 +17,7 @@ Phase = Literal["download", "convert", "load", "restore", "rebuild", "prefill", 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` units (bytes for a download, runs for an evaluation, else tokens) of a phase; total 0 = unknown."""
+    """`done` of `total` units of a phase (a download: bytes, an evaluation: runs, else tokens); total 0 = unknown."""
 
     phase: Phase
     done: int

@@ -20,7 +20,7 @@ from kvchat.errors import InputError
 from kvchat.evals import grid as grids
 from kvchat.evals.baselines import Masked
 from kvchat.evals.cases import Case, Question, read, spread
-from kvchat.evals.grid import Grid, Setting, fitted, lengths, read_lines, settings_of, shortened
+from kvchat.evals.grid import Grid, Setting, fitted, lengths, mend, read_lines, settings_of, shortened
 from kvchat.evals.planted import plant
 from kvchat.evals.report import Group, difference, grouped, interval, markdown, mean, values
 from kvchat.evals.rescoring import snapkv
@@ -69,7 +69,7 @@ def run(tmp_path: Path, tiny_model: Model) -> Run:
         runner = Grid(
             task, engine or Engine(tiny_model, 64), Config.load(overrides=given), tmp_path / out, lambda _: None
         )
-        return runner.run(cases or [case()], settings_of(methods, vary or {}))
+        return runner.run(cases or [case()], settings_of(methods, vary or {}, runner.config))
 
     return measure
 
@@ -211,11 +211,15 @@ def test_turns_can_be_fed_several_at_once(run: Run, tiny_model: Model, tmp_path:
 
 def test_a_grid_leaves_out_what_cannot_differ() -> None:
     vary = {"compress.keep_ratio": [1.0, 0.3], "codec.name": ["raw", ("k8v8", "raw")], "compress.scorer": ["kvzip"]}
-    found = settings_of(["full", "session", "window"], vary)
+    found = settings_of(["full", "session", "window"], vary, Config())
     assert [setting.method for setting in found] == ["full", *["session"] * 4, "window"]
     assert found[-1].values == (("compress.keep_ratio", 0.3), ("codec.name", "raw"))
     with pytest.raises(InputError, match="no method 'best'; known: session, full"):
-        settings_of(["best"], vary)
+        settings_of(["best"], vary, Config())
+    with pytest.raises(InputError, match="dtype cannot be varied"):
+        settings_of(["session"], {"model.dtype": ["float32"]}, Config())
+    with pytest.raises(InputError, match="nothing is left to measure"):
+        settings_of(["window"], {"compress.keep_ratio": [1.0]}, Config())
 
 
 def test_a_conversation_that_is_too_long_is_refused_and_can_be_shortened(tiny_model: Model) -> None:
@@ -276,18 +280,25 @@ def test_what_recompression_loses_stays_lost_and_one_shot_forgets_nothing(
 
 def line(name: str, keep: float, figures: Sequence[float], method: str = "session") -> dict[str, Any]:
     questions = [
-        {"id": f"q{i}", "kl": x * 2, "tokens": 2, "agree": 1, "logprob": -3.0, "bytes": keep}
+        {"id": f"q{i}", "kl": x * 2, "tokens": 2, "agree": 1, "logprob": -3.0, "bytes": keep, "pairs": keep}
         for i, x in enumerate(figures)
     ]
     told = {
         "key": f"{name}{keep}{method}",
         "task": "fidelity",
         "model": "m",
+        "dtype": "bfloat16",
         "case": name,
         "method": method,
         "keep": keep,
     }
-    return {**told, "values": {"compress.keep_ratio": keep}, "scorer": "kvzip", "codec": "raw", "questions": questions}
+    return {
+        **told,
+        "settings": {"compress.keep_ratio": keep},
+        "scorer": "kvzip",
+        "codec": "raw",
+        "questions": questions,
+    }
 
 
 def test_means_weigh_tokens_and_intervals_hold_the_mean() -> None:
@@ -305,16 +316,41 @@ def test_methods_are_compared_question_by_question() -> None:
     ours, theirs = [line("a", 0.3, [1.0, 2.0])], [line("a", 0.3, [1.5, 2.5], "window"), line("b", 0.3, [9.0], "window")]
     assert mean(difference(ours, theirs, "kl", "tokens")) == pytest.approx(0.5)
     table = markdown([*ours, *theirs])
-    assert "| window | 0.3 | raw | 0.300 | 4.33 [" in table and "| +0.500 [0.500, 0.500] |" in table
+    assert "| window | 0.3 | raw | 0.300 | 0.300 | 4.33 [" in table and "| 0.500 [0.500, 0.500] |" in table
     assert [group.method for group in grouped([*ours, *theirs])] == ["kvzip per turn", "window"]
-    assert Group.of(ours[0]).other == ()
+    assert Group.of(ours[0], ["codec.bits"]).other == ()
 
 
 def test_a_file_of_other_lines_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "x.jsonl"
-    file.write_text(json.dumps({"key": "k"}) + "\nnonsense\n")
-    with pytest.raises(InputError, match="line 2 is no result"):
-        read_lines([file])
+    file, good = tmp_path / "x.jsonl", json.dumps(line("a", 0.3, [1.0]))
+    for bad in ("nonsense", '{"key": "k"}', "[]", "3", "\udc80"):
+        file.write_bytes(f"{good}\n{bad}\n".encode(errors="surrogateescape"))
+        with pytest.raises(InputError, match="line 2 is no result"):
+            read_lines([file])
+
+
+def test_a_line_that_a_killed_run_left_unfinished_is_dropped(run: Run, tmp_path: Path) -> None:
+    whole = run("fidelity", ["full", "session"])
+    file = tmp_path / "lines.jsonl"
+    file.write_bytes(file.read_bytes()[:-40])
+    mend(file)
+    assert len(read_lines([file])) == 1 and plain(run("fidelity", ["full", "session"])) == plain(whole)
+
+
+def test_cases_are_told_apart(run: Run) -> None:
+    other = replace(case(), questions=tuple(replace(q, answer="nothing") for q in case().questions))
+    assert run("locomo", ["full"])[0]["key"] != run("locomo", ["full"], [other])[0]["key"]
+    with pytest.raises(InputError, match="the same name"):
+        run("fidelity", ["full"], [case(), case()])
+    with pytest.raises(InputError, match="trip has no question"):
+        run("fidelity", ["full"], [replace(case(), questions=())])
+
+
+def test_a_table_tells_distances_and_settings_apart(run: Run) -> None:
+    told = plant(Case("filler", None, case(20).turns, ()), [3, 6], facts=4, seed=0)
+    table = markdown(run("recall", ["full", "session"], [told], vary={"compress.segment_min": [60, 120]}))
+    assert "recall, 3 turns later | recall, 6 turns later" in table
+    assert "| kvzip per turn, segment_min 60 |" in table and "| full | 1 | raw | 1.00 | 1.00 |" in table
 
 
 def test_probes_keep_their_questions() -> None:

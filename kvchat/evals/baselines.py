@@ -13,7 +13,7 @@ Letters: L layers, H KV heads, T sealed tokens, D head_dim.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -22,12 +22,11 @@ from torch import Tensor
 
 from kvchat.cache.ragged import Piece
 from kvchat.cache.segment import LayerKV, Ranking
-from kvchat.codecs import decode_frame, encode_segment
-from kvchat.codecs.encode import packed_bytes, param_bytes
+from kvchat.codecs import SegmentHeader, decode_frame, encode_segment, packed_bytes, param_bytes
 from kvchat.compress.compressor import rank
 from kvchat.config import Config
 from kvchat.engine import Engine
-from kvchat.errors import InputError
+from kvchat.errors import CodecError
 from kvchat.residence import Residence, Steps
 from kvchat.sealing import cuts_of, prefix_length, protected_tokens
 from kvchat.store import Message, Store
@@ -36,22 +35,34 @@ Rows = list[tuple[Tensor, Tensor]]
 """Keys and values (H, T, D) a layer."""
 
 
+BF16 = 2
+"""Bytes of a number in the full cache that all sizes are told against, and of every number that is not quantised."""
+
+
 def held_bytes(residence: Residence) -> int:
-    """Bytes of all KV that stands for the history, as encoded: codes and scales of sealed rows, the tail as it is."""
+    """Bytes of the KV that stands for the history: sealed rows as encoded before zstd, the tail as it is.
+
+    Positions and rankings are not counted, which attention does not read.
+    """
     if isinstance(residence, Masked):
         sealed = residence.sealed_bytes
     else:
-        held = ((one, range(one.chunks)) for one in residence.tiers.residents)
-        sealed = sum(
-            param_bytes(one.header) + sum(packed_bytes(one.header, chunk) for chunk in chunks) for one, chunks in held
-        )
+        residents = residence.tiers.residents
+        sealed = sum(encoded_bytes(one.header, range(one.chunks)) for one in residents)
     return sealed + residence.cache.tail_length * dense_bytes(residence)
 
 
+def encoded_bytes(header: SegmentHeader, chunks: Iterable[int]) -> int:
+    """Bytes of some rank chunks, with what serves the whole segment."""
+    exact = BF16 / header.dtype.itemsize
+    sizes = (packed_bytes(header, chunk) * (exact if header.codec(chunk) == "raw" else 1) for chunk in chunks)
+    return param_bytes(header) + round(sum(sizes))
+
+
 def dense_bytes(residence: Residence) -> int:
-    """Bytes of one token's exact KV."""
+    """Bytes of one token's KV in the full cache."""
     model = residence.engine.model
-    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * model.dtype.itemsize
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * BF16
 
 
 class Unsaved(Residence):
@@ -76,8 +87,10 @@ class Block:
     start: int
     end: int
     ranking: Ranking
+    params: int
+    """Encoded bytes that serve all pairs."""
     nbytes: int
-    """Encoded, all pairs."""
+    """Encoded bytes of all pairs."""
 
 
 class Masked(Unsaved):
@@ -100,7 +113,8 @@ class Masked(Unsaved):
     def sealed_bytes(self) -> int:
         """Encoded bytes of the pairs in the mask."""
         pairs, nbytes = self.mask.numel(), sum(block.nbytes for block in self.blocks)
-        return round(nbytes * int(self.mask.sum()) / pairs) if pairs else 0
+        share = int(self.mask.sum()) / pairs if pairs else 0
+        return sum(block.params for block in self.blocks) + round(nbytes * share)
 
     def _seal(self, path: Sequence[Message], last: int) -> Steps:
         """Take the tail up to message `last` in, whole, as the codec gives it back."""
@@ -108,31 +122,35 @@ class Masked(Unsaved):
         bounds, start = self.bounds(path), self.cache.tail_start
         tokens, protected = bounds[last] - start, protected_tokens(path, self.config.compress.num_sink_tokens)
         tail = [layer.tail() for layer in self.cache.layers]
-        rows, nbytes = self._stored([(keys[:, :tokens], values[:, :tokens]) for keys, values in tail], start)
+        rows, header = self._stored([(keys[:, :tokens], values[:, :tokens]) for keys, values in tail], start)
         shape = (len(rows), len(rows[0][0]), tokens)
         # Counts do not depend on scores, so the budget is that of any ranking of these tokens.
         flags = protected[start : bounds[last]]
         ranking = rank(torch.zeros(shape), flags, cuts_of(self.config.compress), start)
-        self.blocks.append(Block(start, bounds[last], ranking, nbytes))
+        params = param_bytes(header)
+        nbytes = encoded_bytes(header, [0]) - params
+        self.blocks.append(Block(start, bounds[last], ranking, params, nbytes))
         self.rows = [
             (torch.cat([keys, more[0]], dim=1), torch.cat([values, more[1]], dim=1))
             for (keys, values), more in zip(self.rows, rows, strict=True)
         ]
         self.cache.drop_tail(tokens)
         self.show(torch.cat([self.mask, torch.ones(shape, dtype=torch.bool, device=self.mask.device)], dim=2))
+        self.hold(path)
 
-    def _stored(self, rows: Rows, start: int) -> tuple[Rows, int]:
-        """KV after a round trip through the codec, and its encoded size."""
-        name, tokens = self.config.codec.name, rows[0][0].shape[1]
-        if not isinstance(name, str):
-            raise InputError("a baseline has no ranks to set the codec by; give it a single codec")
+    def _stored(self, rows: Rows, start: int) -> tuple[Rows, SegmentHeader]:
+        """KV after a round trip through the codec, and its header."""
+        tokens, name = rows[0][0].shape[1], self.config.codec.name
         keys, values = ([side[index] for side in rows] for index in (0, 1))
-        header, frames = encode_segment([name], keys, values, Ranking.single(start, len(keys), len(keys[0]), tokens))
+        single = Ranking.single(start, len(keys), len(keys[0]), tokens)
+        try:
+            header, frames = encode_segment(name, keys, values, single)
+        except CodecError:  # as the session does
+            header, frames = encode_segment("raw", keys, values, single)
         device = self.engine.model.device
         decoded = [kv for _, group, blob in frames for kv in decode_frame(header, 0, group, blob, device)]
         shape = keys[0].shape
-        nbytes = param_bytes(header) + packed_bytes(header, 0)
-        return [(kv.keys.view(shape), kv.values.view(shape)) for kv in decoded], nbytes
+        return [(kv.keys.view(shape), kv.values.view(shape)) for kv in decoded], header
 
     def show(self, mask: Tensor) -> None:
         """Let the network see the pairs of `mask`, block by block as the session has segments."""

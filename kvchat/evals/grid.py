@@ -10,19 +10,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
 from kvchat.evals.baselines import Full, Window, dense_bytes, held_bytes
 from kvchat.evals.cases import Case, Question, asked, cut
-from kvchat.evals.measures import MEASURES, Truth, truth
+from kvchat.evals.measures import ANSWER_TOKENS, MEASURES, Truth, truth
 from kvchat.evals.rescoring import OneShot, Recompress, SnapRecompress
 from kvchat.events import Listener, Notice, Progress
 from kvchat.model import fingerprint_id
@@ -40,7 +43,12 @@ METHODS: dict[str, type[Residence]] = {
 }
 """What can be compared; "session" is kvchat itself, with any of its settings."""
 
+INSTRUMENT = 1
+"""Raise it when the same run would give other figures: lines of before are then computed again."""
+
 Line = dict[str, Any]
+KEYS = {"key", "task", "model", "dtype", "case", "method", "settings", "scorer", "keep", "codec", "questions"}
+"""What a line has, besides how it came about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +59,31 @@ class Setting:
     values: tuple[tuple[str, Any], ...] = ()
 
 
-def settings_of(methods: Sequence[str], vary: Mapping[str, Sequence[Any]]) -> list[Setting]:
+def settings_of(methods: Sequence[str], vary: Mapping[str, Sequence[Any]], config: Config) -> list[Setting]:
     """Every method under every combination of values, but for those that cannot differ from another.
 
     Raises:
-        InputError: an unknown method.
+        InputError: an unknown method, a setting that decides nothing here, or no cell is left.
+        ConfigError: a value that its setting cannot have.
     """
+    if others := [key for key in vary if not key.startswith(("compress.", "codec."))]:
+        raise InputError(f"{others[0]} cannot be varied; settings of compress and codec can")
     found: dict[Setting, None] = {}
     for method in methods:
         if method not in METHODS:
             raise InputError(f"there is no method {method!r}; known: {', '.join(METHODS)}")
         for combination in product(*vary.values()):
             values = dict(zip(vary, combination, strict=True))
+            settled = config.replaced(values)
             if method == "full":
                 values = {}
             elif method != "session":
                 values.pop("compress.scorer", None)
-                if values.get("compress.keep_ratio") == 1.0 or isinstance(values.get("codec.name"), tuple):
+                if settled.compress.keep_ratio == 1.0 or not isinstance(settled.codec.name, str):
                     continue
             found[Setting(method, tuple(values.items()))] = None
+    if not found:
+        raise InputError("nothing is left to measure: baselines evict something and have no ranks to set codecs by")
     return list(found)
 
 
@@ -88,21 +102,26 @@ class Grid:
     def __init__(self, task: str, engine: Engine, config: Config, out: Path, listener: Listener, step: int = 1) -> None:
         self.task, self.engine, self.config, self.out, self.listener = task, engine, config, out, listener
         self.step = step
-        out.parent.mkdir(parents=True, exist_ok=True)
 
     def run(self, cases: Sequence[Case], settings: Sequence[Setting]) -> list[Line]:
-        """Lines of all cells, computed or found."""
+        """Lines of all cells, computed or found.
+
+        Raises:
+            InputError: two cases of one name, a case that is too long, or a file of something else.
+        """
+        if len({case.name for case in cases}) < len(cases):
+            raise InputError("two of the conversations have the same name; rename a file")
         cases = [fitted(self.engine, case) for case in cases]
         done = {line["key"]: line for line in read_lines([self.out])} if self.out.exists() else {}
         cells = {self._key(case, setting): (case, setting) for case in cases for setting in settings}
         left = [key for key in cells if key not in done]
         truths: dict[str, Truth] = {}
-        known = ""
+        known: Case | None = None
         for number, key in enumerate(left):
             case, setting = cells[key]
             self.listener(Progress("evaluate", len(cells) - len(left) + number, len(cells)))
-            if self.task == "fidelity" and known != case.name:
-                known, truths = case.name, self._truths(case)
+            if self.task == "fidelity" and known is not case:
+                known, truths = case, self._truths(case)
             line = {"key": key, **self._describe(case, setting), **self._measure(case, setting, truths)}
             done[key] = line
             with self.out.open("a", encoding="utf-8") as file:
@@ -111,10 +130,12 @@ class Grid:
         return [done[key] for key in cells]
 
     def _key(self, case: Case, setting: Setting) -> str:
-        questions = [(question.id, question.text, question.asked_after) for question in case.questions]
+        questions = [astuple(question) for question in case.questions]
         settled = self._config(setting).model_dump(mode="json", include={"compress", "codec"})
-        model = fingerprint_id(self.engine.model.fingerprint)
-        parts = [self.task, model, self.step, case.name, case.system, case.turns, questions, setting.method, settled]
+        model, how = self.engine.model, self.config.model
+        run = [self.task, fingerprint_id(model.fingerprint), model.device.type, how.attention, how.prefill_chunk_size]
+        run += [INSTRUMENT, ANSWER_TOKENS, torch.__version__, transformers.__version__, self.step]
+        parts = [run, case.name, case.system, case.turns, questions, setting.method, settled]
         return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
     def _config(self, setting: Setting) -> Config:
@@ -122,6 +143,8 @@ class Grid:
 
     def _describe(self, case: Case, setting: Setting) -> Line:
         config, model = self._config(setting), self.engine.model
+        settled = config.model_dump(mode="json", include={"compress", "codec"})
+        given = {f"{section}.{key}": value for section, values in settled.items() for key, value in values.items()}
         return {
             "task": self.task,
             "model": model.name,
@@ -129,7 +152,7 @@ class Grid:
             "device": model.device.type,
             "case": case.name,
             "method": setting.method,
-            "values": dict(setting.values),
+            "settings": {} if setting.method == "full" else {**given, "eval.step": self.step},
             "scorer": config.compress.scorer,
             "keep": 1.0 if setting.method == "full" else config.compress.keep_ratio,
             "codec": "raw" if setting.method == "full" else codec_name(config),
@@ -139,7 +162,7 @@ class Grid:
         """What the full cache answers, computed once for all settings."""
         found = {}
         with self._conversation(Setting("full")) as conversation:
-            for question in feed(conversation, case, self._heed, self.step):
+            for question in feed(conversation, case, self.listener, self.step):
                 found[question.id] = truth(conversation, question)
         return found
 
@@ -148,13 +171,10 @@ class Grid:
         with self._conversation(setting) as conversation:
             for question in feed(conversation, case, lambda notice: notices.append(notice.text), self.step):
                 about = {"id": question.id, "kind": question.kind, "after": question.asked_after}
-                about["distance"] = question.asked_after - question.evidence
+                about |= {"distance": question.asked_after - question.evidence, "corrected": question.corrected}
                 measured = MEASURES[self.task](conversation, question, truths.get(question.id))
                 figures.append(about | holding(conversation.residence) | measured)
         return {"questions": figures, "notices": notices, "seconds": round(time.perf_counter() - begun, 2)}
-
-    def _heed(self, notice: Notice) -> None:
-        self.listener(notice)
 
     @contextmanager
     def _conversation(self, setting: Setting) -> Iterator[Conversation]:
@@ -164,8 +184,10 @@ class Grid:
             store = Store(Path(folder) / "eval.db")
             info = store.create_session("eval", model.name, model.fingerprint)
             residence = METHODS[setting.method](store, self.engine, config, pool)
-            yield Conversation(info, store, self.engine, residence)
-            store.close()
+            try:
+                yield Conversation(info, store, self.engine, residence)
+            finally:
+                store.close()
 
 
 def feed(conversation: Conversation, case: Case, heed: Callable[[Notice], None], step: int) -> Iterator[Question]:
@@ -179,11 +201,8 @@ def feed(conversation: Conversation, case: Case, heed: Callable[[Notice], None],
                 if isinstance(event, Notice):
                     heed(event)
         fed, questions, residence = number, asked(case, number), conversation.residence
-        if questions and isinstance(residence, OneShot):
-            residence.compress(conversation.path)
-        yield from questions
-        if questions and isinstance(residence, OneShot):
-            residence.release()
+        with residence.asked(conversation.path) if isinstance(residence, OneShot) else nullcontext():
+            yield from questions
 
 
 def holding(residence: Residence) -> dict[str, float]:
@@ -199,8 +218,10 @@ def fitted(engine: Engine, case: Case) -> Case:
     """The case, if the window has room for it, its questions and the passes that score it.
 
     Raises:
-        InputError: it has not.
+        InputError: it has not, or there is nothing to ask.
     """
+    if not case.questions:
+        raise InputError(f"{case.name} has no question to ask; use more of it, or another conversation")
     template, window = engine.model.template, engine.model.context_window
     tokens = sum(lengths(engine, case))
     longest = max((len(template.user(question.text, first=False).ids) for question in case.questions), default=0)
@@ -221,7 +242,8 @@ def shortened(engine: Engine, case: Case, tokens: int) -> Case:
         turns += total <= tokens
     if not turns:
         raise InputError(f"not even the first turn of {case.name} has so few tokens as {tokens}; give more")
-    return cut(case, turns)
+    # Results of a part are not those of the whole.
+    return replace(cut(case, turns), name=f"{case.name}:{turns}") if turns < len(case.turns) else case
 
 
 def lengths(engine: Engine, case: Case) -> list[int]:
@@ -243,14 +265,30 @@ def codec_name(config: Config) -> str:
     return name if isinstance(name, str) else "+".join(name)
 
 
+def mend(file: Path) -> None:
+    """Make the file ready to be appended to: without a last line that a killed run left unfinished.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        text = file.read_bytes()
+        file.write_bytes(text[: text.rfind(b"\n") + 1])
+    file.open("a").close()
+
+
 def read_lines(files: Sequence[Path]) -> list[Line]:
     """Lines of result files, the last of each key. Raises InputError for a file of another kind."""
     lines: dict[str, Line] = {}
     for file in files:
-        for number, text in enumerate(file.read_text("utf-8").splitlines(), 1):
+        for number, text in enumerate(file.read_bytes().splitlines(), 1):
             try:
                 line = json.loads(text)
-                lines[line["key"]] = line
-            except (json.JSONDecodeError, TypeError, KeyError):
-                raise InputError(f"{file}: line {number} is no result of `kvchat eval`") from None
+                known = line.keys() >= KEYS and bool(line["questions"])
+            except (ValueError, AttributeError):
+                known = False
+            if not known:
+                raise InputError(f"{file}: line {number} is no result of `kvchat eval`")
+            lines[line["key"]] = line
     return list(lines.values())

@@ -34,8 +34,9 @@ def truth(conversation: Conversation, question: Question) -> Truth:
     """Ask the full cache; an answer has at least its end-of-turn token."""
     engine, cache, prompt = conversation.engine, conversation.residence.cache, conversation.question(question.text)
     ids = engine.greedy(cache, prompt, ANSWER_TOKENS)
-    if len(ids) < ANSWER_TOKENS and (end := engine.model.template.assistant_close[:1]):
-        ids = [*ids, *end]
+    if len(ids) < ANSWER_TOKENS:
+        ids = [*ids, *engine.model.template.assistant_close[:1]]
+    assert ids, "the template ends a reply with nothing, and the model begins with its end"
     return Truth(tuple(ids), engine.predict(cache, prompt, ids).float().log_softmax(-1))
 
 
@@ -92,12 +93,10 @@ def locomo(conversation: Conversation, question: Question, truth: Truth | None) 
 
 def _forced(conversation: Conversation, question: Question) -> tuple[Tensor, tuple[int, ...]]:
     """Logits (T, V) that foretell the expected answer after the reply's lead, and its T ids."""
-    template = conversation.engine.model.template
     lead = _content(conversation, question.lead)
     ids = _content(conversation, f"{question.lead} {question.answer}" if question.lead else question.answer)
     common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(lead, ids, strict=False))))
     opened = (*conversation.question(question.text), *ids[:common])
-    assert template.generation_prompt or common
     return conversation.engine.predict(conversation.residence.cache, opened, ids[common:]), ids[common:]
 
 

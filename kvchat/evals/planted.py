@@ -49,7 +49,7 @@ def plant(filler: Case, distances: Sequence[int] = (5, 20, 50, 100), facts: int 
         raise InputError(f"distances are numbers of turns from 1, got {', '.join(map(str, distances)) or 'none'}")
     if not 1 <= facts <= len(SORTS):
         raise InputError(f"cannot plant {facts} facts; expected 1 to {len(SORTS)}")
-    source = random.Random(seed)
+    source = random.Random(f"{seed} {filler.name}")  # other facts in every conversation
     usable = [turn for turn in filler.turns if _usable(turn)]
     texts = [filler.system or "", *(message["content"] for turn in usable for message in turn)]
     planted = _facts(facts, source, texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from kvchat.errors import InputError
@@ -16,10 +17,9 @@ def draw(lines: Sequence[Line], file: Path) -> None:
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("plots need matplotlib; pip install 'kvchat[eval]'") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     groups = grouped(lines)
     panels = list(dict.fromkeys((group.model, group.task) for group in groups))
     figure = Figure(figsize=(7, 4.5 * len(panels)), layout="constrained")
@@ -30,19 +30,29 @@ def draw(lines: Sequence[Line], file: Path) -> None:
                 (mean(values(groups[group], "bytes")), mean(values(groups[group], what, weight))) for group in chosen
             )
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=label)
-        axes.set(title=f"{panel[1]}, {panel[0]}", xlabel="resident bytes / bytes of the full cache", ylabel=name)
+        axes.set(
+            title=f"{panel[1]}, {panel[0]}", xlabel="encoded bytes / bytes of the full cache in bfloat16", ylabel=name
+        )
         axes.set_xscale("log")
         if name == "KL":
             axes.set_yscale("log")
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=7)
-    figure.savefig(file, dpi=150)
+    try:
+        figure.savefig(file, dpi=150)
+    except ValueError as error:  # a suffix that it does not know
+        raise InputError(f"{file}: {error}") from None
+
+
+def require_matplotlib() -> None:
+    """Raises InputError if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib; pip install 'kvchat[eval]'")
 
 
 def _curves(groups: Sequence[Group]) -> dict[str, list[Group]]:
     """Groups that differ only in how much is kept."""
     curves: dict[str, list[Group]] = {}
     for group in groups:
-        other = "".join(f", {key.partition('.')[2]} {value}" for key, value in group.other)
-        curves.setdefault(f"{group.method}, {group.codec}{other}", []).append(group)
+        curves.setdefault(", ".join([group.method, group.codec, *group.other]), []).append(group)
     return curves

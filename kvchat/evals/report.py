@@ -1,12 +1,14 @@
 """Result lines as a table: means with bootstrap intervals, and how far each method is from kvchat's own.
 
-An interval is the middle 95% of means over resampled data: conversations are drawn with replacement, then questions
-within each. With one conversation it speaks of its questions only.
+Pairs and bytes are fractions of the full cache's, bytes as encoded and against bfloat16. An interval is the middle 95%
+of means over resampled data: conversations are drawn with replacement, then questions (or facts) within each. With one
+conversation it speaks of its questions only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,9 @@ COLUMNS: dict[str, dict[str, tuple[str, str | None]]] = {
 }
 """Column to the figure and the weight that it is a mean by; methods are compared in the first."""
 
+_SHOWN = ("compress.scorer", "compress.keep_ratio", "codec.name")
+"""Settings that have a column."""
+
 _OF_FULL = {"recall": ["of the full cache's"]}
 
 
@@ -39,32 +44,50 @@ class Group:
     method: str
     keep: float
     codec: str
-    other: tuple[tuple[str, Any], ...]
+    other: tuple[str, ...]
+    """Settings that differ between groups, as text."""
 
     @classmethod
-    def of(cls, line: Line) -> Group:
-        """The group that a line belongs to."""
+    def of(cls, line: Line, varying: Collection[str]) -> Group:
+        """The group that a line belongs to; `varying` are the settings that tell groups apart."""
         method = f"{line['scorer']} per turn" if line["method"] == "session" else line["method"]
-        known = ("compress.scorer", "compress.keep_ratio", "codec.name")
-        other = {key: tuple(v) if isinstance(v, list) else v for key, v in line["values"].items() if key not in known}
-        return cls(line["model"], line["task"], method, line["keep"], line["codec"], tuple(sorted(other.items())))
+        other = {key: line["settings"][key] for key in sorted(varying) if key in line["settings"]}
+        model = f"{line['model']} in {line['dtype']}"
+        return cls(model, line["task"], method, line["keep"], line["codec"], tuple(map(_text, other.items())))
+
+
+def _text(setting: tuple[str, Any]) -> str:
+    key, value = setting
+    return f"{key.partition('.')[2]} {'+'.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def grouped(lines: Iterable[Line]) -> dict[Group, list[Line]]:
     """Lines by setting, every method from the most to the least kept."""
+    lines, seen = list(lines), dict[str, set[str]]()
+    for line in lines:
+        for key, value in line["settings"].items():
+            seen.setdefault(key, set()).add(json.dumps(value))
+    varying = [key for key, found in seen.items() if len(found) > 1 and key not in _SHOWN]
     groups: dict[Group, list[Line]] = {}
     for line in lines:
-        groups.setdefault(Group.of(line), []).append(line)
+        groups.setdefault(Group.of(line, varying), []).append(line)
     return dict(sorted(groups.items(), key=lambda item: _order(item[0])))
 
 
 def _order(group: Group) -> tuple[Any, ...]:
-    return group.model, group.task, group.codec, -group.keep, group.method, str(group.other)
+    return group.model, group.task, group.codec, -group.keep, group.method, group.other
 
 
 def values(lines: Sequence[Line], figure: str, weight: str | None = None) -> list[Table]:
-    """A figure and its weight for each question, an array a conversation."""
-    return [np.array([[q[figure], q[weight] if weight else 1.0] for q in line["questions"]], float) for line in lines]
+    """A figure and its weight for each question, an array a conversation; one asked at several turns is one row."""
+    tables = []
+    for line in lines:
+        rows: dict[str, list[float]] = {}
+        for q in line["questions"]:
+            row = rows.setdefault(q["id"].partition("@")[0], [0.0, 0.0])
+            row[:] = row[0] + q[figure], row[1] + (q[weight] if weight else 1.0)
+        tables.append(np.array(list(rows.values()), float))
+    return tables
 
 
 def mean(tables: Sequence[Table]) -> float:
@@ -85,14 +108,14 @@ def interval(tables: Sequence[Table], seed: int = 0) -> tuple[float, float]:
 
 
 def difference(ours: Sequence[Line], theirs: Sequence[Line], figure: str, weight: str | None) -> list[Table]:
-    """Theirs minus ours, question by question, for the conversations that both have."""
-    mine = {line["case"]: {q["id"]: q for q in line["questions"]} for line in ours}
-    tables = []
+    """Theirs minus ours, question by question, for the conversations and questions that both have."""
+    mine = {(line["case"], q["id"]): q[figure] for line in ours for q in line["questions"]}
+    paired = []
     for line in theirs:
-        pairs = [(mine[line["case"]][q["id"]], q) for q in line["questions"] if q["id"] in mine.get(line["case"], {})]
-        if pairs:
-            tables.append(np.array([[q[figure] - p[figure], q[weight] if weight else 1.0] for p, q in pairs], float))
-    return tables
+        both = [q for q in line["questions"] if (line["case"], q["id"]) in mine]
+        less = [{**q, figure: q[figure] - mine[line["case"], q["id"]]} for q in both]
+        paired += [{**line, "questions": less}] if less else []
+    return values(paired, figure, weight)
 
 
 def markdown(lines: Sequence[Line]) -> str:
@@ -106,22 +129,31 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def _table(task: str, model: str, groups: Mapping[Group, list[Line]]) -> str:
-    first, columns = next(iter(COLUMNS[task])), COLUMNS[task]
-    names = ["method", "keep", "codec", "bytes", *columns, *_OF_FULL.get(task, ()), f"{first}, difference from ours"]
-    rows = [_row(task, group, groups) for group in groups]
-    counts = [sum(len(line["questions"]) for line in lines) for lines in groups.values()]
-    cases = sorted({line["case"] for lines in groups.values() for line in lines})
-    head = f"**{task}, {model}**: {max(counts)} questions on {len(cases)} conversation(s): {', '.join(cases)}"
+    lines = [line for found in groups.values() for line in found]
+    far = _distances(lines) if task == "recall" else []
+    first, *others = COLUMNS[task]
+    names = ["method", "keep", "codec", "pairs", "bytes", f"{first} [95%]", *others]
+    names += [*(f"{first}, {distance} turns later" for distance in far), *_OF_FULL.get(task, ())]
+    names.append(f"{first}, difference from ours [95%]")
+    rows = [_row(task, group, groups, far) for group in groups]
+    most = max(sum(len(line["questions"]) for line in found) for found in groups.values())
+    cases = sorted({line["case"] for line in lines})
+    head = f"**{task}, {model}**: {most} questions on {len(cases)} conversation(s): {', '.join(cases)}"
     return "\n".join([head, "", _cells(names), _cells(["---"] * len(names)), *rows])
 
 
-def _row(task: str, group: Group, groups: Mapping[Group, list[Line]]) -> str:
+def _distances(lines: Sequence[Line]) -> list[int]:
+    return sorted({q["distance"] for line in lines for q in line["questions"]})
+
+
+def _row(task: str, group: Group, groups: Mapping[Group, list[Line]], far: Sequence[int]) -> str:
     lines = groups[group]
-    other = "".join(f", {key.partition('.')[2]} {value}" for key, value in group.other)
-    cells = [group.method + other, f"{group.keep:g}", group.codec, number(mean(values(lines, "bytes")))]
+    shares = [number(mean(values(lines, share))) for share in ("pairs", "bytes")]
+    cells = [", ".join([group.method, *group.other]), f"{group.keep:g}", group.codec, *shares]
     for place, (figure, weight) in enumerate(COLUMNS[task].values()):
         tables = values(lines, figure, weight)
         cells.append(number(mean(tables)) + (f" [{_span(interval(tables))}]" if not place else ""))
+    cells += [number(np.mean([q["match"] for x in lines for q in x["questions"] if q["distance"] == n])) for n in far]
     if task in _OF_FULL:
         cells.append(_share(group, groups))
     return _cells([*cells, _difference(task, group, groups)])
@@ -136,20 +168,20 @@ def _share(group: Group, groups: Mapping[Group, list[Line]]) -> str:
 
 
 def _difference(task: str, group: Group, groups: Mapping[Group, list[Line]]) -> str:
-    """From KVzip per turn at the same keep and codec, which has as many bytes."""
+    """From KVzip per turn at the same keep and codec, which has as many pairs."""
     ours = Group(group.model, group.task, "kvzip per turn", group.keep, group.codec, group.other)
     if group == ours or ours not in groups:
         return ""
     figure, weight = next(iter(COLUMNS[task].values()))
     tables = difference(groups[ours], groups[group], figure, weight)
-    return f"{mean(tables):+.3f} [{_span(interval(tables))}]" if tables else ""
+    return f"{number(mean(tables))} [{_span(interval(tables))}]" if tables else ""
 
 
 def _span(ends: tuple[float, float]) -> str:
     return ", ".join(number(end) for end in ends)
 
 
-def number(value: float) -> str:
+def number(value: Any) -> str:
     """Three significant digits, no exponent unless it is tiny."""
     return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:#.3g}"
 

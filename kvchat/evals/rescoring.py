@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -70,13 +71,13 @@ class OneShot(Recompress):
         """Between questions everything is held."""
         self.quota = self.quotas(path)
 
-    def compress(self, path: Sequence[Message]) -> None:
-        """Evict for the questions at hand; `release` takes it back."""
+    @contextmanager
+    def asked(self, path: Sequence[Message]) -> Iterator[None]:
+        """Inside, questions can be asked of what is left after compressing; outside everything is held."""
+        whole = torch.ones_like(self.mask)
         self.show(self.choose(path))
-
-    def release(self) -> None:
-        """Hold everything again."""
-        self.show(torch.ones_like(self.mask))
+        yield
+        self.show(whole)
 
 
 class SnapRecompress(Recompress):
@@ -117,7 +118,9 @@ class NewestQueries:
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
         """Keep this pass's last ones, and of earlier passes as many as are wanted still."""
         before = self.queries[layer]
-        self.queries[layer] = torch.cat([before, query], dim=1)[:, -WINDOW:] if len(before) else query[:, -WINDOW:]
+        self.queries[layer] = (
+            torch.cat([before, query], dim=1)[:, -WINDOW:] if len(before) else query[:, -WINDOW:].clone()
+        )
         self.scale = scale
 
 
