@@ -57,11 +57,15 @@ class CompressConfig(Section):
     scorer: Literal["kvzip", "random"] = "kvzip"
     keep_ratio: float = Field(default=0.5, gt=0, le=1)
     """Fraction of a segment's KV pairs held in memory; the store always keeps all."""
+    budget: Literal["session", "segment"] = "session"
+    """Whether `keep_ratio` is meant of all sealed segments together, the best chunks first, or of each."""
     recent_turns: int = Field(default=2, ge=0)
     """The newest turns hold all their pairs."""
     segment_min: int = Field(default=512, ge=1)
     """Turns are joined until a segment has this many tokens."""
     num_sink_tokens: int = Field(default=4, ge=0)
+    protect: Literal["prefix", "template"] = "prefix"
+    """What is never evicted: system prompt and sinks, or every token of the chat template too."""
     score_chunk: int = Field(default=2000, ge=16)
     """Tokens that one reconstruction pass of KVzip repeats."""
     rank_chunks: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader, decode_frame, encode_segment
+from kvchat.compress.allocate import allocate
 from kvchat.compress.compressor import chunks_within, codecs_for
 from kvchat.config import Config
 from kvchat.engine import Engine, Stop
@@ -102,14 +103,17 @@ class Residence:
 
     def _restore_together(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> int:
         """Attach the leading sealed segments at once, as far as they are whole; how many those are."""
+        residents: list[Resident] = []
         loading, ready, position = [], {}, 0
         with suppress(CodecError):  # the first that is damaged is reported when its turn comes
             for record, used in cover:
                 if record.kind != "sealed" or record.start != position:
                     break
-                resident = self._resident(record, used, path)
+                residents.append(self._resident(record, used, path))
+                position = residents[-1].end
+        with suppress(CodecError):
+            for resident in self._sized(residents, path):
                 loading.append(self.tiers.load(resident))
-                position = resident.end
         with suppress(CodecError):
             for one in loading:
                 ready[one.resident] = one.pieces()
@@ -124,8 +128,7 @@ class Residence:
             yield from self._seal(path, first)
         try:
             if record.kind == "sealed":
-                resident = self._resident(record, used, path)
-                self.tiers.add({resident: self.tiers.load(resident).pieces()})
+                self._attach(record, used, path)
             else:
                 self._wait_again(record, self.bounds(path)[first + used])
         except UnknownCodec as error:  # of a newer version, which can still read it
@@ -135,12 +138,22 @@ class Residence:
             turn = turn_of(path, first)
             yield Notice(f"saved KV from turn {turn} on is damaged and removed; it is computed again: {error}")
 
+    def _attach(self, record: SegmentRecord, used: int, path: Sequence[Message], tail: int = 0) -> None:
+        """Attach one sealed segment beside those there are, in place of so many tokens of the tail."""
+        *_, resident = self._sized([*self.tiers.residents, self._resident(record, used, path)], path)
+        self.tiers.add({resident: self.tiers.load(resident).pieces()}, tail)
+
+    def _sized(self, residents: Sequence[Resident], path: Sequence[Message]) -> list[Resident]:
+        """The residents with as many chunks as the budget gives them together."""
+        chunks = self.budgets([(one.header.ranking, one.end) for one in residents], path)
+        return [replace(one, chunks=count) for one, count in zip(residents, chunks, strict=True)]
+
     def _resident(self, record: SegmentRecord, used: int, path: Sequence[Message]) -> Resident:
-        """A sealed segment of whose messages the first `used` lie on the path, with the chunks it may hold."""
+        """A sealed segment of whose messages the first `used` lie on the path, whole."""
         header = SegmentHeader.from_bytes(record.header)
         last = next(index for index, message in enumerate(path) if message.id == record.messages[used - 1])
         end = self.bounds(path)[last + 1]
-        return Resident(record.id, header, end, self.budget(header.ranking, end, path))
+        return Resident(record.id, header, end, header.ranking.num_chunks)
 
     def _wait_again(self, record: SegmentRecord, end: int) -> None:
         """Append an open segment's exact KV, up to position `end`, to the tail. Raises CodecError."""
@@ -221,8 +234,7 @@ class Residence:
         stored = self.store.segment(record.id)
         assert stored is not None
         try:
-            resident = self._resident(stored, last - first, path)
-            self.tiers.add({resident: self.tiers.load(resident).pieces()}, tail=bounds[last] - bounds[first])
+            self._attach(stored, last - first, path, tail=bounds[last] - bounds[first])
         except UnknownCodec as error:
             yield Notice(f"a segment of a newer version stays as it is, and its KV exact for now: {error}")
             return
@@ -283,17 +295,23 @@ class Residence:
         record = replace(record, header=header.to_bytes(), num_chunks=chunks, num_groups=groups)
         self.store.put_segment(record, frames, replaces)
 
-    def budget(self, ranking: Ranking, end: int, path: Sequence[Message]) -> int:
-        """Chunks that memory holds: all of a segment with one of the newest turns, else what `keep_ratio` gives."""
+    def budgets(self, segments: Sequence[tuple[Ranking, int]], path: Sequence[Message]) -> list[int]:
+        """Chunks of segments, each with the end of its use, that memory holds: all of those with one of the newest
+        turns; of the others what `keep_ratio` gives each, or all of them together."""
+        config = self.config.compress
         asked = [index for index, message in enumerate(path[:-1]) if message.role == "user"]
-        recent = asked[-self.config.compress.recent_turns :] if self.config.compress.recent_turns else []
-        if recent and end > self.bounds(path)[recent[0]]:
-            return ranking.num_chunks
-        return chunks_within(ranking.sizes, self.config.compress.keep_ratio)
+        newest = asked[-config.recent_turns :][0] if config.recent_turns and asked else len(path)
+        old = [ranking for ranking, end in segments if end <= self.bounds(path)[newest]]
+        if config.budget == "session":
+            chunks = iter(allocate(old, config.keep_ratio))
+        else:
+            chunks = iter([chunks_within(ranking.sizes, config.keep_ratio) for ranking in old])
+        recent = (end > self.bounds(path)[newest] for _, end in segments)
+        return [ranking.num_chunks if new else next(chunks) for (ranking, _), new in zip(segments, recent, strict=True)]
 
     def hold(self, path: Sequence[Message]) -> None:
         """Shrink and grow the sealed segments to what the budget gives each."""
-        wanted = {one.id: self.budget(one.header.ranking, one.end, path) for one in self.tiers.residents}
+        wanted = {one.id: one.chunks for one in self._sized(self.tiers.residents, path)}
         for one in self.tiers.hold(wanted):
             self.store.drop_segment(one.id)
             turn = turn_of(path, self.bounds(path).index(one.start))

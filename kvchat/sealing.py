@@ -23,7 +23,7 @@ def rank_turns(
     engine: Engine, cache: SegmentedCache, path: Sequence[Message], first: int, last: int, config: CompressConfig
 ) -> Generator[Progress, None, Ranking]:
     """Rank the pairs of messages [first, last), whose tokens begin the tail; the cache is left as it was."""
-    subject = describe(engine.model.template, cache, path, first, last, config.num_sink_tokens)
+    subject = describe(engine.model.template, cache, path, first, last, config)
     scorer = SCORERS[config.scorer](subject, pass_length(engine, cache, config))
     yield from run_passes(engine, cache, scorer, len(subject.token_ids))
     return rank(scorer.scores(), subject.protected, cuts_of(config), cache.tail_start)
@@ -49,14 +49,19 @@ def cuts_of(config: CompressConfig) -> list[float]:
 
 
 def describe(
-    template: ChatTemplate, cache: SegmentedCache, path: Sequence[Message], first: int, last: int, num_sink_tokens: int
+    template: ChatTemplate,
+    cache: SegmentedCache,
+    path: Sequence[Message],
+    first: int,
+    last: int,
+    config: CompressConfig,
 ) -> Subject:
     """The segment of messages [first, last) as its scorer sees it."""
     bounds = [0, *accumulate(len(message.token_ids) for message in path)]
     ids = [token for message in path for token in message.token_ids]
-    protected = protected_tokens(path, num_sink_tokens)
+    unspoken, protected = template_tokens(path), protected_tokens(path, config)
     start, end = bounds[first], bounds[last]
-    spoken = [token for token, kept in zip(ids[:start], protected, strict=False) if not kept]
+    spoken = [token for token, other in zip(ids[:start], unspoken, strict=False) if not other]
     sample = template.user("x", first=False)
     low, high = sample.content_span
 
@@ -66,22 +71,29 @@ def describe(
 
     return Subject(
         token_ids=tuple(ids[start:end]),
+        template=tuple(unspoken[start:end]),
         protected=tuple(protected[start:end]),
         before=tuple(spoken[-8:]),
-        prefix_keys=prefix_keys(cache, min(prefix_length(path, num_sink_tokens), start)),
+        prefix_keys=prefix_keys(cache, min(prefix_length(path, config.num_sink_tokens), start)),
         encode=encode,
         ask=lambda content: sample.ids[:low] + content + sample.ids[high:] + template.generation_prompt,
     )
 
 
-def protected_tokens(path: Sequence[Message], num_sink_tokens: int) -> list[bool]:
-    """Whether each token of a path is never evicted: sinks, the system prompt, template tokens."""
+def template_tokens(path: Sequence[Message]) -> list[bool]:
+    """Whether each token of a path is no one's words: template tokens and the system prompt."""
     flags = []
     for message in path:
         low, high = message.content_span if message.role != "system" else (len(message.token_ids),) * 2
         flags += [not low <= i < high for i in range(len(message.token_ids))]
-    flags[:num_sink_tokens] = [True] * min(num_sink_tokens, len(flags))
     return flags
+
+
+def protected_tokens(path: Sequence[Message], config: CompressConfig) -> list[bool]:
+    """Whether each token of a path is never evicted: system prompt and sinks, and the template's if that is set."""
+    prefix = prefix_length(path, config.num_sink_tokens)
+    kept = config.protect == "template"
+    return [index < prefix or (kept and unspoken) for index, unspoken in enumerate(template_tokens(path))]
 
 
 def prefix_length(path: Sequence[Message], num_sink_tokens: int) -> int:

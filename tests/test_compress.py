@@ -47,7 +47,8 @@ def test_skipped_rows_do_not_count() -> None:
 def subject(tokens: int, before: tuple[int, ...]) -> Subject:
     return Subject(
         token_ids=tuple(range(100, 100 + tokens)),
-        protected=tuple(i % 5 == 0 for i in range(tokens)),
+        template=tuple(i % 5 == 0 for i in range(tokens)),
+        protected=(False,) * tokens,
         before=before,
         prefix_keys=[torch.zeros(2, 0, 16)],
         encode=lambda text: (len(text),),

@@ -95,7 +95,7 @@ class Isolated(Masked):
         first = self.bounds(path).index(self.cache.tail_start)
         ranking = yield from rank_turns(self.engine, self.cache, path, first, last, self.config.compress)
         yield from super()._seal(path, last)
-        kept = torch.from_numpy(ranking.chunk_of < self.budget(ranking, self.blocks[-1].end, path))
+        kept = torch.from_numpy(ranking.chunk_of < self.budgets([(ranking, self.blocks[-1].end)], path)[0])
         self.show(torch.cat([self.mask[:, :, : -kept.shape[2]], kept], dim=2))
 
     def hold(self, path: Sequence[Message]) -> None:
@@ -104,7 +104,7 @@ class Isolated(Masked):
 
 def test_the_session_does_what_its_method_says(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(grids.METHODS, "isolated", Isolated)
-    ours, plain = run("fidelity", ["session", "isolated"])
+    ours, plain = run("fidelity", ["session", "isolated"], compress__budget="segment")
     assert kl(ours) > 1e-3
     assert kl(ours) == pytest.approx(kl(plain), rel=1e-4)
     assert [q["bytes"] for q in ours["questions"]] == [q["bytes"] for q in plain["questions"]]

@@ -89,7 +89,7 @@ def test_tiers_and_scorers_and_front_ends_keep_to_their_contracts() -> None:
     assert reached["tui"] <= {"tui", "terminal", "events", "config", "errors", "worker"}
 
 
-LONGER = {"store.py": 340, "session.py": 330, "residence.py": 330}
+LONGER = {"store.py": 340, "session.py": 330, "residence.py": 340}
 """store: one class over one set of tables, whose rules would else stand in two places. session and residence: a turn,
 and what happens to its KV, are each read from top to bottom in one place."""
 

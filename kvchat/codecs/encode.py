@@ -90,7 +90,10 @@ class SegmentHeader:
             "start": self.ranking.start,
             "group_size": self.group_size,
         }
-        return pack(head, {"chunk_of": self.ranking.chunk_of, **self.params})
+        planes = {"chunk_of": self.ranking.chunk_of, **self.params}
+        if self.ranking.scores is not None:
+            planes["chunk_scores"] = np.array(self.ranking.scores, np.float32)
+        return pack(head, planes)
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> SegmentHeader:
@@ -118,7 +121,11 @@ class SegmentHeader:
             for plane, shape in find_codec(name).param_shapes(layers, heads, head_dim).items()
         }
         params = {plane: expect(planes, plane, shape, "<f4") for plane, shape in shapes.items()}
-        return cls(codecs, DTYPES[dtype], head_dim, Ranking(start, chunk_of), group_size, params)
+        scores = None
+        if "chunk_scores" in planes:
+            chunks = (int(chunk_of.max()) + 1,)
+            scores = tuple(expect(planes, "chunk_scores", chunks, "<f4").tolist())
+        return cls(codecs, DTYPES[dtype], head_dim, Ranking(start, chunk_of, scores), group_size, params)
 
 
 def find_codec(name: str) -> Codec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,11 @@ def rank(scores: Tensor, protected: Sequence[bool], cuts: Sequence[float], start
     ranks[order] = torch.arange(len(flat), device=scores.device)
     # A pair of rank r lies in the first chunk whose bound is above r.
     chunk_of = torch.bucketize(ranks, torch.tensor(bounds, device=scores.device), right=True)
-    return Ranking(start, chunk_of.to(torch.uint8).view(scores.shape).cpu().numpy())
+    middles = [min((low + high) // 2, len(flat) - 1) for low, high in pairwise([0, *bounds])]
+    medians = flat[order[torch.tensor(middles, device=scores.device)]]
+    # Protected pairs stand first whatever their scores: a chunk counts as no worse than those after it.
+    falling = medians.float().flip(0).cummax(0).values.flip(0)[: int(chunk_of.max()) + 1]
+    return Ranking(start, chunk_of.to(torch.uint8).view(scores.shape).cpu().numpy(), tuple(falling.tolist()))
 
 
 def chunks_within(sizes: npt.NDArray[np.int64], keep_ratio: float) -> int:

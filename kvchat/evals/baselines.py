@@ -120,7 +120,7 @@ class Masked(Unsaved):
         """Take the tail up to message `last` in, whole, as the codec gives it back."""
         yield from ()
         bounds, start = self.bounds(path), self.cache.tail_start
-        tokens, protected = bounds[last] - start, protected_tokens(path, self.config.compress.num_sink_tokens)
+        tokens, protected = bounds[last] - start, protected_tokens(path, self.config.compress)
         tail = [layer.tail() for layer in self.cache.layers]
         rows, header = self._stored([(keys[:, :tokens], values[:, :tokens]) for keys, values in tail], start)
         shape = (len(rows), len(rows[0][0]), tokens)
@@ -173,7 +173,7 @@ class Masked(Unsaved):
 
     def quotas(self, path: Sequence[Message]) -> list[int]:
         """What the session would hold of each block."""
-        chunks = [self.budget(block.ranking, block.end, path) for block in self.blocks]
+        chunks = self.budgets([(block.ranking, block.end) for block in self.blocks], path)
         return [int(block.ranking.sizes[:count].sum()) for block, count in zip(self.blocks, chunks, strict=True)]
 
     def choose(self, path: Sequence[Message]) -> Tensor:

@@ -51,13 +51,13 @@ class Recompress(Masked):
         """The `count` best pairs of the first tokens of the history, of those in `mask` (L, H, tokens)."""
         config, bounds, end = self.config.compress, self.bounds(path), mask.shape[2]
         first, last = int(path[0].role == "system"), bounds.index(end)
-        subject = describe(self.engine.model.template, self.cache, path, first, last, config.num_sink_tokens)
+        subject = describe(self.engine.model.template, self.cache, path, first, last, config)
         most = pass_length(self.engine, self.cache, config)
         scorer = KVzipOverRows(subject, most, self.rows, mask, bounds[first])
         list(run_passes(self.engine, self.cache, scorer, len(subject.token_ids)))
         # Protected pairs win, then scores; what was evicted earlier has none.
         scores = torch.nn.functional.pad(scorer.scores(), (bounds[first], 0), value=1.0).masked_fill(~mask, -1.0)
-        flags = protected_tokens(path, config.num_sink_tokens)[:end]
+        flags = protected_tokens(path, config)[:end]
         chosen = rank(scores, flags, [count / scores.numel(), 1.0], 0).chunk_of == 0
         return torch.from_numpy(chosen).to(mask.device)
 
@@ -97,7 +97,7 @@ class SnapRecompress(Recompress):
         return logits
 
     def _best(self, path: Sequence[Message], mask: Tensor, count: int) -> Tensor:
-        flags = torch.tensor(protected_tokens(path, self.config.compress.num_sink_tokens)[: mask.shape[2]])
+        flags = torch.tensor(protected_tokens(path, self.config.compress)[: mask.shape[2]])
         chosen, each = torch.zeros_like(mask), count // (mask.shape[0] * mask.shape[1])
         for layer, left in enumerate(mask):
             scores = snapkv(

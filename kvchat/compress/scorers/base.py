@@ -18,8 +18,10 @@ class Subject:
 
     token_ids: tuple[int, ...]
     """T ids."""
+    template: tuple[bool, ...]
+    """T flags: tokens that nobody said, of the template and the system prompt."""
     protected: tuple[bool, ...]
-    """T flags: template tokens, system prompt and sinks, which are never evicted."""
+    """T flags: tokens that are never evicted."""
     before: tuple[int, ...]
     """The last ids before the segment that are no template tokens, at most 8; empty for the first segment."""
     prefix_keys: Sequence[Tensor]

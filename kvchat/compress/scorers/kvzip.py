@@ -38,11 +38,11 @@ class KVzip:
         ids = self.subject.token_ids
         for start in range(0, len(ids), self.chunk_size):
             self._chunk = slice(start, min(start + self.chunk_size, len(ids)))
-            spoken = [token for token, kept in zip(ids[:start], self.subject.protected, strict=False) if not kept]
+            spoken = [token for token, other in zip(ids[:start], self.subject.template, strict=False) if not other]
             before = tuple(spoken[-8:]) or self.subject.before
             request = self.subject.ask(self.subject.encode(LATER if before else FIRST) + before)
-            flags = self.subject.protected[self._chunk]
-            self._skipped = [len(request) + i for i, protected in enumerate(flags) if protected]
+            flags = self.subject.template[self._chunk]
+            self._skipped = [len(request) + i for i, unspoken in enumerate(flags) if unspoken]
             yield request + ids[self._chunk]
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
