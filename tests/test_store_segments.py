@@ -215,14 +215,15 @@ def plainly(path: list[str], records: list[SegmentRecord]) -> list[tuple[str, in
     """The definition of `cover`, word for word and slow."""
     chosen, index = [], 0
     while index < len(path):
-        best: tuple[tuple[int, bool, int, str], str, int] | None = None
+        best: tuple[tuple[int, bool, bool, int, str], str, int] | None = None
         for record in records:
             count = 0
             while record.messages[: count + 1] == tuple(path[index : index + count + 1]) and count < len(
                 record.messages
             ):
                 count += 1
-            order = (-count, record.kind != "sealed", record.end, record.id)
+            beyond = count < len(record.messages)
+            order = (-count, beyond, record.kind != "sealed", record.end, record.id)
             if count and (best is None or order < best[0]):
                 best = order, record.id, count
         if best is not None:
