@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -81,8 +81,9 @@ class CompressConfig(Section):
         return cuts
 
 
-CODEC_NAMES = ("raw", *(f"k{keys}v{values}" for keys in (8, 4, 3, 2) for values in (8, 4, 3, 2)))
-"""Names of `kvchat.codecs.CODECS`: k and v with the bits of keys and values."""
+CODEC_NAMES = ("raw", *(f"k{keys}v{values}" for keys in (8, 4, 3, 2) for values in (8, 4, 3, 2) if keys >= values))
+"""Names of `kvchat.codecs.CODECS`: k and v with the bits of keys and values. Errors of keys cost more, so they never
+have fewer."""
 
 
 class CodecConfig(Section):
@@ -128,6 +129,15 @@ class Config(BaseSettings):
     compress: CompressConfig = CompressConfig()
     codec: CodecConfig = CodecConfig()
     generate: GenerateConfig = GenerateConfig()
+
+    @model_validator(mode="after")
+    def _codecs_have_intervals(self) -> Config:
+        if len(self.codec.names) > len(self.compress.rank_chunks):
+            raise ValueError(
+                f"setting codec.name has {len(self.codec.names)} codecs for the {len(self.compress.rank_chunks)} "
+                "intervals of compress.rank_chunks"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -219,6 +229,8 @@ def _one_line(error: ValidationError, *section_name: str) -> str:
     """The first problem of a validation, naming the key and, if it is unknown, the keys that exist."""
     problem = error.errors()[0]
     path = [*section_name, *(str(part) for part in problem["loc"])]
+    if not path:  # settings that do not go together
+        return str(problem["msg"]).removeprefix("Value error, ")
     section = Config.model_fields.get(path[0])
     model = section.annotation if section and len(path) > 1 else Config
     if problem["type"] == "extra_forbidden":

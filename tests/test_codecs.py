@@ -206,7 +206,7 @@ def test_frames_are_read_without_torch() -> None:
 
 # Segments
 
-SOME = ("raw", "k8v8", "k4v4", "k3v2", "k2v3")
+SOME = ("raw", "k8v8", "k4v4", "k3v2", "k2v2")
 
 AWKWARD = [(1, 1, 1, 1), (1, 1, 1, 64), (3, 2, 7, 5), (30, 3, 1, 64), (2, 1, 33, 96)]
 

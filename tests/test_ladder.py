@@ -365,6 +365,11 @@ def test_a_codec_or_a_list_of_them_can_be_set() -> None:
     assert Config(**listed.model_dump(mode="json")) == listed
 
 
+def test_a_list_of_codecs_is_no_longer_than_the_intervals() -> None:
+    with pytest.raises(ConfigError, match=r"codec\.name has 3 codecs for the 2 intervals"):
+        Config.load(overrides={"codec.name": ["k8v8", "k4v4", "k2v2"], "compress.rank_chunks": [0.5, 1.0]})
+
+
 @pytest.mark.parametrize("wrong", ["k1v1", ["k8v8", "k5v5"], [], 8, "k8v8,k4v4"])
 def test_a_wrong_codec_is_one_line_with_the_known_ones(wrong: object) -> None:
     with pytest.raises(ConfigError, match=r"^setting codec\.name: must be one of raw, k8v8, .*k2v2.* got .*") as caught:

@@ -53,8 +53,9 @@ def measure_resume(config: Config, engine: Engine, pool: Executor, rounds: int, 
     greedy = GenerateConfig(temperature=0, max_new_tokens=1)
     turns, plain, slot = [], [], []
     for _ in range(rounds):
+        begun = time.perf_counter()
         conversation = opened(config, engine, pool)
-        *_, done = conversation.send(QUESTION, greedy, lambda: False, time.perf_counter())
+        *_, done = conversation.send(QUESTION, greedy, lambda: False, begun)
         assert isinstance(done, TurnDone)
         turns.append(done)
         conversation.rewind(conversation.user_index(1))

@@ -31,7 +31,7 @@ _KEYS: dict[int, Method] = {8: Keys8(), **{bits: ChannelKeys(bits) for bits in (
 _VALUES: dict[int, Method] = {8: Values8(), **{bits: RotatedValues(bits) for bits in (4, 3, 2)}}
 CODECS: dict[str, Codec] = {
     "raw": Codec(Raw("key"), Raw("value")),
-    **{f"k{k}v{v}": Codec(keys, values) for k, keys in _KEYS.items() for v, values in _VALUES.items()},
+    **{f"k{k}v{v}": Codec(keys, values) for k, keys in _KEYS.items() for v, values in _VALUES.items() if k >= v},
 }
 """By name: `raw`, and k and v with the bits of keys and values. config.CODEC_NAMES repeats the names, without torch."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -57,6 +57,7 @@ def codecs_for(cuts: Sequence[float], rank_chunks: Sequence[float], names: Seque
     """The codec of each chunk of a ranking that is cut at `cuts`, cumulative fractions as in `rank`.
 
     `names` belong to the intervals that end at `rank_chunks`; the last serves all further ones. A chunk takes the name
-    of the interval that it lies in, so that more cuts than `rank_chunks` change no pair's precision.
+    of the interval that it lies in, so that more cuts than `rank_chunks` change no pair's codec. (Below 8 bits they
+    change its group: key scales serve up to 32 rows of a chunk.)
     """
     return [names[min(bisect_left(rank_chunks, cut), len(names) - 1)] for cut in cuts]
