@@ -101,7 +101,7 @@ def test_keys_stay_within_half_a_step(width: int, shape: tuple[int, int, int, in
     keys = torch.stack(normal(*shape, torch.float32, 1))
     keys[..., ::3] += offset
     ranking = random_ranking(*shape[:3], 3)
-    out, _, seen = decode(*encode(f"k{width}v8", list(keys), list(keys), ranking))
+    out, _, seen = decode(*encode(f"k{width}v{width}", list(keys), list(keys), ranking))
     assert bool((seen == 1).all())
     allowed = key_steps(keys, ranking.chunk_of, width) / 2 + 1e-6 * keys.abs() + 2.0**-23
     assert bool(((out - keys).abs() <= allowed).all())
@@ -110,7 +110,7 @@ def test_keys_stay_within_half_a_step(width: int, shape: tuple[int, int, int, in
 @pytest.mark.parametrize(("width", "error"), [(4, 0.0068), (3, 0.031), (2, 0.165)])
 def test_gaussian_keys_lose_no_more_than_the_bits_cost(width: int, error: float) -> None:
     keys = torch.stack(normal(2, 2, 512, 64, torch.float32))
-    out, _, _ = decode(*encode(f"k{width}v8", list(keys), list(keys), Ranking.single(0, 2, 2, 512)))
+    out, _, _ = decode(*encode(f"k{width}v{width}", list(keys), list(keys), Ranking.single(0, 2, 2, 512)))
     assert 0.8 * error < float((out - keys).square().mean()) < error
 
 
@@ -120,7 +120,7 @@ def test_biased_key_channels_cost_the_others_nothing(width: int) -> None:
     biased = plain.clone()
     biased[..., ::16] += 200
     ranking = random_ranking(2, 2, 256, 3)
-    out, biased_out = (decode(*encode(f"k{width}v8", list(x), list(x), ranking))[0] for x in (plain, biased))
+    out, biased_out = (decode(*encode(f"k{width}v{width}", list(x), list(x), ranking))[0] for x in (plain, biased))
     free = torch.arange(64) % 16 != 0
     assert torch.equal(out[..., free], biased_out[..., free])
     # The biased channels keep what tells tokens apart, but for float16's eighth of a unit at 200.
