@@ -28,7 +28,7 @@ from kvchat.errors import KVChatError
 from kvchat.events import Listener
 
 START_S = 120.0
-REQUEST_S = 300.0
+REQUEST_S = 120.0
 """Longest start and longest request; a prefill is the longest of them."""
 
 SAVED = "slot.bin"
