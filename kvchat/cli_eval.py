@@ -170,14 +170,15 @@ def _run(task: str, flags: GridFlags, files: Sequence[Path], prepare: Callable[[
     config, cases = flags.settings(), [read(file) for file in files]
     settings = settings_of(_parts(flags.methods), flags.grid(), config)
     out, status = str(flags.out or f"eval-{task}"), Status()
-    mend(Path(f"{out}.jsonl"))  # what cannot be written or drawn is said before the model is loaded
+    results = Path(f"{out}.jsonl")
+    mend(results)  # what cannot be written or drawn is said before the model is loaded
     if flags.plot:
         require_matplotlib()
     try:
         engine = Engine(load(config.model, status), config.model.prefill_chunk_size)
         if flags.tokens:
             cases = [shortened(engine, case, flags.tokens) for case in cases]
-        runner = Grid(task, engine, config, Path(f"{out}.jsonl"), status, flags.step)
+        runner = Grid(task, engine, config, results, status, flags.step)
         lines = runner.run([prepare(case) for case in cases], settings)
     finally:
         status.clear()

@@ -70,6 +70,21 @@ class Model:
         """D."""
         return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.num_attention_heads)
 
+    @property
+    def pairs_per_token(self) -> int:
+        """L * H."""
+        return self.num_hidden_layers * self.num_key_value_heads
+
+    @property
+    def bytes_per_pair(self) -> int:
+        """Bytes of a key and a value in the model's dtype."""
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    @property
+    def bf16_bytes_per_token(self) -> int:
+        """Bytes of a token's KV in bfloat16, which sizes are told against whatever the model's dtype."""
+        return self.pairs_per_token * 2 * self.head_dim * torch.bfloat16.itemsize
+
 
 def load(config: ModelConfig, listener: Listener | None = None, cache: Path | None = None) -> Model:
     """Find, check and load the model that `config` names; downloads and converts at the first use.

@@ -296,18 +296,17 @@ class Residence:
         self.store.put_segment(record, frames, replaces)
 
     def budgets(self, segments: Sequence[tuple[Ranking, int]], path: Sequence[Message]) -> list[int]:
-        """Chunks of segments, each with the end of its use, that memory holds: all of those with one of the newest
-        turns; of the others what `keep_ratio` gives each, or all of them together."""
+        """Chunks that memory holds of segments, each given with the end of its use.
+
+        All of those with one of the newest turns; of the others what `keep_ratio` gives each, or all of them together.
+        """
         config = self.config.compress
         asked = [index for index, message in enumerate(path[:-1]) if message.role == "user"]
         newest = asked[-config.recent_turns :][0] if config.recent_turns and asked else len(path)
-        old = [ranking for ranking, end in segments if end <= self.bounds(path)[newest]]
-        if config.budget == "session":
-            chunks = iter(allocate(old, config.keep_ratio))
-        else:
-            chunks = iter([chunks_within(ranking.sizes, config.keep_ratio) for ranking in old])
-        recent = (end > self.bounds(path)[newest] for _, end in segments)
-        return [ranking.num_chunks if new else next(chunks) for (ranking, _), new in zip(segments, recent, strict=True)]
+        edge, keep = self.bounds(path)[newest], config.keep_ratio
+        old = [ranking for ranking, end in segments if end <= edge]
+        held = iter(allocate(old, keep) if config.budget == "session" else [chunks_within(r.sizes, keep) for r in old])
+        return [next(held) if end <= edge else ranking.num_chunks for ranking, end in segments]
 
     def hold(self, path: Sequence[Message]) -> None:
         """Shrink and grow the sealed segments to what the budget gives each."""

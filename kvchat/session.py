@@ -14,7 +14,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from torch import Tensor
 
@@ -293,13 +293,9 @@ class Conversation:
             raise InputError(
                 f"message {number} is not valid Unicode at character {error.start}; mend it there"
             ) from None
-        if role == "system":
-            return self._template.system(text)
-        if role == "user":
-            return self._template.user(text, first=not asked)
-        if role == "assistant":
-            return self._template.assistant(text)
-        raise InputError(f"message {number} has the role {role!r}; known roles: system, user, assistant")
+        if role not in get_args(Role):
+            raise InputError(f"message {number} has the role {role!r}; known roles: {', '.join(get_args(Role))}")
+        return self._template.message(role, text, first=not asked)
 
     def _commit(self, drafts: Sequence[Drafted], **about: Any) -> None:
         """Append messages to the path, in the store first."""

@@ -17,9 +17,8 @@ def describe(conversation: Conversation) -> dict[str, Any]:
     """Everything `kvchat stats` shows; bytes are those of tensor storages and of the store's rows."""
     model, path, residence = conversation.engine.model, conversation.path, conversation.residence
     segments = list_segments(residence, path)
-    dense = model.num_hidden_layers * model.num_key_value_heads
-    pair = 2 * model.head_dim * model.dtype.itemsize
-    tail = residence.cache.tail_length * dense
+    dense = residence.cache.num_seen * model.pairs_per_token
+    tail = residence.cache.tail_length * model.pairs_per_token
     return {
         "name": conversation.info.name,
         "model": model.name,
@@ -27,11 +26,11 @@ def describe(conversation: Conversation) -> dict[str, Any]:
         "num_turns": sum(message.role == "user" for message in path),
         "num_seen": residence.cache.num_seen,
         "num_tokens": conversation.num_tokens,
-        "num_pairs": residence.cache.num_seen * dense,
+        "num_pairs": dense,
         "num_kept": residence.cache.num_sealed_rows + tail,
         "keep_ratio": residence.config.compress.keep_ratio,
-        "bytes_in_memory": residence.cache.sealed_bytes + tail * pair,
-        "bytes_dense": residence.cache.num_seen * dense * pair,
+        "bytes_in_memory": residence.cache.sealed_bytes + tail * model.bytes_per_pair,
+        "bytes_dense": dense * model.bytes_per_pair,
         "bytes_on_disk": sum(segment["bytes_on_disk"] for segment in segments),
         "segments": segments,
         "turns": _turns(conversation, segments),
@@ -42,15 +41,14 @@ def describe(conversation: Conversation) -> dict[str, Any]:
 def list_segments(residence: Residence, path: Sequence[Message]) -> list[dict[str, Any]]:
     """Each segment of the path: tokens, turns, rows, bytes in memory and on disk."""
     model, bounds = residence.engine.model, residence.bounds(path)
-    pair = 2 * model.head_dim * model.dtype.itemsize
-    dense = model.num_hidden_layers * model.num_key_value_heads
     held = {one.id: one for one in residence.tiers.residents}
     waiting = {record.id for record, _ in residence.waiting}
     listed = []
     for record, used in residence.store.cover([message.id for message in path], residence.fingerprint):
         first, one = bounds.index(record.start), held.get(record.id)
         tokens = bounds[first + used] - record.start
-        rows = residence.tiers.rows(one) if one else dense * tokens * (record.id in waiting)
+        dense = tokens * model.pairs_per_token
+        rows = residence.tiers.rows(one) if one else dense * (record.id in waiting)
         listed.append(
             {
                 "id": record.id,
@@ -62,8 +60,8 @@ def list_segments(residence: Residence, path: Sequence[Message]) -> list[dict[st
                 "chunks_held": one.chunks if one else int(record.id in waiting),
                 "num_chunks": record.num_chunks,
                 "rows": rows,
-                "rows_total": dense * tokens,
-                "bytes_in_memory": rows * pair,
+                "rows_total": dense,
+                "bytes_in_memory": rows * model.bytes_per_pair,
                 "bytes_on_disk": record.nbytes,
                 "seal_s": record.seal_s,
             }

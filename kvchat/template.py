@@ -104,6 +104,12 @@ class ChatTemplate:
         body = self._content(pieces.generation_prompt, self.generation_prompt, text, pieces.assistant_close)
         return _join(self.generation_prompt, body, self.assistant_close)
 
+    def message(self, role: str, text: str, first: bool) -> Piece:
+        """A message of any role; `first` is for `user`. Errors as for `system`."""
+        if role == "user":
+            return self.user(text, first)
+        return self.system(text) if role == "system" else self.assistant(text)
+
     def text(self, ids: Iterable[int]) -> str:
         """The text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

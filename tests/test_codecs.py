@@ -270,11 +270,12 @@ def test_k8v8_writes_constants_exactly() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("side", ["keys", "values"])
-def test_k8v8_refuses_what_is_not_finite(bad: float, side: str) -> None:
+@pytest.mark.parametrize("codec", ["k8v8", "k4v4"])
+def test_what_is_not_finite_is_refused(codec: str, side: str, bad: float) -> None:
     kv = {"keys": normal(3, 2, 8, 4, torch.bfloat16), "values": normal(3, 2, 8, 4, torch.bfloat16)}
     kv[side][1][1, 3, 2] = bad
     with pytest.raises(CodecError, match=f"{side} of layer 1 .*codec raw"):
-        encode_segment("k8v8", kv["keys"], kv["values"], Ranking.single(0, 3, 2, 8))
+        encode_segment(codec, kv["keys"], kv["values"], Ranking.single(0, 3, 2, 8))
 
 
 @pytest.mark.parametrize("codec", SOME)

@@ -19,7 +19,7 @@ from kvchat.engine import Engine
 from kvchat.errors import InputError
 from kvchat.evals import grid as grids
 from kvchat.evals.baselines import Masked
-from kvchat.evals.cases import Case, Question, read, spread
+from kvchat.evals.cases import Case, Question, Turn, read, spread
 from kvchat.evals.grid import Grid, Setting, fitted, lengths, mend, read_lines, settings_of, shortened
 from kvchat.evals.planted import plant
 from kvchat.evals.report import Group, difference, grouped, interval, markdown, mean, values
@@ -27,6 +27,8 @@ from kvchat.evals.rescoring import snapkv
 from kvchat.model import Model
 from kvchat.sealing import rank_turns
 from kvchat.store import Message
+from tests.test_template import SEPARATED
+from tests.tiny import make_model
 
 WORDS = ["the boat left", "we swam far", "rain all day", "old stone house", "bread and figs", "a red door", "two cats"]
 SETTINGS = {
@@ -233,9 +235,12 @@ def test_a_conversation_that_is_too_long_is_refused_and_can_be_shortened(tiny_mo
         shortened(engine, long, 3)
 
 
-def test_lengths_are_those_of_the_session(run: Run, tiny_model: Model) -> None:
-    line = run("fidelity", ["full"])[0]
-    counted = np.cumsum(lengths(Engine(tiny_model, 64), case()))
+@pytest.mark.parametrize("opening", [(), (({"role": "assistant", "content": "Hello."},),)], ids=["user", "assistant"])
+def test_lengths_are_those_of_the_session(run: Run, opening: tuple[Turn, ...]) -> None:
+    told, engine = case(), Engine(make_model(chat_template=SEPARATED), 64)
+    told = replace(told, turns=opening + told.turns)
+    line = run("fidelity", ["full"], [told], engine=engine)[0]
+    counted = np.cumsum(lengths(engine, told))
     assert [q["history"] for q in line["questions"]] == [counted[q["after"] - 1] for q in line["questions"]]
 
 

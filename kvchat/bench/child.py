@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from kvchat.bench.history import plain_attention, timed
+from kvchat.bench.history import drain, plain_attention, timed
 from kvchat.bench.llama_cpp import LlamaCpp
 from kvchat.config import Config, GenerateConfig
 from kvchat.engine import Engine
@@ -94,8 +94,7 @@ def measure_memory(config: Config, engine: Engine, pool: Executor) -> dict[str, 
     gc.collect()
     before = resident_bytes()
     forget_peak()
-    for _ in conversation.restore():
-        pass
+    drain(conversation.restore())
     after, peak = resident_bytes(), peak_bytes()
     stats = conversation.stats()
     conversation.store.close()

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from kvchat.bench.history import Subject, cut_back, plain_attention, ratio, spread
-from kvchat.engine import Engine
+from kvchat.engine import Engine, likeliest
 from kvchat.session import Conversation
 
 NEW_TOKENS = 32
@@ -54,7 +54,7 @@ def token_s(conversation: Conversation, first: int, count: int) -> float:
         logits = engine.forward(cache, [first])[-1]
         gaps: list[float] = []
         last = time.perf_counter()
-        for _ in engine.decode(cache, logits, lambda row: int(row.argmax()), (), lambda: len(gaps) >= count):
+        for _ in engine.decode(cache, logits, likeliest, (), lambda: len(gaps) >= count):
             now = time.perf_counter()
             gaps.append(now - last)
             last = now

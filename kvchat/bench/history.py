@@ -7,11 +7,12 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -109,17 +110,14 @@ def prepared(
     messages: Sequence[Mapping[str, str]] | None,
 ) -> Iterator[tuple[Conversation, Executor]]:
     """A saved and settled session "bench" of about so many tokens, still in memory, and the pool that it uses."""
-    store = Store(config.store_path)
-    with ThreadPoolExecutor(2) as pool:
+    with closing(Store(config.store_path)) as store, ThreadPoolExecutor(2) as pool:
         info = store.create_session("bench", engine.model.name, engine.model.fingerprint)
         conversation = Conversation(info, store, engine, Residence(store, engine, config, pool))
         conversation.begin(None)
-        for steps in (conversation.append(messages or made_up(tokens), lambda: False), conversation.finish()):
-            for event in steps:
-                if listener:
-                    listener(event)
+        for event in chain(conversation.append(messages or made_up(tokens), lambda: False), conversation.finish()):
+            if listener:
+                listener(event)
         yield conversation, pool
-    store.close()
 
 
 def made_up(tokens: int, seed: int = 0) -> list[dict[str, str]]:
@@ -155,6 +153,12 @@ def cut_back(cache: DynamicCache, length: int) -> None:
     """Forget what stands behind the first `length` tokens."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
+
+def drain(steps: Iterable[object]) -> None:
+    """Take all steps."""
+    for _ in steps:
+        pass
 
 
 def timed(work: Callable[[], object], device: torch.device | None = None) -> float:

@@ -30,7 +30,7 @@ def machine(model: Model, attention: BackendName) -> dict[str, Any]:
         **{package: installed(package) for package in PACKAGES},
         "model": model.name,
         "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.fingerprint["dtype"],
         "attention": backend_for(attention, model.device, model.dtype),
     }
 

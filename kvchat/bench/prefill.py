@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from kvchat.bench.history import WORDS, Spread, Subject, cut_back, extend, plain_attention, ratio, spread, timed
+from kvchat.bench.history import WORDS, Spread, Subject, cut_back, drain, extend, plain_attention, ratio, spread, timed
 from kvchat.residence import Residence
 
 FROM_NOTHING, BEHIND = 2048, 512
@@ -71,12 +71,8 @@ def ours_behind(subject: Subject, ids: Sequence[int], keep_ratio: float) -> floa
 
 def prefill_s(residence: Residence, ids: Sequence[int]) -> float:
     """Seconds to compute the ids that the cache does not stand for."""
-
-    def work() -> None:
-        for _ in residence.prefill(ids, len(ids), "prefill", lambda: False):
-            pass
-
-    return timed(work, residence.engine.model.device)
+    steps = residence.prefill(ids, len(ids), "prefill", lambda: False)
+    return timed(lambda: drain(steps), residence.engine.model.device)
 
 
 def transformers_s(subject: Subject, ids: Sequence[int], behind: bool) -> float:

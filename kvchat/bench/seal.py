@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from typing import Any
 
-from kvchat.bench.history import WORDS, Subject, ratio, spread, timed
+from kvchat.bench.history import WORDS, Subject, drain, ratio, spread, timed
 from kvchat.bench.prefill import prefill_s
 from kvchat.session import Conversation
 
@@ -40,10 +39,4 @@ def one_round(conversation: Conversation, source: random.Random) -> tuple[float,
     text = " ".join(source.choices(WORDS, k=residence.config.compress.segment_min))
     conversation.take([{"role": "user", "content": text}])
     prefilled = prefill_s(residence, residence.ids(conversation.path))
-    return prefilled, timed(lambda: run_through(conversation.finish()), residence.engine.model.device)
-
-
-def run_through(steps: Iterable[object]) -> None:
-    """Take all steps."""
-    for _ in steps:
-        pass
+    return prefilled, timed(lambda: drain(conversation.finish()), residence.engine.model.device)

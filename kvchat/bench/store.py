@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvchat.bench.history import Subject, ratio, spread, timed
+from kvchat.bench.history import Subject, drain, ratio, spread, timed
 from kvchat.cache.segment import Ranking
-from kvchat.codecs import CODECS, SegmentHeader, decode_frame, encode_segment
-from kvchat.codecs.frame import unpack
+from kvchat.codecs import CODECS, SegmentHeader, decode_frame, encode_segment, packed_bytes, param_bytes
 from kvchat.records import SegmentRecord
 from kvchat.store import Store
 
 Frame = tuple[int, int, bytes]
-BF16_BYTES = 2
 SAMPLE_TOKENS = 1024
 """At least so much of the history is coded, if it is so long."""
 
@@ -53,6 +51,12 @@ class Written:
         """The header and all frames."""
         return [self.record.header, *(blob for _, _, blob in self.frames)]
 
+    @property
+    def packed(self) -> int:
+        """Bytes as encoded, before zstd; the ranking says where pairs lie, not what they are, and is not counted."""
+        chunks = range(self.header.ranking.num_chunks)
+        return param_bytes(self.header) + sum(packed_bytes(self.header, chunk) for chunk in chunks)
+
 
 def store(subject: Subject) -> dict[str, Any]:
     """Bytes and speeds, MB/s of bf16 for codecs and of stored bytes for the store.
@@ -61,9 +65,7 @@ def store(subject: Subject) -> dict[str, Any]:
     writing is set against a plain file both with and without fsync. Reading is from the page cache for both.
     """
     saved = subject.conversation.stats()
-    model = subject.engine.model
-    plain = BF16_BYTES * 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
-    on_disk = saved["bytes_on_disk"] / saved["num_tokens"]
+    plain, on_disk = subject.engine.model.bf16_bytes_per_token, saved["bytes_on_disk"] / saved["num_tokens"]
     sources = list_sources(subject)
     return {
         "history_tokens": saved["num_tokens"],
@@ -101,23 +103,17 @@ def one_codec(name: str, sources: Sequence[Source], subject: Subject) -> dict[st
         rows_and_file(runs, written, subject.conversation.store, folder / "plain.bin")
     bits, elements = 8, sum(source.elements for source in sources)
     stored = sum(len(body) for one in written for body in one.bodies)
-    packed = sum(plane.nbytes for one in written for body in one.bodies for plane in _planes(body))
+    packed, plain = sum(one.packed for one in written), torch.bfloat16.itemsize * elements
     return {
         "bits_per_element_on_disk": round(bits * stored / elements, 3),
         "bits_per_element_packed": round(bits * packed / elements, 3),
-        "compression_factor": round(BF16_BYTES * elements / stored, 3),
-        **runs.speeds(BF16_BYTES * elements, "encode", "decode"),
+        "compression_factor": round(plain / stored, 3),
+        **runs.speeds(plain, "encode", "decode"),
         **runs.speeds(stored, "store_write", "file_write_fsync", "file_write", "store_read", "file_read"),
         "write_over_file_fsync": runs.speedup("store_write", "file_write_fsync"),
         "write_over_file": runs.speedup("store_write", "file_write"),
         "read_over_file": runs.speedup("store_read", "file_read"),
     }
-
-
-def _planes(body: bytes) -> list[Any]:
-    # A header's ranking says where pairs lie, not what they are; the store's frames have none.
-    _, planes = unpack(body, limit=1 << 40)
-    return [plane for name, plane in planes.items() if name != "chunk_of"]
 
 
 class Runs:
@@ -192,8 +188,7 @@ def read_rows(database: Store, written: Sequence[Written]) -> None:
     """Every segment's header and all its frames."""
     for one in written:
         assert database.segment(one.record.id)
-        for _ in database.frames(one.record.id, range(one.record.num_chunks)):
-            pass
+        drain(database.frames(one.record.id, range(one.record.num_chunks)))
 
 
 def write_file(file: Path, bodies: Sequence[bytes], sync: bool) -> None:

@@ -69,7 +69,7 @@ class LayerKV:
         return cls(keys.reshape(-1, dim), values.reshape(-1, dim), positions, cu_seqlens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ranking:
     """Which rank chunk each pair of a segment lies in; within a chunk rows stand in time order.
 
@@ -100,7 +100,7 @@ class Ranking:
         """Chunks, at least one."""
         return len(self.sizes)
 
-    @property
+    @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Pairs of every chunk over all layers and heads, (C,)."""
         sizes: npt.NDArray[np.int64] = np.bincount(self.chunk_of.ravel())

@@ -35,10 +35,6 @@ Rows = list[tuple[Tensor, Tensor]]
 """Keys and values (H, T, D) a layer."""
 
 
-BF16 = 2
-"""Bytes of a number in the full cache that all sizes are told against, and of every number that is not quantised."""
-
-
 def held_bytes(residence: Residence) -> int:
     """Bytes of the KV that stands for the history: sealed rows as encoded before zstd, the tail as it is.
 
@@ -49,20 +45,14 @@ def held_bytes(residence: Residence) -> int:
     else:
         residents = residence.tiers.residents
         sealed = sum(encoded_bytes(one.header, range(one.chunks)) for one in residents)
-    return sealed + residence.cache.tail_length * dense_bytes(residence)
+    return sealed + residence.cache.tail_length * residence.engine.model.bf16_bytes_per_token
 
 
 def encoded_bytes(header: SegmentHeader, chunks: Iterable[int]) -> int:
-    """Bytes of some rank chunks, with what serves the whole segment."""
-    exact = BF16 / header.dtype.itemsize
+    """Bytes of some rank chunks, with what serves the whole segment; plain numbers count as bfloat16."""
+    exact = torch.bfloat16.itemsize / header.dtype.itemsize
     sizes = (packed_bytes(header, chunk) * (exact if header.codec(chunk) == "raw" else 1) for chunk in chunks)
     return param_bytes(header) + round(sum(sizes))
-
-
-def dense_bytes(residence: Residence) -> int:
-    """Bytes of one token's KV in the full cache."""
-    model = residence.engine.model
-    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * BF16
 
 
 class Unsaved(Residence):
@@ -95,9 +85,6 @@ class Block:
 
 class Masked(Unsaved):
     """Sealed KV, dense, and a mask (L, H, T) of the pairs that the network sees."""
-
-    rows: Rows
-    mask: Tensor
 
     def __init__(self, store: Store, engine: Engine, config: Config, pool: Executor) -> None:
         super().__init__(store, engine, config, pool)

@@ -10,10 +10,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import transformers
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
-from kvchat.evals.baselines import Full, Window, dense_bytes, held_bytes
+from kvchat.evals.baselines import Full, Window, held_bytes
 from kvchat.evals.cases import Case, Question, asked, cut
 from kvchat.evals.measures import ANSWER_TOKENS, MEASURES, Truth, truth
 from kvchat.evals.rescoring import OneShot, Recompress, SnapRecompress
@@ -131,31 +131,32 @@ class Grid:
 
     def _key(self, case: Case, setting: Setting) -> str:
         questions = [astuple(question) for question in case.questions]
-        settled = self._config(setting).model_dump(mode="json", include={"compress", "codec"})
+        _, settled = self._settled(setting)
         model, how = self.engine.model, self.config.model
         run = [self.task, fingerprint_id(model.fingerprint), model.device.type, how.attention, how.prefill_chunk_size]
         run += [INSTRUMENT, ANSWER_TOKENS, torch.__version__, transformers.__version__, self.step]
         parts = [run, case.name, case.system, case.turns, questions, setting.method, settled]
         return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
-    def _config(self, setting: Setting) -> Config:
-        return self.config.replaced(dict(setting.values))
+    def _settled(self, setting: Setting) -> tuple[Config, Line]:
+        """All settings of a cell, and those that can vary as JSON has them."""
+        config = self.config.replaced(dict(setting.values))
+        return config, config.model_dump(mode="json", include={"compress", "codec"})
 
     def _describe(self, case: Case, setting: Setting) -> Line:
-        config, model = self._config(setting), self.engine.model
-        settled = config.model_dump(mode="json", include={"compress", "codec"})
+        (config, settled), model = self._settled(setting), self.engine.model
         given = {f"{section}.{key}": value for section, values in settled.items() for key, value in values.items()}
         return {
             "task": self.task,
             "model": model.name,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": model.fingerprint["dtype"],
             "device": model.device.type,
             "case": case.name,
             "method": setting.method,
             "settings": {} if setting.method == "full" else {**given, "eval.step": self.step},
             "scorer": config.compress.scorer,
             "keep": 1.0 if setting.method == "full" else config.compress.keep_ratio,
-            "codec": "raw" if setting.method == "full" else codec_name(config),
+            "codec": "raw" if setting.method == "full" else "+".join(config.codec.names),
         }
 
     def _truths(self, case: Case) -> dict[str, Truth]:
@@ -179,15 +180,15 @@ class Grid:
     @contextmanager
     def _conversation(self, setting: Setting) -> Iterator[Conversation]:
         """An empty conversation under a setting, its store a temporary one."""
-        config, model = self._config(setting), self.engine.model
-        with tempfile.TemporaryDirectory(prefix="kvchat-eval-") as folder, ThreadPoolExecutor(2) as pool:
-            store = Store(Path(folder) / "eval.db")
+        (config, _), model = self._settled(setting), self.engine.model
+        with (
+            tempfile.TemporaryDirectory(prefix="kvchat-eval-") as folder,
+            ThreadPoolExecutor(2) as pool,
+            closing(Store(Path(folder) / "eval.db")) as store,
+        ):
             info = store.create_session("eval", model.name, model.fingerprint)
             residence = METHODS[setting.method](store, self.engine, config, pool)
-            try:
-                yield Conversation(info, store, self.engine, residence)
-            finally:
-                store.close()
+            yield Conversation(info, store, self.engine, residence)
 
 
 def feed(conversation: Conversation, case: Case, heed: Callable[[Notice], None], step: int) -> Iterator[Question]:
@@ -196,10 +197,9 @@ def feed(conversation: Conversation, case: Case, heed: Callable[[Notice], None],
     fed, stops = 0, sorted({question.asked_after for question in case.questions})
     for number in sorted({*range(step, stops[-1], step), *stops}):
         messages = [message for turn in case.turns[fed:number] for message in turn]
-        for steps in (conversation.append(messages, lambda: False), conversation.finish()):
-            for event in steps:
-                if isinstance(event, Notice):
-                    heed(event)
+        for event in chain(conversation.append(messages, lambda: False), conversation.finish()):
+            if isinstance(event, Notice):
+                heed(event)
         fed, questions, residence = number, asked(case, number), conversation.residence
         with residence.asked(conversation.path) if isinstance(residence, OneShot) else nullcontext():
             yield from questions
@@ -208,10 +208,10 @@ def feed(conversation: Conversation, case: Case, heed: Callable[[Notice], None],
 def holding(residence: Residence) -> dict[str, float]:
     """What stands for the history: tokens, and the fractions of all pairs and of the exact KV's bytes."""
     cache, model = residence.cache, residence.engine.model
-    pairs = cache.num_seen * model.num_hidden_layers * model.num_key_value_heads
-    kept = cache.num_sealed_rows + cache.tail_length * model.num_hidden_layers * model.num_key_value_heads
-    nbytes = held_bytes(residence) / (cache.num_seen * dense_bytes(residence))
-    return {"history": cache.num_seen, "pairs": round(kept / pairs, 5), "bytes": round(nbytes, 5)}
+    kept = cache.num_sealed_rows + cache.tail_length * model.pairs_per_token
+    pairs = kept / (cache.num_seen * model.pairs_per_token)
+    nbytes = held_bytes(residence) / (cache.num_seen * model.bf16_bytes_per_token)
+    return {"history": cache.num_seen, "pairs": round(pairs, 5), "bytes": round(nbytes, 5)}
 
 
 def fitted(engine: Engine, case: Case) -> Case:
@@ -224,7 +224,7 @@ def fitted(engine: Engine, case: Case) -> Case:
         raise InputError(f"{case.name} has no question to ask; use more of it, or another conversation")
     template, window = engine.model.template, engine.model.context_window
     tokens = sum(lengths(engine, case))
-    longest = max((len(template.user(question.text, first=False).ids) for question in case.questions), default=0)
+    longest = max(len(template.user(question.text, first=False).ids) for question in case.questions)
     room = window - longest - 256
     if tokens > room:
         raise InputError(
@@ -248,21 +248,15 @@ def shortened(engine: Engine, case: Case, tokens: int) -> Case:
 
 def lengths(engine: Engine, case: Case) -> list[int]:
     """Tokens of each turn, the opening counted with the first."""
-    template, counts = engine.model.template, []
-    opening = len(template.system(case.system).ids)
-    for number, turn in enumerate(case.turns):
-        pieces = [
-            template.user(m["content"], first=number == 0) if m["role"] == "user" else template.assistant(m["content"])
-            for m in turn
-        ]
-        counts.append(sum(len(piece.ids) for piece in pieces) + (0 if number else opening))
+    template, counts, first = engine.model.template, list[int](), True
+    tokens = len(template.system(case.system).ids)
+    for turn in case.turns:
+        for said in turn:
+            tokens += len(template.message(said["role"], said["content"], first).ids)
+            first = first and said["role"] != "user"
+        counts.append(tokens)
+        tokens = 0
     return counts
-
-
-def codec_name(config: Config) -> str:
-    """The codec, or one for each interval of the ranking."""
-    name = config.codec.name
-    return name if isinstance(name, str) else "+".join(name)
 
 
 def mend(file: Path) -> None:

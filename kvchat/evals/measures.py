@@ -5,7 +5,7 @@ Letters: T tokens of an answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -50,14 +50,19 @@ def fidelity(conversation: Conversation, question: Question, truth: Truth | None
     assert truth is not None
     rows = conversation.engine.predict(conversation.residence.cache, conversation.question(question.text), truth.ids)
     held, full = rows.float().log_softmax(-1), truth.logprobs
-    wanted = torch.tensor(truth.ids, device=held.device)[:, None]
     return {
         "tokens": len(truth.ids),
         "kl": divergence(full, held),
         "agree": int((held.argmax(-1) == full.argmax(-1)).sum()),
-        "logprob": float(held.gather(1, wanted).double().sum()),
-        "full_logprob": float(full.gather(1, wanted).double().sum()),
+        "logprob": total(held, truth.ids),
+        "full_logprob": total(full, truth.ids),
     }
+
+
+def total(logprobs: Tensor, ids: Sequence[int]) -> float:
+    """The sum of (T, V) log-probabilities over T ids, in float64."""
+    wanted = torch.tensor(ids, device=logprobs.device)[:, None]
+    return float(logprobs.gather(1, wanted).double().sum())
 
 
 def divergence(full: Tensor, held: Tensor) -> float:
@@ -74,11 +79,10 @@ def recall(conversation: Conversation, question: Question, truth: Truth | None) 
     """
     rows, ids = _forced(conversation, question)
     wanted = torch.tensor(ids, device=rows.device)
-    logprobs = rows.float().log_softmax(-1).gather(1, wanted[:, None])
     return {
         "tokens": len(ids),
         "match": int(bool((rows.argmax(-1) == wanted).all())),
-        "logprob": float(logprobs.double().sum()),
+        "logprob": total(rows.float().log_softmax(-1), ids),
     }
 
 

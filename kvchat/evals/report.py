@@ -32,8 +32,6 @@ COLUMNS: dict[str, dict[str, tuple[str, str | None]]] = {
 _SHOWN = ("compress.scorer", "compress.keep_ratio", "codec.name")
 """Settings that have a column."""
 
-_OF_FULL = {"recall": ["of the full cache's"]}
-
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -133,7 +131,8 @@ def _table(task: str, model: str, groups: Mapping[Group, list[Line]]) -> str:
     far = _distances(lines) if task == "recall" else []
     first, *others = COLUMNS[task]
     names = ["method", "keep", "codec", "pairs", "bytes", f"{first} [95%]", *others]
-    names += [*(f"{first}, {distance} turns later" for distance in far), *_OF_FULL.get(task, ())]
+    names += [f"{first}, {distance} turns later" for distance in far]
+    names += ["of the full cache's"] if task == "recall" else []
     names.append(f"{first}, difference from ours [95%]")
     rows = [_row(task, group, groups, far) for group in groups]
     most = max(sum(len(line["questions"]) for line in found) for found in groups.values())
@@ -154,7 +153,7 @@ def _row(task: str, group: Group, groups: Mapping[Group, list[Line]], far: Seque
         tables = values(lines, figure, weight)
         cells.append(number(mean(tables)) + (f" [{_span(interval(tables))}]" if not place else ""))
     cells += [number(np.mean([q["match"] for x in lines for q in x["questions"] if q["distance"] == n])) for n in far]
-    if task in _OF_FULL:
+    if task == "recall":
         cells.append(_share(group, groups))
     return _cells([*cells, _difference(task, group, groups)])
 

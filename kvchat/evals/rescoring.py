@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,12 +35,10 @@ POOL = 5
 class Recompress(Masked):
     """All pairs still held compete again, but for the newest turns; what was lost stays lost."""
 
-    remembers: ClassVar[bool] = False
-
     def choose(self, path: Sequence[Message]) -> Tensor:
         whole = [count == int(block.ranking.sizes.sum()) for block, count in zip(self.blocks, self.quota, strict=True)]
         competing = whole.index(True) if True in whole else len(whole)
-        mask = torch.ones_like(self.mask) if self.remembers else self.mask.clone()
+        mask = self.mask.clone()
         if competing:
             end = self.blocks[competing - 1].end
             mask[:, :, :end] = self._best(path, mask[:, :, :end], sum(self.quota[:competing]))
@@ -65,8 +62,6 @@ class Recompress(Masked):
 class OneShot(Recompress):
     """Nothing is evicted before a question comes; then everything is scored at once."""
 
-    remembers = True
-
     def hold(self, path: Sequence[Message]) -> None:
         """Between questions everything is held."""
         self.quota = self.quotas(path)
@@ -74,7 +69,7 @@ class OneShot(Recompress):
     @contextmanager
     def asked(self, path: Sequence[Message]) -> Iterator[None]:
         """Inside, questions can be asked of what is left after compressing; outside everything is held."""
-        whole = torch.ones_like(self.mask)
+        whole = self.mask
         self.show(self.choose(path))
         yield
         self.show(whole)
@@ -149,13 +144,9 @@ class KVzipOverRows(KVzip):
         low, high = self._chunk.start + self._start, self._chunk.stop + self._start
         past, own = self._rows[layer][0][:, low:high], keys[:, keys.shape[1] - query.shape[1] :]
         scores = torch.zeros(past.shape[:2], device=past.device)
-        for head, (left, queries) in enumerate(zip(self._mask[layer, :, low:high], self._groups(query), strict=True)):
+        for head, (left, group) in enumerate(zip(self._mask[layer, :, low:high], query.chunk(len(past)), strict=True)):
             prefix, alone = self.subject.prefix_keys[layer][head, None], own[head, None]
             scores[head, left] = attention_received(
-                queries, prefix, past[head, None][:, left], alone, self._skipped, scale
+                group, prefix, past[head, None][:, left], alone, self._skipped, scale
             )[0]
         self._scores[layer].append(scores)
-
-    def _groups(self, query: Tensor) -> Iterator[Tensor]:
-        """The queries of each KV head."""
-        return iter(query.chunk(len(self._mask[0])))
