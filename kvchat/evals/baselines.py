@@ -140,16 +140,17 @@ class Masked(Unsaved):
         return [(kv.keys.view(shape), kv.values.view(shape)) for kv in decoded], header
 
     def show(self, mask: Tensor) -> None:
-        """Let the network see the pairs of `mask`, block by block as the session has segments."""
+        """Let the network see the pairs of `mask`."""
         self.mask = mask
         self.cache.keep([])
-        for block in self.blocks:
-            span = slice(block.start, block.end)
-            layers = [
-                masked(keys[:, span], values[:, span], seen[:, span], block.start)
-                for (keys, values), seen in zip(self.rows, mask, strict=True)
-            ]
-            self.cache.attach({Piece(block.start, 0): layers}, block.end)
+        counts = mask.sum(2).cpu()
+        bounds = torch.nn.functional.pad(counts.cumsum(1), (1, 0)).int()
+        chosen = mask.flatten(1).nonzero()[:, 1].split_with_sizes(counts.sum(1).tolist())
+        layers = [
+            LayerKV(keys.flatten(0, 1)[rows], values.flatten(0, 1)[rows], (rows % mask.shape[2]).int(), cu_seqlens)
+            for (keys, values), rows, cu_seqlens in zip(self.rows, chosen, bounds, strict=True)
+        ]
+        self.cache.attach({Piece(0, 0): layers}, mask.shape[2])
 
     def hold(self, path: Sequence[Message]) -> None:
         """Choose anew when the budget has changed."""
@@ -179,10 +180,3 @@ class Window(Masked):
         mask[:, :, :prefix] = True
         mask[:, :, max(prefix, tokens - (each - prefix)) :] = True
         return mask
-
-
-def masked(keys: Tensor, values: Tensor, mask: Tensor, start: int) -> LayerKV:
-    """The rows of (H, T, D) keys and values that a mask (H, T) names."""
-    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int().cpu()
-    positions = (mask.nonzero()[:, 1] + start).int()
-    return LayerKV(keys[mask], values[mask], positions, cu_seqlens)
