@@ -59,8 +59,8 @@ class CompressConfig(Section):
     """Fraction of a segment's KV pairs held in memory; the store always keeps all."""
     budget: Literal["session", "segment"] = "session"
     """Whether `keep_ratio` is meant of all sealed segments together, the best chunks first, or of each."""
-    recent_turns: int = Field(default=2, ge=0)
-    """The newest turns hold all their pairs."""
+    recent_tokens: int = Field(default=1024, ge=0)
+    """Segments with one of the newest so many tokens hold all their pairs."""
     segment_min: int = Field(default=512, ge=1)
     """Turns are joined until a segment has this many tokens."""
     num_sink_tokens: int = Field(default=4, ge=0)

@@ -298,12 +298,11 @@ class Residence:
     def budgets(self, segments: Sequence[tuple[Ranking, int]], path: Sequence[Message]) -> list[int]:
         """Chunks that memory holds of segments, each given with the end of its use.
 
-        All of those with one of the newest turns; of the others what `keep_ratio` gives each, or all of them together.
+        All of those with one of the newest tokens, not counting a message that waits for its answer; of the others what
+        `keep_ratio` gives each, or all of them together.
         """
-        config = self.config.compress
-        asked = [index for index, message in enumerate(path[:-1]) if message.role == "user"]
-        newest = asked[-config.recent_turns :][0] if config.recent_turns and asked else len(path)
-        edge, keep = self.bounds(path)[newest], config.keep_ratio
+        config, answered = self.config.compress, len(path) - any(message.role == "user" for message in path[-1:])
+        edge, keep = self.bounds(path)[answered] - config.recent_tokens, config.keep_ratio
         old = [ranking for ranking, end in segments if end <= edge]
         held = iter(allocate(old, keep) if config.budget == "session" else [chunks_within(r.sizes, keep) for r in old])
         return [next(held) if end <= edge else ranking.num_chunks for ranking, end in segments]

@@ -376,7 +376,7 @@ def test_a_session_with_precision_by_rank_resumes_as_it_was(tmp_path: Path, fami
             "generate.temperature": 0,
             "generate.max_new_tokens": 12,
             "compress.segment_min": 60,
-            "compress.recent_turns": 0,
+            "compress.recent_tokens": 0,
             "compress.keep_ratio": 0.35,
             "codec.name": ["k8v8", "k8v8", "k8v4", "k4v4", "k2v2"],
         }

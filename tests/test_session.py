@@ -24,7 +24,7 @@ SETTINGS = {
     "generate.temperature": 0,
     "generate.max_new_tokens": 12,
     "compress.segment_min": 60,
-    "compress.recent_turns": 1,
+    "compress.recent_tokens": 20,
     "compress.keep_ratio": 0.3,
     "model.prefill_chunk_size": 32,
 }
@@ -363,7 +363,7 @@ def test_a_failure_while_saving_is_raised_by_the_next_call_and_the_session_goes_
 
 
 def test_memory_holds_what_the_ratio_allows_and_the_store_all(opener: Open) -> None:
-    session = opener(compress__recent_turns=0).open("trip")
+    session = opener(compress__recent_tokens=0).open("trip")
     play(session, QUESTIONS * 2)
     for segment in session.stats()["segments"]:
         if segment["kind"] == "sealed":
@@ -374,12 +374,14 @@ def test_memory_holds_what_the_ratio_allows_and_the_store_all(opener: Open) -> N
     assert stats["bytes_in_memory"] < stats["bytes_dense"]
 
 
-def test_the_newest_turns_hold_all_their_pairs(opener: Open) -> None:
-    session = opener(compress__recent_turns=2).open("trip")
-    play(session)
-    *_, older, last = [segment for segment in session.stats()["segments"] if segment["kind"] == "sealed"]
-    assert older["turns"][1] < 3 or older["rows"] == older["rows_total"]
-    assert last["rows"] == last["rows_total"]
+def test_the_newest_tokens_hold_all_their_pairs(opener: Open) -> None:
+    session = opener(compress__recent_tokens=80).open("trip")
+    play(session, QUESTIONS * 2)
+    stats = session.stats()
+    sealed = [segment for segment in stats["segments"] if segment["kind"] == "sealed"]
+    whole = [segment["rows"] == segment["rows_total"] for segment in sealed]
+    assert whole == [segment["end"] > stats["num_tokens"] - 80 for segment in sealed]
+    assert any(whole) and not all(whole)
 
 
 async def test_the_asynchronous_session_mirrors_the_synchronous_one(opener: Open) -> None:

@@ -87,8 +87,8 @@ class Subject:
 
     @contextmanager
     def keeping(self, keep_ratio: float) -> Iterator[None]:
-        """Every segment held to exactly this ratio: no turn is recent."""
-        compress = self.config.compress.model_copy(update={"keep_ratio": keep_ratio, "recent_turns": 0})
+        """Every segment held to exactly this ratio: no token is recent."""
+        compress = self.config.compress.model_copy(update={"keep_ratio": keep_ratio, "recent_tokens": 0})
         self._hold(self.config.model_copy(update={"compress": compress}))
         try:
             yield

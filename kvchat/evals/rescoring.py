@@ -33,7 +33,7 @@ POOL = 5
 
 
 class Recompress(Masked):
-    """All pairs still held compete again, but for the newest turns; what was lost stays lost."""
+    """All pairs still held compete again, but for the newest tokens; what was lost stays lost."""
 
     def choose(self, path: Sequence[Message]) -> Tensor:
         whole = [count == int(block.ranking.sizes.sum()) for block, count in zip(self.blocks, self.quota, strict=True)]
