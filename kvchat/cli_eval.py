@@ -39,7 +39,7 @@ class GridFlags(ModelFlags):
     codecs: Annotated[str | None, typer.Option(help="As in raw,k8v8; a+b is one for each interval of ranks.")] = None
     scorers: Annotated[str | None, typer.Option(help="Scorers of the session, as in kvzip,random.")] = None
     segment_min: Annotated[str | None, typer.Option(help="Tokens until a segment is sealed.")] = None
-    recent: Annotated[str | None, typer.Option(help="Newest tokens that hold everything.")] = None
+    recent_tokens: Annotated[str | None, typer.Option(help="Newest tokens that hold everything.")] = None
     vary: Annotated[list[str] | None, typer.Option(metavar="SECTION.KEY=A,B", help="Values of any setting.")] = None
     tokens: Annotated[int | None, typer.Option(min=1, help="Use so many tokens of each conversation at most.")] = None
     step: Annotated[int, typer.Option(min=1, help="Turns fed at once; more is faster.")] = 1
@@ -53,7 +53,7 @@ class GridFlags(ModelFlags):
             "codec.name": self.codecs,
             "compress.scorer": self.scorers,
             "compress.segment_min": self.segment_min,
-            "compress.recent_tokens": self.recent,
+            "compress.recent_tokens": self.recent_tokens,
         }
         for text in self.vary or ():
             key, found, values = text.partition("=")

@@ -56,9 +56,9 @@ class CompressConfig(Section):
 
     scorer: Literal["kvzip", "random"] = "kvzip"
     keep_ratio: float = Field(default=0.5, gt=0, le=1)
-    """Fraction of a segment's KV pairs held in memory; the store always keeps all."""
+    """Fraction of the KV pairs of older segments held in memory; the store always keeps all."""
     budget: Literal["session", "segment"] = "session"
-    """Whether `keep_ratio` is meant of all sealed segments together, the best chunks first, or of each."""
+    """Whether `keep_ratio` is meant of all older segments together, the best chunks first, or of each."""
     recent_tokens: int = Field(default=1024, ge=0)
     """Segments with one of the newest so many tokens hold all their pairs."""
     segment_min: int = Field(default=512, ge=1)

@@ -99,6 +99,7 @@ class Residence:
         for record, used in cover[whole:]:
             yield from self._restore_one(record, used, path)
             yield Progress("restore", self.cache.num_seen, self.bounds(path)[-1])
+        self.hold(path)
         self._load_s = time.perf_counter() - begun
 
     def _restore_together(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> int:
@@ -202,9 +203,11 @@ class Residence:
     def settle(self, path: Sequence[Message]) -> Steps:
         """Make the KV of all finished turns durable: seal what is long enough, save the rest, hold the budget."""
         if not path or (path[-1].role == "user" and self.cache.num_seen < self.bounds(path)[-1]):
+            self.hold(path)
             return  # interrupted while prefilling: the rest is computed when the question is answered
         if len(path) > 1 and self.cache.num_seen < self.bounds(path)[-2]:
             self._save_waiting(path)
+            self.hold(path)
             return  # stopped while taking much in: the rest is computed with the next turn
         yield from self.restore(path)
         computed = self.num_computed
@@ -234,7 +237,7 @@ class Residence:
         stored = self.store.segment(record.id)
         assert stored is not None
         try:
-            self._attach(stored, last - first, path, tail=bounds[last] - bounds[first])
+            self._attach(stored, last - first, path[:last], tail=bounds[last] - bounds[first])
         except UnknownCodec as error:
             yield Notice(f"a segment of a newer version stays as it is, and its KV exact for now: {error}")
             return
@@ -244,6 +247,7 @@ class Residence:
             yield Notice(f"a segment could not be read back and was removed; its KV stays exact for now: {error}")
             return
         self.waiting = []
+        self.hold(path[:last])  # what comes next is computed from what is held now
 
     def _write(self, record: SegmentRecord, path: Sequence[Message], first: int, last: int) -> Steps:
         """Score, rank, encode and store one segment, in place of the waiting turns it covers."""
@@ -301,11 +305,12 @@ class Residence:
         All of those with one of the newest tokens, not counting a message that waits for its answer; of the others what
         `keep_ratio` gives each, or all of them together.
         """
-        config, answered = self.config.compress, len(path) - any(message.role == "user" for message in path[-1:])
-        edge, keep = self.bounds(path)[answered] - config.recent_tokens, config.keep_ratio
-        old = [ranking for ranking, end in segments if end <= edge]
+        config, answered = self.config.compress, len(path) - bool(path and path[-1].role == "user")
+        newest, keep = self.bounds(path)[answered], config.keep_ratio
+        recent = [min(end, newest) > newest - config.recent_tokens for _, end in segments]
+        old = [ranking for (ranking, _), new in zip(segments, recent, strict=True) if not new]
         held = iter(allocate(old, keep) if config.budget == "session" else [chunks_within(r.sizes, keep) for r in old])
-        return [next(held) if end <= edge else ranking.num_chunks for ranking, end in segments]
+        return [ranking.num_chunks if new else next(held) for (ranking, _), new in zip(segments, recent, strict=True)]
 
     def hold(self, path: Sequence[Message]) -> None:
         """Shrink and grow the sealed segments to what the budget gives each."""

@@ -112,16 +112,18 @@ class Tiers:
         if dropped:
             self.cache.keep([piece for piece in self.cache.pieces if piece not in dropped])
         self.residents, damaged, pieces = shrunk, list[Resident](), dict[Piece, list[LayerKV]]()
+        grown = list(shrunk)
         for index, one in enumerate(shrunk):
             if (chunks := wanted.get(one.id, one.chunks)) > one.chunks:
                 larger = replace(one, chunks=chunks)
                 try:
                     pieces |= self.load(larger, first=one.chunks).pieces()
-                    self.residents[index] = larger
+                    grown[index] = larger
                 except CodecError:
                     damaged.append(one)
         if pieces:  # all at once: every attaching packs all rows anew
             self.cache.attach(pieces, self.cache.tail_start)
+            self.residents = grown
         return damaged
 
     def crop(self, position: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
+from kvchat.cache.ragged import Piece
 from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader, encode_segment
 from kvchat.compress.compressor import chunks_within, rank
@@ -181,6 +182,34 @@ def test_the_order_of_attach_and_detach_does_not_matter(engine: Engine) -> None:
     played.tiers.hold({"1": 4, "0": 4})
     played.hold(0.6)
     assert torch.equal(played.logits(), before)
+
+
+def test_what_cannot_be_read_leaves_residents_and_cache_agreeing(engine: Engine) -> None:
+    played = Played(engine, 0.1)
+    small, tiers = [one.chunks for one in played.tiers.residents], played.tiers
+    wanted = {one.id: one.header.ranking.num_chunks for one in tiers.residents}
+    tiers.hold(wanted)
+    whole = played.logits()
+    played.hold(0.1)
+    good = dict(played.frames)
+
+    def agree() -> bool:
+        return played.cache.pieces == [
+            Piece(one.start, chunk) for one in tiers.residents for chunk in range(one.chunks)
+        ]
+
+    for name, held in (("0", small[0]), ("2", small[2])):
+        played.frames[name] = {at: blob if at[0] < held else blob[:-1] for at, blob in good[name].items()}
+    assert [one.id for one in tiers.hold(wanted)] == ["0", "2"]
+    assert [one.chunks for one in tiers.residents] == [small[0], wanted["1"], small[2]] and agree()
+    played.hold(0.1)
+    played.frames = {name: frames for name, frames in good.items() if name != "2"}
+    with pytest.raises(KeyError):
+        tiers.hold(wanted)
+    assert agree()
+    played.frames = good
+    assert not tiers.hold(wanted) and agree()
+    assert torch.equal(played.logits(), whole)
 
 
 def test_forgetting_a_turn_equals_never_having_had_it(engine: Engine) -> None:

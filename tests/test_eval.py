@@ -133,8 +133,9 @@ def test_baselines_hold_as_many_bytes_as_the_session(run: Run, recent: int, code
     ours, *others = run("fidelity", methods, compress__recent_tokens=recent, codec__name=codec)
     for other in others:
         for mine, theirs in zip(ours["questions"], other["questions"], strict=True):
-            assert theirs["pairs"] == pytest.approx(mine["pairs"], rel=0.02)
-            assert theirs["bytes"] == pytest.approx(mine["bytes"], rel=0.03)
+            # But for a chunk of one segment, at which the budget ends: which, depends on scores.
+            assert theirs["pairs"] == pytest.approx(mine["pairs"], abs=0.02)
+            assert theirs["bytes"] == pytest.approx(mine["bytes"], abs=0.02)
 
 
 # -- what is broken --------------------------------------------------------------------------------------------------
@@ -356,6 +357,14 @@ def test_a_table_tells_distances_and_settings_apart(run: Run) -> None:
     table = markdown(run("recall", ["full", "session"], [told], vary={"compress.segment_min": [60, 120]}))
     assert "recall, 3 turns later | recall, 6 turns later" in table
     assert "| kvzip per turn, segment_min 60 |" in table and "| full | 1 | raw | 1.00 | 1.00 |" in table
+
+
+def test_lines_of_a_version_with_other_settings_are_told_apart(run: Run) -> None:
+    line = run("fidelity", ["session"])[0]
+    settings = {key: value for key, value in line["settings"].items() if key != "compress.recent_tokens"}
+    old = {**line, "key": "old", "settings": {**settings, "compress.recent_turns": 2}}
+    assert len(grouped([line, line])) == 1
+    assert len(grouped([line, old])) == 2
 
 
 def test_probes_keep_their_questions() -> None:

@@ -16,6 +16,7 @@ from kvchat.config import Config
 from kvchat.errors import CapacityError, ConfigError, FingerprintMismatch, InputError, SessionNotFound, StoreError
 from kvchat.events import Delta, Notice, Progress, TurnDone
 from kvchat.handle import AsyncSession, Session
+from kvchat.residence import Residence
 from kvchat.store import Store
 from kvchat.worker import Worker
 from tests.tiny import make_model
@@ -382,6 +383,53 @@ def test_the_newest_tokens_hold_all_their_pairs(opener: Open) -> None:
     whole = [segment["rows"] == segment["rows_total"] for segment in sealed]
     assert whole == [segment["end"] > stats["num_tokens"] - 80 for segment in sealed]
     assert any(whole) and not all(whole)
+
+
+@pytest.mark.parametrize("recent", [0, 80])
+def test_a_message_that_waits_does_not_make_the_ones_before_it_old(opener: Open, recent: int) -> None:
+    worker = opener(compress__recent_tokens=recent)
+    session = worker.open("trip")
+    play(session, QUESTIONS * 2)
+    before = chunks_held(session)
+    session.append([{"role": "user", "content": "We left Rome by train. " * 20}])
+    live = chunks_held(session)
+    worker.close()
+    again = opener(compress__recent_tokens=recent).open("trip")
+    assert again.logprobs("Where to?", "Home.")
+    assert chunks_held(again) == live
+    if recent:
+        assert live[: len(before)] == before
+    else:
+        assert all(held < of for held, of in live)
+
+
+def chunks_held(session: Session) -> list[tuple[int, int]]:
+    """Of each sealed segment, and of how many."""
+    segments = session.stats()["segments"]
+    return [(one["chunks_held"], one["num_chunks"]) for one in segments if one["kind"] == "sealed"]
+
+
+def test_what_is_taken_in_at_once_is_computed_from_the_newest_tokens_whole(
+    opener: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = list[float]()
+    attach = Residence._attach
+
+    def watch(residence: Residence, *args: Any, **kwargs: Any) -> None:
+        attach(residence, *args, **kwargs)
+        newest = residence.tiers.residents[-1]
+        held.append(newest.chunks / newest.header.ranking.num_chunks)
+
+    monkeypatch.setattr(Residence, "_attach", watch)
+    session = opener(compress__recent_tokens=80).open("trip")
+    said = [
+        {"role": role, "content": f"{text} {n}"}
+        for n, text in enumerate(QUESTIONS * 2)
+        for role in ("user", "assistant")
+    ]
+    session.append(said)
+    assert len(held) > 2 and set(held) == {1.0}
+    assert chunks_held(session)[0][0] < chunks_held(session)[0][1]
 
 
 async def test_the_asynchronous_session_mirrors_the_synchronous_one(opener: Open) -> None:

@@ -123,7 +123,7 @@ class Masked(Unsaved):
         ]
         self.cache.drop_tail(tokens)
         self.show(torch.cat([self.mask, torch.ones(shape, dtype=torch.bool, device=self.mask.device)], dim=2))
-        self.hold(path)
+        self.hold(path[:last])
 
     def _stored(self, rows: Rows, start: int) -> tuple[Rows, SegmentHeader]:
         """KV after a round trip through the codec, and its header."""

@@ -61,10 +61,10 @@ def _text(setting: tuple[str, Any]) -> str:
 
 def grouped(lines: Iterable[Line]) -> dict[Group, list[Line]]:
     """Lines by setting, every method from the most to the least kept."""
-    lines, seen = list(lines), dict[str, set[str]]()
-    for line in lines:
-        for key, value in line["settings"].items():
-            seen.setdefault(key, set()).add(json.dumps(value))
+    lines = list(lines)
+    given = [line["settings"] for line in lines if line["settings"]]
+    # A setting that lines of another version lack tells them apart too.
+    seen = {key: {json.dumps(settings.get(key)) for settings in given} for key in {k for s in given for k in s}}
     varying = [key for key, found in seen.items() if len(found) > 1 and key not in _SHOWN]
     groups: dict[Group, list[Line]] = {}
     for line in lines:
