@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from typing import Literal
 from kvchat.codecs import frame
 from kvchat.errors import CodecError, CorruptFrame, StoreError
 from kvchat.migrations import explained, open_database, transaction
-from kvchat.queries import CANDIDATES, DROP_REPLACED
+from kvchat.queries import CANDIDATES, DROP_REPLACED, SEGMENTS
 from kvchat.records import SegmentRecord, now, segment_of
 
 
@@ -104,10 +105,12 @@ class KVStore:
             "scorer": record.scorer,
             "num_chunks": record.num_chunks,
             "num_groups": record.num_groups,
+            "stored_chunks": record.num_chunks,
             "nbytes": 0,
             "seal_s": record.seal_s,
             "created": now(),
             "header": record.header,
+            "basis": self._put_basis(record.basis),
         }
         self._db.table("segments").insert(row)
         self._db.conn.executemany(
@@ -124,6 +127,14 @@ class KVStore:
         stored = [len(record.header) + int(nbytes), record.id]
         self._db.execute("UPDATE segments SET nbytes = ? WHERE id = ?", stored)
 
+    def _put_basis(self, body: bytes) -> str | None:
+        """Store what segments share once; its id."""
+        if not body:
+            return None
+        identity = "b2:" + blake2b(body, digest_size=16).hexdigest()
+        self._db.execute("INSERT OR IGNORE INTO bases VALUES (?, ?)", [identity, body])
+        return identity
+
     def _segments(self, ids: Collection[str]) -> dict[str, SegmentRecord]:
         wanted = json.dumps(list(ids))
         messages: dict[str, list[str]] = {}
@@ -133,7 +144,7 @@ class KVStore:
             ids=wanted,
         ):
             messages.setdefault(row["segment_id"], []).append(row["message_id"])
-        rows = self._rows("SELECT * FROM segments WHERE id IN (SELECT value FROM json_each(:ids))", ids=wanted)
+        rows = self._rows(SEGMENTS, ids=wanted)
         return {row["id"]: segment_of(row, messages.get(row["id"], [])) for row in rows}
 
     def _segment_problems(self, record: SegmentRecord) -> Iterator[str]:

@@ -105,6 +105,27 @@ CREATE TABLE frames (
 );
 CREATE UNIQUE INDEX frames_place ON frames(segment_id, chunk, grp);
 """
+PARTIAL = """
+-- What archived segments of one conversation share; it goes with the last of them.
+CREATE TABLE bases (id TEXT PRIMARY KEY, body BLOB NOT NULL);
+ALTER TABLE segments ADD COLUMN basis TEXT REFERENCES bases(id);
+CREATE INDEX segments_basis ON segments(basis);
+CREATE TRIGGER segments_leave_basis AFTER DELETE ON segments WHEN old.basis IS NOT NULL BEGIN
+    DELETE FROM bases WHERE id = old.basis AND NOT EXISTS (SELECT 1 FROM segments WHERE basis = old.basis);
+END;
+
+-- Leading chunks that are stored; the rest was given up for room.
+ALTER TABLE segments ADD COLUMN stored_chunks INTEGER NOT NULL DEFAULT 0;
+UPDATE segments SET stored_chunks = num_chunks;
+
+-- What a session answered greedily once, to tell whether it still does: `state` stands for model, path and held KV.
+CREATE TABLE probes (
+    session_id INTEGER PRIMARY KEY REFERENCES sessions(id) ON DELETE CASCADE,
+    state TEXT NOT NULL,
+    token_ids BLOB NOT NULL,
+    created TEXT NOT NULL
+);
+"""
 
 
 @MIGRATIONS()  # type: ignore[untyped-decorator]
@@ -116,6 +137,12 @@ def m001_conversations_and_segments(db: Database) -> None:
     messages.enable_fts(["content"], create_triggers=True, tokenize="porter unicode61 remove_diacritics 2")
     # Content never changes, and this trigger would index a message again whenever its timings are set.
     db.execute("DROP TRIGGER messages_au")
+
+
+@MIGRATIONS()  # type: ignore[untyped-decorator]
+def m002_partial_segments_and_probes(db: Database) -> None:
+    """Segments of which only the first chunks are stored, or that share a basis; recorded answers to check against."""
+    db.executescript(PARTIAL)
 
 
 def open_database(path: Path, busy_timeout_s: float) -> Database:

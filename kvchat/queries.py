@@ -76,6 +76,10 @@ FROM json_each(:ids) AS path CROSS JOIN segment_messages ON message_id = path.va
 CROSS JOIN segments ON segments.id = segment_id
 WHERE fingerprint = :fingerprint ORDER BY segment_id, ordinal
 """
+SEGMENTS = """
+SELECT segments.*, bases.body AS basis_body FROM segments LEFT JOIN bases ON bases.id = basis
+WHERE segments.id IN (SELECT value FROM json_each(:ids))
+"""
 TOTALS = """
 SELECT (SELECT count(*) FROM sessions) AS sessions,
     (SELECT count(*) FROM messages) AS messages,

@@ -90,7 +90,8 @@ class SessionInfo:
 class SegmentRecord:
     """A segment without its frames: which messages and tokens [start, end) it covers, and how it was made.
 
-    `header` is opaque to the store; `nbytes` is what the store counted, header and frames.
+    `header` is opaque to the store; `nbytes` is what the store counted, header and frames. Of the rank chunks the first
+    `stored_chunks` are there. `basis` is what the codec shares with other segments, if it does, and opaque too.
     """
 
     id: str
@@ -106,6 +107,8 @@ class SegmentRecord:
     num_groups: int
     nbytes: int = 0
     seal_s: float | None = None
+    stored_chunks: int = 0
+    basis: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +215,8 @@ def segment_of(row: Row, messages: Sequence[str]) -> SegmentRecord:
         num_groups=row["num_groups"],
         nbytes=row["nbytes"],
         seal_s=row["seal_s"],
+        stored_chunks=row["stored_chunks"],
+        basis=row["basis_body"] or b"",
     )
 
 

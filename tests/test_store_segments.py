@@ -41,7 +41,8 @@ def test_a_segment_comes_back_as_it_was_given(store: Store) -> None:
     record = replace(record, seal_s=0.5)
     put(store, (record, frames))
     nbytes = len(record.header) + sum(len(body) for _, _, body in frames)
-    assert store.segment(record.id) == replace(record, nbytes=nbytes)
+    stored = replace(record, nbytes=nbytes, stored_chunks=record.num_chunks)
+    assert store.segment(record.id) == stored
     assert list(store.frames(record.id, range(2))) == frames
     assert store.segment("b2:other") is None and store.verify() == []
 
@@ -259,3 +260,25 @@ def test_cover_is_what_its_definition_says(
     records = [store.segment(row["id"]) for row in store._rows("SELECT id FROM segments")]
     usable = [record for record in records if record is not None and record.fingerprint == "f1"]
     assert [(record.id, count) for record, count in store.cover(asked, "f1")] == plainly(asked, usable)
+
+
+def test_what_segments_share_is_stored_once_and_goes_with_the_last(store: Store) -> None:
+    _, chain = converse(store, "trip", *WORDS)
+    ids = [put(store, (replace(record, basis=b"shared"), frames)) for record, frames in pairs(chain)]
+    found = [store.segment(identity) for identity in ids]
+    assert [one.basis for one in found if one] == [b"shared", b"shared"]
+    assert count_bases(store) == 1
+    store.drop_segment(ids[0])
+    assert count_bases(store) == 1
+    store.drop_segment(ids[1])
+    assert count_bases(store) == 0
+
+
+def pairs(chain: list[Message]) -> list[tuple[SegmentRecord, Frames]]:
+    """Two segments that follow each other."""
+    return [segment(chain, 0, 2), segment(chain, 2, 4)]
+
+
+def count_bases(store: Store) -> int:
+    """Rows of the table."""
+    return len(store._rows("SELECT id FROM bases"))
