@@ -16,8 +16,8 @@ _HOMES = {
     "Config": ("kvchat.config", "Config"),
     "Session": ("kvchat.handle", "Session"),
     "Worker": ("kvchat.worker", "Worker"),
-    "open": ("kvchat.worker", "open_session"),
-    "open_async": ("kvchat.worker", "open_async"),
+    "open": ("kvchat.opening", "open_session"),
+    "open_async": ("kvchat.opening", "open_async"),
     **{
         name: ("kvchat.errors", name)
         for name in (

@@ -10,21 +10,14 @@ import json
 import os
 import sqlite3
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from kvchat import cli_eval, cli_store
-from kvchat.errors import InputError, KVChatError, SessionExists
+from kvchat import cli_archive, cli_eval, cli_import, cli_store, cli_verify
+from kvchat.errors import InputError, KVChatError, SessionBusy, SessionExists
 from kvchat.flags import Json, ModelFlags, WorkerFactory, command
-
-if TYPE_CHECKING:
-    from kvchat.handle import Session
-    from kvchat.plain import Status
-    from kvchat.worker import Worker
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__ or Exception  # typer does not export the class itself
 Name = Annotated[str, typer.Argument(help="The session.", show_default=False)]
@@ -122,7 +115,7 @@ def _chat(
     if plain or not (sys.stdin.isatty() and sys.stdout.isatty()):
         from kvchat import plain as terminal
 
-        with _opened(flags, name, system=system) as (_, session, status):
+        with terminal.opened(flags, name, system=system) as (_, session, status):
             terminal.chat(session, status)
             session.settle()
         return
@@ -141,22 +134,6 @@ def _new_name(flags: ModelFlags, name: str | None) -> str:
     return name or datetime.now().strftime("%Y-%m-%d %H.%M.%S")
 
 
-@contextmanager
-def _opened(flags: ModelFlags, name: str | None, **how: Any) -> Iterator[tuple[Worker, Session, Status]]:
-    """A worker, the session `name` opened on it, and the progress display; all closed at the end."""
-    from kvchat.plain import Status
-
-    status = Status()
-    worker = flags.worker(status)
-    try:
-        with worker.open(name, model=flags.model, rebuild=flags.rebuild, **how) as session:
-            status.clear()
-            yield worker, session, status
-    finally:
-        status.clear()
-        worker.close()
-
-
 @app.command()
 @command
 def ask(
@@ -170,7 +147,7 @@ def ask(
     from kvchat.transcript import check_text
 
     message = check_text(_stdin() if text == "-" else text)
-    with _opened(flags, name) as (_, session, status):
+    with plain.opened(flags, name) as (_, session, status):
         with plain.interruptible(session):
             done = plain.show_turn(session.send(message), status, quiet=as_json)
         reply = done.to_dict() | {"session": session.name}
@@ -190,44 +167,18 @@ def _stdin() -> str:
         raise InputError(f"stdin is not UTF-8 text: byte {error.start} cannot be read") from None
 
 
-@app.command("import")
-@command
-def import_(
-    flags: ModelFlags,
-    file: Annotated[Path, typer.Argument(help="A conversation.")],
-    name: Annotated[str | None, typer.Option(help="The new session's name; without it the file's.")] = None,
-    format: Annotated[
-        Literal["auto", "json", "jsonl", "sharegpt", "md"], typer.Option(help="The file's format.")
-    ] = "auto",
-) -> None:
-    """Take a conversation from a file into a new session."""
-    from kvchat import plain, transcript
-
-    messages = transcript.read(file, format)
-    system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
-    name = name or file.stem
-    if name in cli_store.names(flags):
-        raise SessionExists(f"a session named {name!r} is there already; give another with --name")
-    with _opened(flags, name, system=system) as (worker, session, _):
-        try:
-            usage = session.append(messages)
-        except BaseException:
-            # Half a conversation would be taken for the whole one.
-            session.close()
-            worker.delete(name)
-            raise
-        seconds = session.settle()
-    plain.say(f"{name}: {len(messages)} messages, {usage.prefilled_tokens} tokens; sealed in {seconds:.1f} s")
-
-
 @app.command()
 @command
 def stats(flags: ModelFlags, name: Name, as_json: Json = False) -> None:
     """What a session holds, in memory and on disk."""
     from kvchat import plain
 
-    with _opened(flags, name, create=False) as (_, session, _):
-        figures = session.stats()
+    try:
+        with plain.opened(flags, name, create=False) as (_, session, _):
+            figures = session.stats()
+    except SessionBusy as error:
+        plain.say(f"kvchat: {error}; shown is what the store holds")
+        figures = cli_store.stored_stats(flags, name)
     if as_json:
         cli_store.print_json(figures)
     else:
@@ -291,7 +242,10 @@ def doctor_(flags: ModelFlags, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+app.add_typer(cli_import.app)
 app.add_typer(cli_store.app)
+app.add_typer(cli_verify.app)
+app.add_typer(cli_archive.app)
 app.add_typer(cli_eval.app, name="eval")
 
 if __name__ == "__main__":

@@ -25,14 +25,16 @@ app = typer.Typer()
 
 
 @contextmanager
-def _store(flags: StoreFlags) -> Iterator[Store]:
+def open_store(flags: StoreFlags) -> Iterator[Store]:
     """The store, which must exist: reading a mistyped path must not create a database there."""
+    from kvchat.shed import Allowance
     from kvchat.store import Store
 
-    path = flags.settings().store_path
+    settings = flags.settings()
+    path, limits = settings.store_path, Allowance(settings.store.disk_budget, settings.store.min_free)
     if not path.exists():
         raise StoreError(f"there is no store at {path} yet; `kvchat chat` begins one")
-    store = Store(path)
+    store = Store(path, allowance=limits)
     try:
         yield store
     finally:
@@ -43,8 +45,16 @@ def names(flags: StoreFlags) -> set[str]:
     """The names of all sessions; none if there is no store yet."""
     if not flags.settings().store_path.exists():
         return set()
-    with _store(flags) as store:
+    with open_store(flags) as store:
         return {session.name for session in store.sessions()}
+
+
+def stored_stats(flags: StoreFlags, name: str) -> dict[str, Any]:
+    """What the store holds of a session, which may be open elsewhere."""
+    from kvchat.stats import describe_stored
+
+    with open_store(flags) as store:
+        return describe_stored(store, store.session(name))
 
 
 def print_json(value: Any) -> None:
@@ -85,12 +95,12 @@ def turn_numbers(messages: Sequence[Message]) -> list[int]:
 @command
 def ls(flags: StoreFlags, as_json: Json = False) -> None:
     """List the sessions, the last used first."""
-    from kvchat.plain import size
+    from kvchat.plain import part, size
 
     if not flags.settings().store_path.exists():
         sessions = []
     else:
-        with _store(flags) as store:
+        with open_store(flags) as store:
             sessions = store.sessions()
     if as_json:
         print_json([asdict(session) for session in sessions])
@@ -104,6 +114,7 @@ def ls(flags: StoreFlags, as_json: Json = False) -> None:
                 "turns": session.num_turns,
                 "tokens": session.num_tokens,
                 "disk": size(session.nbytes),
+                "saved": part(session.stored),
                 "model": session.model,
                 "updated": session.updated[:16].replace("T", " "),
                 "title": session.title,
@@ -124,7 +135,7 @@ def show(
     """Print a conversation."""
     from kvchat.plain import write
 
-    with _store(flags) as store:
+    with open_store(flags) as store:
         messages = spoken(store.path(store.session(name).tip))
     turns = turn_numbers(messages)
     shown = [pair for pair in zip(turns, messages, strict=True) if turn in (None, pair[0])]
@@ -146,7 +157,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find words in all conversations."""
-    with _store(flags) as store:
+    with open_store(flags) as store:
         hits = [asdict(hit) for hit in store.search(text, limit)]
     if as_json:
         print_json(hits)
@@ -158,7 +169,7 @@ def search(
 @command
 def rename(flags: StoreFlags, old: Name, new: New) -> None:
     """Give a session another name."""
-    with _store(flags) as store:
+    with open_store(flags) as store:
         store.rename(old, new)
 
 
@@ -170,12 +181,15 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete a session: its text and its KV."""
-    with _store(flags) as store:
-        turns = store.session(name).num_turns
+    from kvchat.locks import SessionLock
+
+    with open_store(flags) as store:
+        session = store.session(name)
         if not yes and not sys.stdin.isatty():
             raise InputError(f"deleting {name!r} needs a yes; add --yes")
-        if yes or typer.confirm(f"Delete {name!r} with {turns} turns for good?", err=True):
-            store.delete(name)
+        with SessionLock(store.file, session.id, name):
+            if yes or typer.confirm(f"Delete {name!r} with {session.num_turns} turns for good?", err=True):
+                store.delete(name)
 
 
 @app.command()
@@ -187,7 +201,7 @@ def fork(
     at: Annotated[int | None, typer.Option(min=1, help="The last turn to take over; without it all.")] = None,
 ) -> None:
     """Copy a session, or its first turns; both share the saved KV."""
-    with _store(flags) as store:
+    with open_store(flags) as store:
         tip = store.session(name).tip
         store.fork(name, new, tip if at is None else _end_of_turn(store.path(tip), name, at))
 
@@ -205,40 +219,43 @@ def _end_of_turn(messages: Sequence[Message], name: str, turn: int) -> str:
 def export(
     flags: StoreFlags,
     name: Name,
-    format: Annotated[Literal["json", "jsonl", "md", "sharegpt"], typer.Option(help="The form of the text.")] = "md",
+    format: Annotated[
+        Literal["json", "jsonl", "md", "sharegpt", "kvchat"], typer.Option(help="The form; kvchat takes the KV along.")
+    ] = "md",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A file; without it stdout.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Write a conversation as text that other programs read."""
+    """Write a conversation as text that other programs read, or as one file with its KV for another machine."""
     from kvchat import plain, transcript
+    from kvchat.files import written
 
-    with _store(flags) as store:
+    if format == "kvchat":
+        _export_session(flags, name, output, force)
+        return
+    with open_store(flags) as store:
         messages = spoken(store.path(store.session(name).tip))
     text = transcript.write([{"role": message.role, "content": message.content} for message in messages], format, name)
     if output is None:
         plain.write(text)
         return
-    if output.exists() and not force:
-        raise InputError(f"{output} is there already; add --force to overwrite it")
-    output.write_bytes(text.encode())
+    with written(output, force) as stream:
+        stream.write(text.encode())
 
 
-@app.command()
-@command
-def verify(
-    flags: StoreFlags,
-    name: Annotated[str | None, typer.Argument(help="The session; without it all.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Check all that is saved; exit code 1 if damaged."""
-    with _store(flags) as store:
-        problems = store.verify(name)
-    if as_json:
-        print_json(problems)
-    else:
-        print("\n".join(problems) or "no problems")
-    if problems:
-        raise typer.Exit(1)
+def _export_session(flags: StoreFlags, name: str, output: Path | None, force: bool) -> None:
+    from kvchat import plain, portable
+    from kvchat.files import written
+
+    if output is None and sys.stdout.isatty():
+        raise InputError("a portable file is no text for a terminal; add --output FILE")
+    with open_store(flags) as store:
+        if output is None:
+            manifest = portable.write(store, name, sys.stdout.buffer)
+        else:
+            with written(output, force) as stream:
+                manifest = portable.write(store, name, stream)
+    counts = f"{manifest.messages} messages, {manifest.tokens} tokens, {manifest.segments} segments"
+    plain.say(f"{name}: {counts}, {plain.size(manifest.kv_bytes)} of KV")
 
 
 @app.command()
@@ -247,7 +264,7 @@ def vacuum(flags: StoreFlags, as_json: Json = False) -> None:
     """Give the space of deleted sessions back to the file system."""
     from kvchat.plain import size
 
-    with _store(flags) as store:
+    with open_store(flags) as store:
         before, after = store.vacuum()
     if as_json:
         print_json({"bytes_before": before, "bytes_after": after})

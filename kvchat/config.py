@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -49,6 +49,16 @@ class StoreConfig(Section):
 
     path: str = ""
     """The SQLite file; empty = `sessions/kvchat.db` of a checkout, else the platform's data folder."""
+    disk_budget: ByteSize = Field(default=ByteSize(0), ge=0)
+    """Most bytes of the database in use, as in "20GiB"; 0 or empty = no limit."""
+    min_free: ByteSize = Field(default=ByteSize(1 << 30), ge=0)
+    """Bytes of the disk that stay free, as in "1GiB"; 0 or empty = none. A turn of 8000 tokens with a model of 8
+    billion weights takes half a gibibyte in 8 bits, and as much again in the log until that is folded in."""
+
+    @field_validator("disk_budget", "min_free", mode="before")
+    @classmethod
+    def _empty_is_none(cls, size: Any) -> Any:
+        return size or 0
 
 
 class CompressConfig(Section):
@@ -56,7 +66,7 @@ class CompressConfig(Section):
 
     scorer: Literal["kvzip", "random"] = "kvzip"
     keep_ratio: float = Field(default=0.5, gt=0, le=1)
-    """Fraction of the KV pairs of older segments held in memory; the store always keeps all."""
+    """Fraction of the KV pairs of older segments held in memory; the store keeps all while it has room."""
     budget: Literal["session", "segment"] = "session"
     """Whether `keep_ratio` is meant of all older segments together, the best chunks first, or of each."""
     recent_tokens: int = Field(default=1024, ge=0)
@@ -81,9 +91,13 @@ class CompressConfig(Section):
         return cuts
 
 
-CODEC_NAMES = ("raw", *(f"k{keys}v{values}" for keys in (8, 4, 3, 2) for values in (8, 4, 3, 2) if keys >= values))
-"""Names of `kvchat.codecs.CODECS`: k and v with the bits of keys and values. Errors of keys cost more, so they never
-have fewer."""
+CODEC_NAMES = (
+    "raw",
+    *(f"k{keys}v{values}" for keys in (8, 4, 3, 2) for values in (8, 4, 3, 2) if keys >= values),
+    *("eb2", "eb5", "eb10", "eb20"),
+)
+"""Names of `kvchat.codecs.CODECS`: k and v with the bits of keys and values, of which keys never have fewer, because
+their errors cost more; or eb with the step of quantisation, in percent of the range of what is quantised together."""
 
 
 class CodecConfig(Section):

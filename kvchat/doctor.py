@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -14,11 +13,15 @@ from typing import Any
 
 from kvchat.config import Config, default_folder
 from kvchat.errors import KVChatError
-from kvchat.plain import size
+from kvchat.plain import format_room, size
+from kvchat.shed import Allowance, free_bytes
 
 PACKAGES = ("kvchat", "torch", "transformers", "sqlite-utils", "textual", "zstandard")
 FULL_DISK, LOW_DISK = 200_000_000, 2_000_000_000
 """Free bytes below which saving fails soon, and below which a long conversation may not fit."""
+
+REACHED = 0.95
+"""Part of what the limits allow from which on they count as reached: the next segments make others give way."""
 
 Row = dict[str, Any]
 
@@ -27,7 +30,7 @@ def checks(config: Config) -> list[Row]:
     """One row per check: its name, state (ok, warn or fail) and what was found."""
     rows = [_row("python", "ok", platform.python_version())]
     rows += [_package(name) for name in PACKAGES]
-    return [*rows, _sqlite(), *_device(config), _model(config), _store(config), _disk(config)]
+    return [*rows, _sqlite(), *_device(config), _model(config), *_store(config), _disk(config)]
 
 
 def models() -> list[Row]:
@@ -90,26 +93,32 @@ def _model(config: Config) -> Row:
     return _row("model", "ok" if known[name]["state"] == "ready" else "warn", f"{name}: {known[name]['state']}")
 
 
-def _store(config: Config) -> Row:
+def _store(config: Config) -> list[Row]:
+    """The file, and what its limits leave to it."""
     from kvchat.store import Store
 
-    path = config.store_path
+    path, limits = config.store_path, config.store
     if not path.exists():
-        return _row("store", "ok", f"{path}: not there yet, the first session creates it")
+        return [_row("store", "ok", f"{path}: not there yet, the first session creates it")]
     try:
-        store = Store(path)
+        store = Store(path, allowance=Allowance(limits.disk_budget, limits.min_free))
         try:
-            sessions = len(store.sessions())
+            sessions, room = len(store.sessions()), store.room()
         finally:
             store.close()
     except (KVChatError, sqlite3.Error, OSError) as error:
-        return _row("store", "fail", str(error))
-    return _row("store", "ok", f"{path}: {sessions} sessions, {size(path.stat().st_size)}")
+        return [_row("store", "fail", str(error))]
+    reached = room.in_use > REACHED * room.allowed
+    given = f"; {room.limit} is reached: KV of cold sessions gives way" if reached else ""
+    figures = format_room(room.in_use, room.disk_budget, room.free, room.min_free) + given
+    return [
+        _row("store", "ok", f"{path}: {sessions} sessions, {size(path.stat().st_size)}"),
+        _row("room", "warn" if reached else "ok", figures),
+    ]
 
 
 def _disk(config: Config) -> Row:
-    folder = next(parent for parent in config.store_path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(config.store_path)
     state = "fail" if free < FULL_DISK else "warn" if free < LOW_DISK else "ok"
     return _row("disk", state, f"{size(free)} free for the store")
 

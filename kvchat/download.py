@@ -148,14 +148,25 @@ def unpack_largest(archive: Path, target: Path, sha: str) -> None:
 
 def hub_folder(name: str, listener: Listener) -> Path:
     """A snapshot of a Hugging Face repository: from the local cache, else downloaded, configuration first."""
-    with contextlib.suppress(LocalEntryNotFoundError, ModelError):
-        folder = Path(_snapshot(name, listener, local_files_only=True))
-        weight_files(folder)
+    if (folder := _snapshot_here(name)) is not None:
         return folder
     folder = Path(_snapshot(name, listener, allow_patterns=HUB_TEXTS, ignore_patterns=["*/*"]))
     read_config(name, folder)
     _snapshot(name, listener, allow_patterns=_weight_names(folder))
     return folder
+
+
+def is_here(name: str) -> bool:
+    """Whether a model needs no download but what the built-in one needs; `name` may come from anyone."""
+    return name == BUILTIN or os.path.exists(os.path.expanduser(name)) or _snapshot_here(name) is not None
+
+
+def _snapshot_here(name: str) -> Path | None:
+    with contextlib.suppress(LocalEntryNotFoundError, ModelError):
+        folder = Path(_snapshot(name, lambda _: None, local_files_only=True))
+        weight_files(folder)
+        return folder
+    return None
 
 
 def _snapshot(name: str, listener: Listener, **options: Any) -> str:

@@ -9,7 +9,10 @@ A message is one line: what happened, the value, and what to do about it.
     |   `-- FingerprintMismatch  the session's KV was made by another model, dtype or template
     |-- StoreError               the database is damaged, newer than this program, or busy
     |   |-- SessionNotFound
-    |   `-- SessionExists
+    |   |-- SessionExists
+    |   |-- SessionBusy          another process has the session open
+    |   |-- SessionChanged       another process wrote to the session all the same
+    |   `-- StoreDamaged         SQLite finds the file itself damaged
     |-- CodecError               bytes that do not decode
     |   |-- UnknownCodec
     |   `-- CorruptFrame         checksum, size or structure is wrong
@@ -49,6 +52,18 @@ class SessionNotFound(StoreError):
 
 class SessionExists(StoreError):
     """A session of that name is there already."""
+
+
+class SessionBusy(StoreError):
+    """Another process has the session open."""
+
+
+class SessionChanged(StoreError):
+    """Another process wrote to the session since it was read, past its lock."""
+
+
+class StoreDamaged(StoreError):
+    """SQLite finds the file itself damaged, all of it or some pages."""
 
 
 class CodecError(KVChatError):

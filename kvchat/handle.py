@@ -18,6 +18,7 @@ from kvchat.engine import Stop
 from kvchat.errors import InputError
 from kvchat.events import Event, Reply, TurnDone, Usage
 from kvchat.jobs import raise_failure
+from kvchat.probe import Finding, check
 from kvchat.session import Conversation
 from kvchat.store import Message
 
@@ -150,6 +151,10 @@ class Session:
         """Tokens, pairs and bytes: of the whole, each segment, each turn. Waits for a running seal."""
         return self._call(self._conversation.stats)
 
+    def check(self) -> Finding:
+        """Whether the session answers a probe as recorded, and each message's tokens say its text; `verify --deep`."""
+        return self._call(lambda: check(self._conversation))
+
     def close(self) -> None:
         """Save what is under way and let the memory go."""
         if not self._closed:
@@ -261,6 +266,10 @@ class AsyncSession:
     async def stats(self) -> dict[str, Any]:
         """As `Session.stats`."""
         return await asyncio.to_thread(self.session.stats)
+
+    async def check(self) -> Finding:
+        """As `Session.check`."""
+        return await asyncio.to_thread(self.session.check)
 
     async def close(self) -> None:
         """As `Session.close`."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from kvchat.errors import InputError
@@ -17,6 +18,7 @@ from kvchat.events import Event, Listener, Notice
 
 Result = TypeVar("Result")
 Job = Callable[[], None]
+Chore = Callable[[Callable[[], bool]], None]
 
 
 class Owner(Protocol):
@@ -26,10 +28,15 @@ class Owner(Protocol):
 
 
 class Jobs:
-    """The thread. `listener` is called in it with the progress of work that belongs to no turn."""
+    """The thread. `listener` is called in it with the progress of work that belongs to no turn.
 
-    def __init__(self, listener: Listener | None) -> None:
+    After so many seconds without a job each chore is done once, one after the other; it is given a function that says
+    whether a job has come, and should end then.
+    """
+
+    def __init__(self, listener: Listener | None, chores: Sequence[tuple[float, Chore]] = ()) -> None:
         self._listener = listener
+        self._chores = chores
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closing = False
@@ -98,9 +105,17 @@ class Jobs:
         self._thread.join()
 
     def _run(self) -> None:
-        while job := self._jobs.get():
+        while job := self._next():
             job()
             del job  # or a closed conversation's memory would be held until the next one
+
+    def _next(self) -> Job | None:
+        """The next job; until it comes, the chores are done."""
+        for quiet_s, chore in self._chores:
+            with suppress(queue.Empty):
+                return self._jobs.get(timeout=quiet_s)
+            chore(lambda: not self._jobs.empty())
+        return self._jobs.get()
 
 
 def raise_failure(owner: Owner | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby, pairwise
@@ -16,41 +16,32 @@ from pathlib import Path
 from typing import Literal
 
 from kvchat.codecs import frame
-from kvchat.errors import CodecError, CorruptFrame, StoreError
+from kvchat.errors import CodecError, CorruptFrame, StoreDamaged, StoreError
 from kvchat.migrations import explained, open_database, transaction
 from kvchat.queries import CANDIDATES, DROP_REPLACED, SEGMENTS
 from kvchat.records import SegmentRecord, now, segment_of
 
 
 class KVStore:
-    """Segments and frames in the database at `path`. Use it as part of `kvchat.store.Store`."""
+    """Segments and frames in the database at `path`: the part of `LimitedStore` that knows no limit."""
 
     def __init__(self, path: Path, busy_timeout_s: float = 10.0) -> None:
         self.file = path
         self._db = open_database(path, busy_timeout_s)
+        self._patience = f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}"
 
     def close(self) -> None:
         """End the connection; the last one to close folds the log into the file."""
         self._db.close()
 
-    def put_segment(
-        self, record: SegmentRecord, frames: Iterable[tuple[int, int, bytes]], replaces: Sequence[str] = ()
-    ) -> None:
-        """Write a segment with its frames (chunk, group, bytes) and drop the open segments that it replaces.
-
-        A segment that is there already stays as it is. KV can be made again, so a power cut may lose the newest.
-
-        Raises:
-            StoreError: a message that it covers was deleted meanwhile.
-        """
-        assert record.id not in replaces
-        with self._write("NORMAL"):
-            if self._db.execute("SELECT 1 FROM segments WHERE id = ?", [record.id]).fetchone() is None:
-                self._insert_segment(record, frames)
-            self._db.execute(
-                DROP_REPLACED,
-                {"ids": json.dumps(list(replaces)), "messages": json.dumps(list(record.messages))},
-            )
+    def fold(self) -> None:
+        """Fold the log into the file unless another process reads it: a log that is lost then takes little along."""
+        with suppress(StoreError), explained(self.file):
+            self._db.execute("PRAGMA busy_timeout = 0").fetchall()
+            try:
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            finally:
+                self._db.execute(self._patience).fetchall()
 
     def segment(self, segment_id: str) -> SegmentRecord | None:
         """The record of a segment, None if it is not there."""
@@ -68,23 +59,23 @@ class KVStore:
         for candidate in sorted(filter(None, candidates), key=lambda candidate: candidate.order):
             if not chosen or candidate.place >= chosen[-1].place + chosen[-1].count:
                 chosen.append(candidate)
-        records = self._segments([candidate.id for candidate in chosen])
+        records = self._whole([candidate.id for candidate in chosen])
         return [(records[candidate.id], candidate.count) for candidate in chosen if candidate.id in records]
 
     def frames(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
         """(chunk, group, bytes) of the asked rank chunks, by chunk and group, each read when its turn comes.
 
         Raises:
-            CorruptFrame: the segment or one of its frames is missing.
+            CorruptFrame: the segment or one of its frames is missing, or lies in a damaged page.
         """
-        found = self._rows("SELECT num_groups FROM segments WHERE id = :id", id=segment_id)
+        found = self._readable("SELECT num_groups FROM segments WHERE id = :id", segment_id)
         if not found:
             raise CorruptFrame(f"segment {short(segment_id)} is not in the store")
         # One query a frame: a read left open would keep the log from shrinking while the caller computes.
         sql = "SELECT body FROM frames WHERE segment_id = :id AND chunk = :chunk AND grp = :grp"
         for chunk in sorted(set(chunks)):
             for grp in range(found[0]["num_groups"]):
-                rows = self._rows(sql, id=segment_id, chunk=chunk, grp=grp)
+                rows = self._readable(sql, segment_id, chunk=chunk, grp=grp)
                 if not rows:
                     raise CorruptFrame(f"segment {short(segment_id)} chunk {chunk}: group {grp} is missing")
                 yield chunk, grp, rows[0]["body"]
@@ -93,6 +84,33 @@ class KVStore:
         """Remove a segment with its frames: a miss from now on."""
         with self._write("NORMAL"):
             self._db.execute("DELETE FROM segments WHERE id = ?", [segment_id])
+
+    def replace_segment(self, old: str, record: SegmentRecord, frames: Iterable[tuple[int, int, bytes]]) -> bool:
+        """Write a segment in place of another over the same messages; False, and nothing done, if that one is gone.
+
+        Raises:
+            StoreError: a message that it covers was deleted meanwhile.
+        """
+        assert record.id != old
+        with self._write("NORMAL"):
+            if self._db.execute("SELECT 1 FROM segments WHERE id = ?", [old]).fetchone() is None:
+                return False
+            if self._db.execute("SELECT 1 FROM segments WHERE id = ?", [record.id]).fetchone() is None:
+                self._insert_segment(record, frames)
+            self._db.execute("DELETE FROM segments WHERE id = ?", [old])
+        return True
+
+    def _place(
+        self, record: SegmentRecord, frames: Iterable[tuple[int, int, bytes]], replaces: Sequence[str]
+    ) -> None:
+        """In a transaction: write a segment that is not there yet, and drop the open ones that it replaces."""
+        assert record.id not in replaces
+        if self._db.execute("SELECT 1 FROM segments WHERE id = ?", [record.id]).fetchone() is None:
+            self._insert_segment(record, frames)
+        self._db.execute(
+            DROP_REPLACED,
+            {"ids": json.dumps(list(replaces)), "messages": json.dumps(list(record.messages))},
+        )
 
     def _insert_segment(self, record: SegmentRecord, frames: Iterable[tuple[int, int, bytes]]) -> None:
         row = {
@@ -105,7 +123,7 @@ class KVStore:
             "scorer": record.scorer,
             "num_chunks": record.num_chunks,
             "num_groups": record.num_groups,
-            "stored_chunks": record.num_chunks,
+            "stored_chunks": record.stored_chunks or record.num_chunks,
             "nbytes": 0,
             "seal_s": record.seal_s,
             "created": now(),
@@ -123,9 +141,18 @@ class KVStore:
         )
         totals = "SELECT count(*), total(nbytes) FROM frames WHERE segment_id = ?"
         count, nbytes = self._db.execute(totals, [record.id]).fetchone()
-        assert count == record.num_chunks * record.num_groups, f"{count} frames"
+        assert count == (record.stored_chunks or record.num_chunks) * record.num_groups, f"{count} frames"
         stored = [len(record.header) + int(nbytes), record.id]
         self._db.execute("UPDATE segments SET nbytes = ? WHERE id = ?", stored)
+
+    def _equals(self, record: SegmentRecord) -> list[str]:
+        """Segments of that kind by that model that cover just these messages, whatever their method."""
+        sql = (
+            "SELECT id FROM segment_messages CROSS JOIN segments ON id = segment_id WHERE message_id = ? AND"
+            " (fingerprint, kind, start_token, end_token) = (?, ?, ?, ?)"
+        )
+        values = [record.messages[-1], record.fingerprint, record.kind, record.start, record.end]
+        return [row[0] for row in self._db.execute(sql, values).fetchall()]
 
     def _put_basis(self, body: bytes) -> str | None:
         """Store what segments share once; its id."""
@@ -147,6 +174,14 @@ class KVStore:
         rows = self._rows(SEGMENTS, ids=wanted)
         return {row["id"]: segment_of(row, messages.get(row["id"], [])) for row in rows}
 
+    def _whole(self, ids: Sequence[str]) -> dict[str, SegmentRecord]:
+        """Those of the segments whose records do not lie in a damaged page."""
+        try:
+            return self._segments(ids)
+        except StoreDamaged:
+            halves = (ids[: len(ids) // 2], ids[len(ids) // 2 :]) if len(ids) > 1 else ()
+            return {key: record for half in halves for key, record in self._whole(half).items()}
+
     def _segment_problems(self, record: SegmentRecord) -> Iterator[str]:
         """What is wrong with a segment, its messages and every frame."""
         rows = self._rows(
@@ -162,7 +197,9 @@ class KVStore:
         count, nbytes = self._rows(
             "SELECT count(*), total(length(body)) FROM frames WHERE segment_id = :id", id=record.id
         )[0]
-        expected, stored = record.num_chunks * record.num_groups, int(nbytes) + len(record.header)
+        expected, stored = record.stored_chunks * record.num_groups, int(nbytes) + len(record.header)
+        if not 1 <= record.stored_chunks <= record.num_chunks:
+            yield f"it says that {record.stored_chunks} of its {record.num_chunks} rank chunks are stored"
         if count > expected or (count == expected and stored != record.nbytes):
             yield f"it has {stored} bytes in {count} frames, and should have {record.nbytes} in {expected}"
         for place, bodies in [("header", iter([record.header])), *self._bodies(record)]:
@@ -173,8 +210,15 @@ class KVStore:
                 yield f"{place}: {error}"
 
     def _bodies(self, record: SegmentRecord) -> Iterator[tuple[str, Iterator[bytes]]]:
-        for chunk in range(record.num_chunks):
+        for chunk in range(record.stored_chunks):
             yield f"chunk {chunk}", (body for _, _, body in self.frames(record.id, [chunk]))
+
+    def _readable(self, sql: str, segment_id: str, **values: object) -> list[sqlite3.Row]:
+        """Rows of one segment; damage in the file is then only this segment's. Raises CorruptFrame."""
+        try:
+            return self._rows(sql, id=segment_id, **values)
+        except StoreDamaged as error:
+            raise CorruptFrame(f"segment {short(segment_id)} cannot be read: {error.__cause__}") from error
 
     def _rows(self, sql: str, **values: object) -> list[sqlite3.Row]:
         with explained(self.file):

@@ -14,7 +14,7 @@ from typing import Literal
 
 from sqlite_utils import Database, Migrations
 
-from kvchat.errors import StoreError
+from kvchat.errors import StoreDamaged, StoreError
 
 FORMAT = 1
 """Raised when an older program would misread the rows, even though their tables look familiar."""
@@ -158,7 +158,7 @@ def open_database(path: Path, busy_timeout_s: float) -> Database:
             path.touch(mode=0o600)
         # SQLite takes a file of a few bytes for an empty one, and would write over it.
         if path.is_file() and 0 < path.stat().st_size < 512:
-            raise StoreError(_DAMAGED.format(path=path, error="file is not a database"))
+            raise StoreDamaged(_DAMAGED.format(path=path, error="file is not a database"))
     except OSError as error:
         raise StoreError(f"{path} cannot be made ({error.strerror}); choose another file with --store") from None
     with explained(path):
@@ -190,7 +190,8 @@ def explained(path: Path) -> Iterator[None]:
     """SQLite's errors as one line for the user.
 
     Raises:
-        StoreError: in place of an sqlite3.DatabaseError that the user can do something about.
+        StoreDamaged: the file is damaged.
+        StoreError: in place of another sqlite3.DatabaseError that the user can do something about.
     """
     try:
         yield
@@ -200,14 +201,16 @@ def explained(path: Path) -> Iterator[None]:
         text = EXPLANATIONS.get(code, EXPLANATIONS.get(code & 0xFF))
         if text is None:
             raise
-        raise StoreError(text.format(path=path, error=error)) from error
+        kind = StoreDamaged if text in (_DAMAGED, _DAMAGED_PAGES) else StoreError
+        raise kind(text.format(path=path, error=error)) from error
 
 
 _DAMAGED = "{path} is damaged ({error}); restore a copy, or move it away and start anew: nothing was changed"
+_DAMAGED_PAGES = "{path} is damaged ({error}); `kvchat verify --repair` saves what it can, else restore a copy"
 _BUSY = "{path} is busy: another kvchat is writing to it; try again when that is done"
 _READ_ONLY = "{path} cannot be written ({error}); allow writing to it and its folder, or choose another with --store"
 EXPLANATIONS = {
-    sqlite3.SQLITE_CORRUPT: _DAMAGED,
+    sqlite3.SQLITE_CORRUPT: _DAMAGED_PAGES,
     sqlite3.SQLITE_NOTADB: _DAMAGED,
     sqlite3.SQLITE_BUSY: _BUSY,
     sqlite3.SQLITE_LOCKED: _BUSY,

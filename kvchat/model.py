@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,12 @@ from kvchat.convert import file_sha256
 from kvchat.download import BUILTIN, model_folder, weight_files
 from kvchat.errors import ConfigError, ModelError
 from kvchat.events import Listener, Progress
+from kvchat.fingerprint import digest
 from kvchat.supported import context_window, one_line_errors, quiet_libraries, read_config
 from kvchat.template import ChatTemplate
 
 FORMAT = "1"
 """Version of what saved KV means."""
-
-TEXT_FIELDS = ("tokenizer", "template")
-"""Fingerprint fields on which stored token ids depend; if only others differ, KV is rebuilt from the same ids."""
 
 NOT_ARCHITECTURE = {"transformers_version", "dtype", "torch_dtype", "attn_implementation", "use_cache"}
 
@@ -129,34 +126,19 @@ def load(config: ModelConfig, listener: Listener | None = None, cache: Path | No
     )
 
 
-def fingerprint_id(fingerprint: dict[str, str]) -> str:
-    """One hash of a whole fingerprint."""
-    return _digest(fingerprint)
-
-
-def fingerprint_difference(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """The fields in which two fingerprints differ, sorted."""
-    return sorted(field for field in old.keys() | new.keys() if old.get(field) != new.get(field))
-
-
 def _fingerprint(folder: Path, weights: list[str], settings: Any, tokenizer: Any, dtype: torch.dtype) -> dict[str, str]:
     """The file of the configuration counts, not transformers' object: later versions add fields to that."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     architecture = {key: config[key] for key in config if key not in NOT_ARCHITECTURE and not key.startswith("_")}
     return {
-        "weights": _digest(weights),
-        "config": _digest(architecture),
-        "tokenizer": _digest(tokenizer.backend_tokenizer.to_str()),
-        "template": _digest(tokenizer.chat_template),
+        "weights": digest(weights),
+        "config": digest(architecture),
+        "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),
+        "template": digest(tokenizer.chat_template),
         "dtype": _plain(dtype),
-        "rope": _digest(getattr(settings, "rope_parameters", None)),
+        "rope": digest(getattr(settings, "rope_parameters", None)),
         "format": FORMAT,
     }
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _plain(dtype: torch.dtype) -> str:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
+    from kvchat.flags import ModelFlags
     from kvchat.handle import Session
+    from kvchat.worker import Worker
 
 LABELS = {
     "download": "Downloading the model",
@@ -86,6 +88,29 @@ class Status:
                 self._bars.remove_task(task)
             self._task = event.phase, self._bars.add_task(LABELS[event.phase], total=None, amount="")
         self._bars.update(self._task[1], completed=event.done, total=event.total or None, amount=_amount(event))
+
+
+@contextmanager
+def working(flags: ModelFlags) -> Iterator[tuple[Worker, Status]]:
+    """A worker and the display of its progress; closed at the end."""
+    status = Status()
+    worker = flags.worker(status)
+    try:
+        yield worker, status
+    finally:
+        status.clear()
+        worker.close()
+
+
+@contextmanager
+def opened(flags: ModelFlags, name: str | None, **how: Any) -> Iterator[tuple[Worker, Session, Status]]:
+    """A worker and its progress display, and the session `name` opened; all closed at the end."""
+    with (
+        working(flags) as (worker, status),
+        worker.open(name, model=flags.model, rebuild=flags.rebuild, **how) as session,
+    ):
+        status.clear()
+        yield worker, session, status
 
 
 def _bars(stream: TextIO) -> Bars:
@@ -224,21 +249,39 @@ def _count(argument: str) -> int:
 
 
 def format_stats(stats: dict[str, Any]) -> str:
-    """What `Session.stats` says, as a few lines."""
-    lines = [
-        f"{stats['name']}: {stats['model']}",
-        f"{stats['num_turns']} turns, {stats['num_seen']} of {stats['context_window']} tokens",
-        f"{stats['num_kept']} of {stats['num_pairs']} KV pairs held (keep_ratio {stats['keep_ratio']:.2f}), "
-        f"{size(stats['bytes_in_memory'])} in memory, {size(stats['bytes_on_disk'])} on disk",
-    ]
+    """What `Session.stats` says, or the part of it that the store knows, as a few lines."""
+    disk, held = f"{size(stats['bytes_on_disk'])} on disk ({part(stats['stored'])})", "num_kept" in stats
+    lines = [f"{stats['name']}: {stats['model']}"]
+    if held:
+        lines += [
+            f"{stats['num_turns']} turns, {stats['num_seen']} of {stats['context_window']} tokens",
+            f"{stats['num_kept']} of {stats['num_pairs']} KV pairs held (keep_ratio {stats['keep_ratio']:.2f}), "
+            f"{size(stats['bytes_in_memory'])} in memory, {disk}",
+        ]
+    else:
+        lines.append(f"{stats['num_turns']} turns, {stats['num_tokens']} tokens, {disk}")
+    lines.append(format_room(**stats["store"]))
     for segment in stats["segments"]:
         first, last = segment["turns"]
         turns = f"turn {first}" if first == last else f"turns {first}-{last}"
-        span, rows = f"tokens {segment['start']}-{segment['end']}", f"{segment['rows']}/{segment['rows_total']} rows"
+        span = f"tokens {segment['start']}-{segment['end']}"
+        rows = f" {segment['rows']}/{segment['rows_total']} rows," if held else ""
         lines.append(
-            f"  {segment['kind']:6} {turns}: {span}, {rows}, {segment['codec']}, {size(segment['bytes_on_disk'])}"
+            f"  {segment['kind']:6} {turns}: {span},{rows} {segment['codec']}, {size(segment['bytes_on_disk'])}"
         )
     return "\n".join(lines)
+
+
+def part(stored: float) -> str:
+    """How much of a session's KV is saved."""
+    return "text only" if stored < 0.005 else "all" if stored > 0.995 else f"{stored:.2f}"
+
+
+def format_room(bytes_in_use: int, disk_budget: int, bytes_free: int, min_free: int) -> str:
+    """What all sessions take of the disk, and may take."""
+    budget = f" of {size(disk_budget)} (store.disk_budget)" if disk_budget else ""
+    floor = f", of which {size(min_free)} stay free (store.min_free)" if min_free else ""
+    return f"{size(bytes_in_use)} in use{budget}, {size(bytes_free)} free on the disk{floor}"
 
 
 def size(num_bytes: float) -> str:

@@ -14,15 +14,36 @@ walk(session_id, id) AS (
 touched AS (
     SELECT DISTINCT session_id, segment_id FROM walk CROSS JOIN segment_messages ON message_id = walk.id),
 stored AS (
-    SELECT session_id, sum(nbytes) AS nbytes
+    SELECT session_id, sum(nbytes) AS nbytes,
+        sum((end_token - start_token) * 1000 * stored_chunks / num_chunks) AS stored_tokens
     FROM touched CROSS JOIN segments ON segments.id = segment_id GROUP BY session_id),
 opening AS (
     SELECT session_id, substr(content, 1, 200) AS title
     FROM walk CROSS JOIN messages USING (id) WHERE turn = 1 AND role = 'user')
-SELECT chosen.*, opening.title, tip.turn AS num_turns, tip.end_token AS num_tokens, stored.nbytes
+SELECT chosen.*, opening.title, tip.turn AS num_turns, tip.end_token AS num_tokens, stored.nbytes,
+    stored_tokens
 FROM chosen LEFT JOIN messages tip ON tip.id = chosen.tip
 LEFT JOIN opening ON opening.session_id = chosen.id LEFT JOIN stored ON stored.session_id = chosen.id
 ORDER BY chosen.updated DESC, chosen.id DESC
+"""
+# Those of `listing` are read from indexes, or read a few rows.
+TIPS = """
+SELECT sessions.*, tip.number, tip.turn AS num_turns, tip.end_token AS num_tokens
+FROM sessions LEFT JOIN messages tip ON tip.id = sessions.tip ORDER BY sessions.updated DESC, sessions.id DESC
+"""
+EDGES = """
+SELECT child.number AS child, parent.number AS parent
+FROM messages AS child INDEXED BY messages_parent CROSS JOIN messages AS parent ON parent.id = child.parent
+"""
+FIRSTS = """
+SELECT messages.number, sum(nbytes) AS nbytes,
+    sum((segments.end_token - segments.start_token) * 1000 * stored_chunks / num_chunks) AS stored_tokens
+FROM segments CROSS JOIN segment_messages ON segment_id = segments.id AND ordinal = 0
+CROSS JOIN messages ON messages.id = message_id GROUP BY 1
+"""
+OPENINGS = """
+SELECT number, substr(content, 1, 200) AS title FROM json_each(:numbers) CROSS JOIN messages ON number = value
+WHERE turn = 1 AND role = 'user'
 """
 PATH = """
 WITH RECURSIVE path(id) AS (
@@ -45,18 +66,20 @@ DELETE FROM branches WHERE session_id = :session AND (
     tip IN (SELECT id FROM above WHERE id IS NOT NULL)
     OR tip = (SELECT tip FROM sessions WHERE id = :session))
 """
-SEARCH = """
-WITH RECURSIVE hits AS (
+HITS = """
+WITH hits AS (
     SELECT rowid AS number, rank, snippet(messages_fts, 0, '[', ']', '…', 12) AS snippet
-    FROM messages_fts WHERE messages_fts MATCH :match ORDER BY rank LIMIT :limit),
-walk(session_id, current, id) AS (
-    SELECT id, 1, tip FROM sessions WHERE tip IS NOT NULL
-    UNION SELECT session_id, 0, tip FROM branches
-    UNION SELECT session_id, current, parent FROM walk CROSS JOIN messages USING (id) WHERE parent IS NOT NULL)
-SELECT name, CASE WHEN max(current) THEN turn END AS turn, role, snippet
-FROM hits CROSS JOIN messages USING (number) JOIN walk ON walk.id = messages.id
-JOIN sessions ON sessions.id = session_id
-GROUP BY number, session_id ORDER BY rank, sessions.updated DESC, sessions.id DESC LIMIT :limit
+    FROM messages_fts WHERE messages_fts MATCH :match ORDER BY rank LIMIT :limit)
+SELECT number, turn, role, rank, snippet FROM hits CROSS JOIN messages USING (number)
+"""
+# From messages down to the ends of paths, at most so many steps; the first row says how many there were.
+HOLDERS = """
+WITH RECURSIVE walk(number, id) AS (
+    SELECT number, messages.id FROM json_each(:numbers) CROSS JOIN messages ON number = value
+    UNION SELECT walk.number, messages.id FROM walk CROSS JOIN messages ON parent = walk.id LIMIT :most)
+SELECT count(*) AS number, NULL AS session_id, NULL AS current FROM walk
+UNION ALL SELECT number, sessions.id, 1 FROM walk CROSS JOIN sessions ON tip = walk.id
+UNION ALL SELECT number, session_id, 0 FROM walk CROSS JOIN branches ON tip = walk.id
 """
 # A waiting turn's exact KV goes when a sealed segment holds it, unless another branch or session leaves the path there.
 DROP_REPLACED = """
@@ -88,4 +111,26 @@ SELECT (SELECT count(*) FROM sessions) AS sessions,
     (SELECT total(nbytes) FROM segments) AS kv_bytes,
     (SELECT total(length(CAST(content AS BLOB)) + length(token_ids)) FROM messages) AS text_bytes,
     (SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size) AS free_bytes
+"""
+# Where the paths of all sessions end, and what lies on them: from these and EDGES follows who reaches which segment.
+ENDS = """
+SELECT sessions.id AS session_id, updated, number, 1 AS current
+FROM sessions CROSS JOIN messages ON messages.id = tip
+UNION ALL SELECT session_id, updated, number, 0 FROM branches CROSS JOIN sessions ON sessions.id = session_id
+    CROSS JOIN messages ON messages.id = branches.tip
+"""
+HOLDINGS = """
+SELECT segments.id, segments.start_token, kind, codec, stored_chunks, messages.number
+FROM segments LEFT JOIN segment_messages ON segment_id = segments.id AND ordinal = 0
+LEFT JOIN messages ON messages.id = message_id ORDER BY segments.start_token, segments.id
+"""
+THINNED = """
+UPDATE segments SET stored_chunks = :chunks,
+    nbytes = length(header) + (SELECT total(nbytes) FROM frames WHERE segment_id = :id)
+WHERE id = :id AND stored_chunks > :chunks
+"""
+KV_BYTES = "SELECT total(nbytes) AS nbytes FROM segments"
+PAGES = """
+SELECT (page_count - freelist_count) * page_size AS in_use, freelist_count * page_size AS reusable
+FROM pragma_page_count, pragma_freelist_count, pragma_page_size
 """

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sqlite3
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -71,6 +71,7 @@ class SessionInfo:
     """One line of a listing. Turns and tokens are those of the tip's path.
 
     `title` is the start of the first user message; `nbytes` counts the stored KV of segments that touch the path.
+    `stored` says how much of the path's KV that is, from 0 to 1, counted in tokens and rank chunks.
     """
 
     id: int
@@ -84,6 +85,7 @@ class SessionInfo:
     num_turns: int
     num_tokens: int
     nbytes: int
+    stored: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,10 @@ class SegmentRecord:
     basis: bytes = b""
 
 
+Part = list[Message] | tuple[SegmentRecord, Iterable[tuple[int, int, bytes]]]
+"""What a session consists of: messages that follow each other, or a segment and its frames."""
+
+
 @dataclass(frozen=True, slots=True)
 class SearchHit:
     """A message that matched, once for every session that holds it.
@@ -136,6 +142,12 @@ def message_id(parent: str | None, role: str, content: str, token_ids: Sequence[
     except UnicodeEncodeError:
         raise InputError("the message holds half a surrogate pair, which is no text; remove it and try again") from None
     return "b2:" + hashlib.blake2b(packed, digest_size=16).hexdigest()
+
+
+def segment_id(fingerprint: str, kind: Kind, scorer: str, codec: str, first: str, last: str) -> str:
+    """Stands for model, method and, through the ids of its first and last message, all text up to its end."""
+    names = (fingerprint, kind, scorer, codec, first, last)
+    return "b2:" + hashlib.blake2b("\0".join(names).encode(), digest_size=16).hexdigest()
 
 
 def pack_ids(token_ids: Sequence[int]) -> bytes:
@@ -182,7 +194,7 @@ def message_of(row: Row) -> Message:
     )
 
 
-def session_of(row: Row) -> SessionInfo:
+def session_of(row: Row | Mapping[str, Any]) -> SessionInfo:
     """From a row of the listing."""
     return SessionInfo(
         id=row["id"],
@@ -196,6 +208,8 @@ def session_of(row: Row) -> SessionInfo:
         num_turns=row["num_turns"] or 0,
         num_tokens=row["num_tokens"] or 0,
         nbytes=row["nbytes"] or 0,
+        # A segment may go on beyond the path, and two may begin at one message.
+        stored=min(1.0, (row["stored_tokens"] or 0) / 1000 / (row["num_tokens"] or 1)),
     )
 
 

@@ -9,32 +9,29 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
-from hashlib import blake2b
 from itertools import accumulate
-from typing import Literal
 
 from torch import Tensor
 
 from kvchat.cache.segment import Ranking
-from kvchat.codecs import SegmentHeader, decode_frame, encode_segment
-from kvchat.compress.allocate import allocate
-from kvchat.compress.compressor import chunks_within, codecs_for
+from kvchat.codecs import decode_frame, encode_segment
+from kvchat.compress.allocate import chunks_held
+from kvchat.compress.compressor import codecs_for
 from kvchat.config import Config
 from kvchat.engine import Engine, Stop
-from kvchat.errors import CodecError, UnknownCodec
+from kvchat.errors import CodecError, StoreDamaged, StoreError, UnknownCodec
 from kvchat.events import Notice, Phase, Progress
-from kvchat.model import fingerprint_id
-from kvchat.sealing import cuts_of, rank_turns
+from kvchat.fingerprint import fingerprint_id
+from kvchat.saving import Saver
+from kvchat.sealing import cuts_of, rank_turns, read_header
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Resident, Tiers
 
 Steps = Generator[Progress | Notice, None, None]
-Frames = Iterable[tuple[int, int, bytes]]
-Kind = Literal["sealed", "open"]
 
 
 class Residence:
@@ -47,21 +44,27 @@ class Residence:
         engine: the model.
         config: all settings.
         pool: threads that decode frames.
+        session_id: the stored session, which gives way last when the disk is full; None: it is as any other.
     """
 
-    def __init__(self, store: Store, engine: Engine, config: Config, pool: Executor) -> None:
+    def __init__(
+        self, store: Store, engine: Engine, config: Config, pool: Executor, session_id: int | None = None
+    ) -> None:
         self.store = store
         self.engine = engine
         self.config = config
         self.cache = engine.new_cache()
         self.tiers = Tiers(self.cache, store.frames, pool)
         self.fingerprint = fingerprint_id(engine.model.fingerprint)
+        self._saver = Saver(store, config, self.fingerprint, session_id)
         self.waiting: list[tuple[SegmentRecord, int]] = []
         """Open segments that cover parts of the tail, each with one past the last position that is in use."""
         self.num_computed = 0
         """Tokens computed again since the last turn because no segment had them."""
         self.notices: list[Notice] = []
         """What went wrong where nobody could be told."""
+        self.lacking = False
+        """The store did not have all of the path; see `mend`."""
         self._load_s: float | None = None
 
     # -- positions ---------------------------------------------------------------------------------------------------
@@ -91,16 +94,34 @@ class Residence:
     def restore(self, path: Sequence[Message]) -> Steps:
         """Attach what the store has of the path, once; a gap or a damaged segment is computed again from its ids."""
         if self._load_s is not None:
+            stored = self.store.stored_chunks([one.id for one in self.tiers.residents])
+            if any(one.chunks > stored.get(one.id, one.chunks) for one in self.tiers.residents):
+                self.hold(path)  # given up meanwhile for another session
             return
         begun, self._load_s = time.perf_counter(), 0.0
-        cover = self.store.cover([message.id for message in path], self.fingerprint)
+        try:
+            cover = self.store.cover([message.id for message in path], self.fingerprint)
+        except StoreDamaged as error:
+            cover = []
+            yield Notice(f"saved KV cannot be read and is computed again: {error}")
         whole = self._restore_together(cover, path)
         yield Progress("restore", self.cache.num_seen, self.bounds(path)[-1])
         for record, used in cover[whole:]:
             yield from self._restore_one(record, used, path)
             yield Progress("restore", self.cache.num_seen, self.bounds(path)[-1])
         self.hold(path)
+        self.lacking = any(message.role == "assistant" for message in path)
         self._load_s = time.perf_counter() - begun
+
+    def mend(self, path: Sequence[Message], stop: Stop) -> Steps:
+        """Compute and save what the store did not have, until `stop`."""
+        if not self.lacking or self._load_s is None:
+            return
+        answered = len(path) - bool(path and path[-1].role == "user")
+        yield from self.catch_up(path, answered, "rebuild", stop)
+        if self.cache.num_seen >= self.bounds(path)[answered]:
+            self.lacking = False
+            yield from self.settle(path)
 
     def _restore_together(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> int:
         """Attach the leading sealed segments at once, as far as they are whole; how many those are."""
@@ -127,6 +148,8 @@ class Residence:
         yield from self.catch_up(path, first, "rebuild", lambda: False)
         if record.kind == "sealed" and self.cache.tail_length:
             yield from self._seal(path, first)
+            if self.cache.tail_length:  # it stays exact: what comes after it is computed too
+                return
         try:
             if record.kind == "sealed":
                 self._attach(record, used, path)
@@ -135,9 +158,9 @@ class Residence:
         except UnknownCodec as error:  # of a newer version, which can still read it
             yield Notice(f"saved KV cannot be read here and is computed again: {error}")
         except CodecError as error:
-            self.store.drop_segment(record.id)
+            removed = self._drop(record.id)
             turn = turn_of(path, first)
-            yield Notice(f"saved KV from turn {turn} on is damaged and removed; it is computed again: {error}")
+            yield Notice(f"saved KV from turn {turn} on is damaged and {removed}; it is computed again: {error}")
 
     def _attach(self, record: SegmentRecord, used: int, path: Sequence[Message], tail: int = 0) -> None:
         """Attach one sealed segment beside those there are, in place of so many tokens of the tail."""
@@ -145,20 +168,23 @@ class Residence:
         self.tiers.add({resident: self.tiers.load(resident).pieces()}, tail)
 
     def _sized(self, residents: Sequence[Resident], path: Sequence[Message]) -> list[Resident]:
-        """The residents with as many chunks as the budget gives them together."""
-        chunks = self.budgets([(one.header.ranking, one.end) for one in residents], path)
+        """The residents with as many chunks as the budget gives them together; never more than the store has."""
+        found = self.store.stored_chunks([one.id for one in residents])
+        # Of what is gone from the store memory keeps what it has.
+        stored = [found.get(one.id, one.chunks) for one in residents]
+        chunks = self.budgets([(one.header.ranking, one.end) for one in residents], path, stored)
         return [replace(one, chunks=count) for one, count in zip(residents, chunks, strict=True)]
 
     def _resident(self, record: SegmentRecord, used: int, path: Sequence[Message]) -> Resident:
         """A sealed segment of whose messages the first `used` lie on the path, whole."""
-        header = SegmentHeader.from_bytes(record.header)
+        header = read_header(record, self.engine.model)
         last = next(index for index, message in enumerate(path) if message.id == record.messages[used - 1])
         end = self.bounds(path)[last + 1]
-        return Resident(record.id, header, end, header.ranking.num_chunks)
+        return Resident(record.id, header, end, record.stored_chunks)
 
     def _wait_again(self, record: SegmentRecord, end: int) -> None:
         """Append an open segment's exact KV, up to position `end`, to the tail. Raises CodecError."""
-        header, device = SegmentHeader.from_bytes(record.header), self.cache.layers[0].device
+        header, device = read_header(record, self.engine.model), self.cache.layers[0].device
         rows = [
             kv
             for _, group, blob in self.store.frames(record.id, [0])
@@ -206,7 +232,7 @@ class Residence:
             self.hold(path)
             return  # interrupted while prefilling: the rest is computed when the question is answered
         if len(path) > 1 and self.cache.num_seen < self.bounds(path)[-2]:
-            self._save_waiting(path)
+            yield from self._save_waiting(path)
             self.hold(path)
             return  # stopped while taking much in: the rest is computed with the next turn
         yield from self.restore(path)
@@ -215,12 +241,12 @@ class Residence:
         self.num_computed = computed
         if self.cache.tail_length >= self.config.compress.segment_min:
             yield from self._seal(path, len(path))
-        self._save_waiting(path)
+        yield from self._save_waiting(path)
         self.hold(path)
         if self.notices:  # what was to grow is damaged: compute it again
             yield from self.tell()
             yield from self.catch_up(path, len(path), "rebuild", lambda: False)
-            self._save_waiting(path)
+            yield from self._save_waiting(path)
 
     def tell(self) -> Steps:
         """Say what went wrong where nobody could be told."""
@@ -231,20 +257,26 @@ class Residence:
         """Seal the tail up to message `last`; afterwards memory holds what the store holds, not the exact KV."""
         bounds = self.bounds(path)
         first = bounds.index(self.cache.tail_start)
-        record = self._record("sealed", ",".join(self.config.codec.names), path[first:last], bounds[first])
-        if self.store.segment(record.id) is None:
-            yield from self._write(record, path, first, last)
-        stored = self.store.segment(record.id)
-        assert stored is not None
+        if not self._saver.worth_trying(self.cache.tail_length):
+            return
+        record = self._saver.record("sealed", ",".join(self.config.codec.names), path[first:last], bounds[first])
         try:
+            if self.store.segment(record.id) is None:
+                yield from self._write(record, path, first, last)
+            stored = self.store.segment(record.id)
+            if stored is None:
+                return  # no room: it stays exact
             self._attach(stored, last - first, path[:last], tail=bounds[last] - bounds[first])
         except UnknownCodec as error:
             yield Notice(f"a segment of a newer version stays as it is, and its KV exact for now: {error}")
             return
+        except StoreDamaged as error:
+            yield Notice(f"a segment could not be saved; its KV stays exact for now: {error}")
+            return
         except CodecError as error:
-            self.store.drop_segment(stored.id)
+            removed = self._drop(record.id)
             self.waiting = []
-            yield Notice(f"a segment could not be read back and was removed; its KV stays exact for now: {error}")
+            yield Notice(f"a segment could not be read back and was {removed}; its KV stays exact for now: {error}")
             return
         self.waiting = []
         self.hold(path[:last])  # what comes next is computed from what is held now
@@ -267,58 +299,56 @@ class Residence:
         seconds = time.perf_counter() - begun
         # One that goes on beyond a point where this path left another still serves the other.
         replaced = [waiting.id for waiting, end in self.waiting if end == waiting.end]
-        self._put(replace(record, seal_s=seconds), header, frames, replaced)
+        record = replace(record, seal_s=seconds)
+        yield from self._saver.put(record, header, frames, replaced, self.cache.tail_length)
 
-    def _save_waiting(self, path: Sequence[Message]) -> None:
+    def _save_waiting(self, path: Sequence[Message]) -> Steps:
         """Save the finished turns in the tail that no segment has yet, exactly."""
         bounds, saved = self.bounds(path), self.cache.tail_start
         for waiting, end in self.waiting:
             saved = end if waiting.start == saved else saved
         first, last = bounds.index(saved), bisect_right(bounds, self.cache.num_seen) - 1
-        if first >= last:
+        if first >= last or not self._saver.worth_trying(self.cache.tail_length):
             return
-        record = self._record("open", "raw", path[first:last], bounds[first])
+        record = self._saver.record("open", "raw", path[first:last], bounds[first])
         part = slice(record.start - self.cache.tail_start, record.end - self.cache.tail_start)
         tail = [layer.tail() for layer in self.cache.layers]
         keys, values = [k[:, part] for k, _ in tail], [v[:, part] for _, v in tail]
         ranking = Ranking.single(record.start, len(keys), len(keys[0]), record.end - record.start)
-        self._put(record, *encode_segment("raw", keys, values, ranking), [])
-        self.waiting.append((record, record.end))
+        try:
+            encoded = encode_segment("raw", keys, values, ranking)
+            if (yield from self._saver.put(record, *encoded, [], self.cache.tail_length)):
+                self.waiting.append((record, record.end))
+        except StoreDamaged as error:
+            yield Notice(f"the newest turns' KV could not be saved: {error}")
 
-    def _record(self, kind: Kind, codec: str, messages: Sequence[Message], start: int) -> SegmentRecord:
-        """A segment still without header; its id stands for model, method and, through message ids, all text before."""
-        scorer = self.config.compress.scorer if kind == "sealed" else ""
-        names = (self.fingerprint, kind, scorer, codec, messages[0].id, messages[-1].id)
-        digest = blake2b("\0".join(names).encode(), digest_size=16).hexdigest()
-        end = start + sum(len(message.token_ids) for message in messages)
-        ids = tuple(message.id for message in messages)
-        return SegmentRecord(f"b2:{digest}", self.fingerprint, start, end, kind, codec, scorer, ids, b"", 0, 0)
+    def _drop(self, segment_id: str) -> str:
+        """Remove a damaged segment; what became of it. It may lie in a page that nothing can be removed from."""
+        try:
+            self.store.drop_segment(segment_id)
+        except StoreError as error:
+            return f"cannot be removed ({error})"
+        return "removed"
 
-    def _put(self, record: SegmentRecord, header: SegmentHeader, frames: Frames, replaces: Sequence[str]) -> None:
-        chunks, groups = header.ranking.num_chunks, header.num_groups
-        record = replace(record, header=header.to_bytes(), num_chunks=chunks, num_groups=groups)
-        self.store.put_segment(record, frames, replaces)
+    def budgets(
+        self, segments: Sequence[tuple[Ranking, int]], path: Sequence[Message], stored: Sequence[int] | None = None
+    ) -> list[int]:
+        """Chunks that memory holds of segments, each given with the end of its use, of so many `stored` (None: all).
 
-    def budgets(self, segments: Sequence[tuple[Ranking, int]], path: Sequence[Message]) -> list[int]:
-        """Chunks that memory holds of segments, each given with the end of its use.
-
-        All of those with one of the newest tokens, not counting a message that waits for its answer; of the others what
-        `keep_ratio` gives each, or all of them together.
+        The newest token is that of the newest message that does not wait for its answer.
         """
-        config, answered = self.config.compress, len(path) - bool(path and path[-1].role == "user")
-        newest, keep = self.bounds(path)[answered], config.keep_ratio
-        recent = [min(end, newest) > newest - config.recent_tokens for _, end in segments]
-        old = [ranking for (ranking, _), new in zip(segments, recent, strict=True) if not new]
-        held = iter(allocate(old, keep) if config.budget == "session" else [chunks_within(r.sizes, keep) for r in old])
-        return [ranking.num_chunks if new else next(held) for (ranking, _), new in zip(segments, recent, strict=True)]
+        answered = len(path) - bool(path and path[-1].role == "user")
+        most = [ranking.num_chunks for ranking, _ in segments] if stored is None else stored
+        return chunks_held(self.config.compress, segments, most, self.bounds(path)[answered])
 
     def hold(self, path: Sequence[Message]) -> None:
         """Shrink and grow the sealed segments to what the budget gives each."""
         wanted = {one.id: one.chunks for one in self._sized(self.tiers.residents, path)}
         for one in self.tiers.hold(wanted):
-            self.store.drop_segment(one.id)
+            removed = self._drop(one.id)
+            self.lacking = True
             turn = turn_of(path, self.bounds(path).index(one.start))
-            self.notices.append(Notice(f"saved KV from turn {turn} on is damaged and removed; it is computed again"))
+            self.notices.append(Notice(f"saved KV from turn {turn} on is damaged and {removed}; it is computed again"))
             self.cut(min(one.start, self.cache.num_seen))
 
     def crop(self, path: Sequence[Message]) -> None:

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
+from kvchat.codecs import SegmentHeader
 from kvchat.compress.compressor import rank
 from kvchat.compress.scorers import SCORERS, Scorer, Subject
 from kvchat.config import CompressConfig
 from kvchat.engine import Engine
+from kvchat.errors import CorruptFrame
 from kvchat.events import Progress
-from kvchat.store import Message
+from kvchat.model import Model
+from kvchat.store import Message, SegmentRecord
 from kvchat.template import ChatTemplate
 
 
@@ -27,6 +30,21 @@ def rank_turns(
     scorer = SCORERS[config.scorer](subject, pass_length(engine, cache, config))
     yield from run_passes(engine, cache, scorer, len(subject.token_ids))
     return rank(scorer.scores(), subject.protected, cuts_of(config), cache.tail_start)
+
+
+def read_header(record: SegmentRecord, model: Model) -> SegmentHeader:
+    """A stored segment's header. Raises CodecError, also if it is not that of this segment and model."""
+    header = SegmentHeader.from_bytes(record.header, record.basis)
+    ranking = header.ranking
+    shape = (*ranking.chunk_of.shape[:2], header.head_dim, header.dtype, header.num_groups)
+    expected = (model.num_hidden_layers, model.num_key_value_heads, model.head_dim, model.dtype, record.num_groups)
+    if shape != expected or (ranking.start, ranking.end, ranking.num_chunks) != (
+        record.start,
+        record.end,
+        record.num_chunks,
+    ):
+        raise CorruptFrame(f"the header is of another segment or model: {shape}, expected {expected}")
+    return header
 
 
 def run_passes(engine: Engine, cache: SegmentedCache, scorer: Scorer, total: int) -> Generator[Progress, None, None]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvchat.config import GenerateConfig
 from kvchat.engine import Engine, Stop
-from kvchat.errors import CapacityError, InputError
+from kvchat.errors import CapacityError, InputError, SessionChanged
 from kvchat.events import Delta, Event, FinishReason, Notice, Progress, Timings, TurnDone, Usage
 from kvchat.residence import Residence, Steps
 from kvchat.sampling import Sampler
@@ -154,6 +154,7 @@ class Conversation:
             self.seal_s = time.perf_counter() - begun
             self.path[-1] = replace(self.path[-1], timings={**timings, "seal_s": self.seal_s})
             self.store.set_timings(self.path[-1].id, {**timings, "seal_s": self.seal_s})
+        self.store.fold()
 
     def restore(self) -> Steps:
         """Bring the KV back before it is needed."""
@@ -190,7 +191,8 @@ class Conversation:
                 drafts.append(("system", "", self._template.system(None)))
             drafts.append((role, text, self._piece(number, role, text, asked)))
             asked = asked or role == "user"
-        self._require_room(path, sum(len(piece.ids) for _, _, piece in drafts))
+        if drafts:
+            self._require_room(path, sum(len(piece.ids) for _, _, piece in drafts))
         return [draft for draft in drafts if draft[2].ids]
 
     def _require_room(self, path: Sequence[Message], needed: int) -> None:
@@ -257,7 +259,7 @@ class Conversation:
         if at is not None and not 1 <= at <= len(asked):
             raise InputError(f"this session has {len(asked)} turns; there is no turn {at} to fork at")
         end = len(self.path) if at is None or at == len(asked) else asked[at]
-        self.store.fork(self.info.name, name, self.path[end - 1].id if end else None)
+        self.store.fork(self.store.name_of(self.info.id), name, self.path[end - 1].id if end else None)
 
     def rebuild(self, retokenise: bool) -> None:
         """Drop the KV of the path, to be computed again; `retokenise` makes new ids from the texts, as a new branch."""
@@ -298,13 +300,19 @@ class Conversation:
         return self._template.message(role, text, first=not asked)
 
     def _commit(self, drafts: Sequence[Drafted], **about: Any) -> None:
-        """Append messages to the path, in the store first."""
+        """Append messages to the path, in the store first. Raises SessionChanged."""
         tip = parent = self.path[-1].id if self.path else None
         messages = []
         for role, text, piece in drafts:
             messages.append(Message.new(parent, cast(Role, role), text, piece.ids, piece.content_span, **about))
             parent = messages[-1].id
-        self.store.add_messages(self.info.id, messages, tip)
+        try:
+            self.store.add_messages(self.info.id, messages, tip)
+        except SessionChanged as error:
+            if messages[-1].role != "assistant" or tip is None:
+                raise
+            self.store.add_branch(self.info.id, messages)
+            raise SessionChanged(f"{error}; this answer is kept beside it, where `kvchat search` finds it") from None
         self.path += messages
 
     def _room(self, used: int) -> int:

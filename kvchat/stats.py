@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from kvchat.fingerprint import fingerprint_id
 from kvchat.residence import Residence, turn_of
-from kvchat.store import Message
+from kvchat.store import Message, SessionInfo, Store
 
 if TYPE_CHECKING:
     from kvchat.session import Conversation
@@ -32,10 +33,42 @@ def describe(conversation: Conversation) -> dict[str, Any]:
         "bytes_in_memory": residence.cache.sealed_bytes + tail * model.bytes_per_pair,
         "bytes_dense": dense * model.bytes_per_pair,
         "bytes_on_disk": sum(segment["bytes_on_disk"] for segment in segments),
+        "stored": sum(segment["rows_stored"] for segment in segments) / max(1, dense),
+        "store": store_room(conversation.store),
         "segments": segments,
         "turns": _turns(conversation, segments),
         "last": conversation.last and conversation.last.to_dict() | {"seal_s": conversation.seal_s},
     }
+
+
+def describe_stored(store: Store, info: SessionInfo) -> dict[str, Any]:
+    """As `describe`, as far as the store knows: nothing of what memory holds."""
+    path = store.path(info.tip)
+    bounds, segments = Residence.bounds(path), []
+    for record, used in store.cover([message.id for message in path], fingerprint_id(info.fingerprint)):
+        first = bounds.index(record.start)
+        turns = [turn_of(path, first), turn_of(path, first + used - 1)]
+        segments.append({"id": record.id, "start": record.start, "end": bounds[first + used], "kind": record.kind})
+        segments[-1] |= {"turns": turns, "codec": record.codec, "num_chunks": record.num_chunks}
+        segments[-1]["stored_chunks"] = record.stored_chunks
+        segments[-1] |= {"bytes_on_disk": record.nbytes, "seal_s": record.seal_s}
+    return {
+        "name": info.name,
+        "model": info.model,
+        "num_turns": info.num_turns,
+        "num_tokens": info.num_tokens,
+        "bytes_on_disk": sum(segment["bytes_on_disk"] for segment in segments),
+        "stored": info.stored,
+        "store": store_room(store),
+        "segments": segments,
+    }
+
+
+def store_room(store: Store) -> dict[str, int]:
+    """Bytes that all sessions take, may take (0 = no limit), and that the disk has left and is to keep."""
+    room = store.room()
+    sizes = {"bytes_in_use": room.in_use, "disk_budget": room.disk_budget}
+    return sizes | {"bytes_free": room.free, "min_free": room.min_free}
 
 
 def list_segments(residence: Residence, path: Sequence[Message]) -> list[dict[str, Any]]:
@@ -49,6 +82,7 @@ def list_segments(residence: Residence, path: Sequence[Message]) -> list[dict[st
         tokens = bounds[first + used] - record.start
         dense = tokens * model.pairs_per_token
         rows = residence.tiers.rows(one) if one else dense * (record.id in waiting)
+        sizes = one.header.ranking.sizes if one else [1] * record.num_chunks
         listed.append(
             {
                 "id": record.id,
@@ -59,6 +93,8 @@ def list_segments(residence: Residence, path: Sequence[Message]) -> list[dict[st
                 "codec": record.codec,
                 "chunks_held": one.chunks if one else int(record.id in waiting),
                 "num_chunks": record.num_chunks,
+                "stored_chunks": record.stored_chunks,
+                "rows_stored": round(dense * float(sum(sizes[: record.stored_chunks]) / sum(sizes))),
                 "rows": rows,
                 "rows_total": dense,
                 "bytes_in_memory": rows * model.bytes_per_pair,

@@ -8,42 +8,39 @@ from __future__ import annotations
 
 import difflib
 import json
-import sqlite3
 import unicodedata
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvchat.errors import InputError, SessionExists, SessionNotFound, StoreError
-from kvchat.kv_store import KVStore, short
+from kvchat.checks import Checks
+from kvchat.errors import InputError, SessionChanged, SessionExists, SessionNotFound, StoreError
+from kvchat.limited_store import LimitedStore
+from kvchat.listing import find_messages, list_sessions
 from kvchat.migrations import explained
-from kvchat.queries import INFOS, PATH, PRUNE_BRANCHES, REACHABLE, SEARCH, TOTALS
+from kvchat.queries import INFOS, PATH, PRUNE_BRANCHES, REACHABLE, TOTALS
 from kvchat.records import (
     COLUMNS,
     Kind,
     Message,
+    Part,
     Role,
     SearchHit,
     SegmentRecord,
     SessionInfo,
-    message_id,
     message_of,
     message_row,
     now,
     place_below,
     session_of,
-    unpack_ids,
 )
 
 __all__ = ["Kind", "Message", "Role", "SearchHit", "SegmentRecord", "SessionInfo", "Store"]
 
 # Control characters, lone surrogates and line ends: a name is one line of a listing.
 NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")
-RESTORE = "restore a copy of the database"
-REBUILT = "its KV is made again when the session is opened"
 
 
-class Store(KVStore):
+class Store(LimitedStore, Checks):
     """One database file of sessions, messages, segments and frames.
 
     Every method may raise StoreError: the file is damaged, cannot be written, or another process writes to it for
@@ -60,6 +57,28 @@ class Store(KVStore):
         """
         return self._create(name, model, fingerprint, None)
 
+    def take_in(self, name: str, model: str, fingerprint: dict[str, str], parts: Iterable[Part]) -> SessionInfo:
+        """A session with the messages and segments that `parts` bring, all of them; nothing, if one of them raises.
+
+        A segment over the same messages that is there already stays as it is.
+
+        Raises:
+            SessionExists, InputError: the name is taken, or is no name.
+        """
+        with self._write():
+            self._insert_session(name, model, fingerprint, None)
+            tip: str | None = None
+            for part in parts:
+                if isinstance(part, list):
+                    self._insert_messages(part, tip)
+                    tip = part[-1].id
+                elif not self._equals(part[0]):
+                    self._insert_segment(*part)
+            self._db.execute("UPDATE sessions SET tip = ? WHERE name = ?", [tip, name])
+        self.shed()
+        self._return_pages()  # the log is as large as all that came
+        return self.session(name)
+
     def session(self, name: str) -> SessionInfo:
         """The session of that name.
 
@@ -74,6 +93,10 @@ class Store(KVStore):
         hint = f"; did you mean {close}?" if close else ";"
         raise SessionNotFound(f"there is no session {name!r}{hint} `kvchat ls` lists all")
 
+    def name_of(self, session_id: int) -> str:
+        """The name that a session has now. Raises StoreError: it was deleted."""
+        return self._tip(session_id)[0]
+
     def last_session(self) -> SessionInfo | None:
         """The most recently updated session."""
         found = self._infos("id = (SELECT id FROM sessions ORDER BY updated DESC, id DESC LIMIT 1)")
@@ -81,7 +104,7 @@ class Store(KVStore):
 
     def sessions(self) -> list[SessionInfo]:
         """All sessions, most recently updated first."""
-        return self._infos("TRUE")
+        return list_sessions(self._rows)
 
     def rename(self, name: str, new: str) -> None:
         """Give a session another name.
@@ -153,14 +176,15 @@ class Store(KVStore):
         """Append a chain of messages at `expected_tip` and move the tip to its end; durable on return.
 
         Raises:
-            StoreError: the tip is not `expected_tip`: another process changed or deleted the session.
+            SessionChanged: the tip is not `expected_tip`: another process wrote to the session.
+            StoreError: another process deleted the session.
         """
         chain = [expected_tip, *(message.id for message in messages)]
         assert [message.parent for message in messages] == chain[:-1]
         with self._write():
             name, tip = self._tip(session_id)
             if tip != expected_tip:
-                raise StoreError(f"session {name!r} was changed by another kvchat; open it again")
+                raise SessionChanged(f"session {name!r} was changed by another kvchat; open it again")
             self._insert_messages(messages, tip)
             self._db.execute("UPDATE sessions SET tip = ?, updated = ? WHERE id = ?", [chain[-1], now(), session_id])
             # Saying again what an old branch says continues that branch.
@@ -168,6 +192,18 @@ class Store(KVStore):
                 "DELETE FROM branches WHERE session_id = ? AND tip IN (SELECT value FROM json_each(?))",
                 [session_id, json.dumps(chain[1:])],
             )
+
+    def add_branch(self, session_id: int, messages: Sequence[Message]) -> None:
+        """Append a chain of messages to one that is there, beside the session's path; durable on return.
+
+        Raises:
+            StoreError: another process deleted the session.
+        """
+        with self._write():
+            self._tip(session_id)
+            self._insert_messages(messages, messages[0].parent)
+            self._db.execute("INSERT OR REPLACE INTO branches VALUES (?, ?, ?)", [session_id, messages[-1].id, now()])
+            self._db.execute(PRUNE_BRANCHES, {"session": session_id})
 
     def set_tip(self, session_id: int, tip: str | None) -> None:
         """Move to another message of the tree, or None: before the first. What lay beyond stays as a branch.
@@ -206,8 +242,7 @@ class Store(KVStore):
         if not words:
             return []
         match = " ".join('"' + word.replace('"', '""') + '"' for word in words) + "*"
-        rows = self._rows(SEARCH, match=match, limit=limit)
-        return [SearchHit(row["name"], row["turn"], row["role"], " ".join(row["snippet"].split())) for row in rows]
+        return find_messages(self._rows, match, limit)
 
     # whole
 
@@ -236,76 +271,38 @@ class Store(KVStore):
             SessionNotFound
             StoreError: the file is too damaged to be read at all.
         """
-        problems = [row[0] for row in self._rows("PRAGMA integrity_check(20)") if row[0] != "ok"]
-        if problems:
-            return [f"{self.file}: {' '.join(problem.split())}; {RESTORE}" for problem in problems]
-        problems = self._verify_index() + self._verify_references()
-        owners: defaultdict[str, set[str]] = defaultdict(set)
-        for info in self.sessions() if name is None else [self.session(name)]:
-            for tip in filter(None, [info.tip, *self.branches(info.id)]):
-                problems += self._verify_path(info.name, tip, owners)
-        for row in self._rows("SELECT id FROM segments ORDER BY start_token, id"):
-            problems += self._verify_segment(row["id"], owners, everything=name is None)
-        return problems
+        return self.page_problems() or self.problems(self._ends(name), everything=name is None)
 
-    def _verify_index(self) -> list[str]:
-        with self._write():
-            try:
-                self._db.execute("INSERT INTO messages_fts(messages_fts, rank) VALUES ('integrity-check', 1)")
-            except sqlite3.DatabaseError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
-                    raise
-                return ["the search index does not agree with the text; `kvchat vacuum` makes it anew"]
-        return []
+    def repair(self, name: str | None = None) -> list[str]:
+        """Remove what is damaged, of everything or of one session, but text; what was done, one line each.
 
-    def _verify_references(self) -> list[str]:
-        rows = self._rows('SELECT "table", parent, count(*) AS number FROM pragma_foreign_key_check GROUP BY 1, 2')
-        cures = {"frames": "`kvchat vacuum` removes them"}
-        return [
-            f"{row['number']} rows of {row['table']} refer to {row['parent']} that are missing;"
-            f" {cures.get(row['table'], RESTORE)}"
-            for row in rows
-        ]
+        Raises:
+            SessionNotFound
+            StoreDamaged: pages with text are damaged; nothing was changed.
+        """
+        done = self.mend_pages() if self.page_problems() else []
+        return done + self.mend(self._ends(name), everything=name is None)
 
-    def _verify_path(self, name: str, tip: str, owners: defaultdict[str, set[str]]) -> list[str]:
-        """Check the messages up to `tip`, and note in `owners` that the session holds them."""
-        rows = self._rows(PATH, tip=tip)
-        if not rows or rows[0]["parent"] is not None:
-            missing = rows[0]["parent"] if rows else tip
-            return [f"session {name!r}: message {short(missing)} is missing, with all before it; {RESTORE}"]
-        problems, place = [], None
-        for row in rows:
-            ids = unpack_ids(row["token_ids"])
-            place = place_below(place, row["role"], len(ids))
-            sound = row["id"] in owners or (
-                row["id"] == message_id(row["parent"], row["role"], row["content"], ids)
-                and place == (row["depth"], row["turn"], row["start_token"], row["end_token"])
-            )
-            if not sound:
-                problems.append(f"session {name!r}: message {short(row['id'])} was altered; {RESTORE}")
-            owners[row["id"]].add(name)
-        return problems
-
-    def _verify_segment(self, segment_id: str, owners: defaultdict[str, set[str]], everything: bool) -> list[str]:
-        record = self._segments([segment_id])[segment_id]
-        names = sorted({name for message in record.messages for name in owners.get(message, ())})
-        if not names and not everything:
-            return []
-        label = f"session {', '.join(map(repr, names))}: segment {short(segment_id)}"
-        return [f"{label}: {problem}; {REBUILT}" for problem in self._segment_problems(record)]
+    def _ends(self, name: str | None) -> dict[str, list[str]]:
+        """The ends of the path and the branches of one session, or of all."""
+        infos = self.sessions() if name is None else [self.session(name)]
+        return {info.name: [tip for tip in (info.tip, *self.branches(info.id)) if tip] for info in infos}
 
     def _infos(self, where: str, **values: object) -> list[SessionInfo]:
         return [session_of(row) for row in self._rows(INFOS.format(where=where), **values)]
 
     def _create(self, name: str, model: str, fingerprint: dict[str, str], tip: str | None) -> SessionInfo:
         with self._write():
-            self._check_free(name)
-            created = now()
-            self._db.execute(
-                "INSERT INTO sessions(name, model, fingerprint, tip, created, updated) VALUES (?, ?, ?, ?, ?, ?)",
-                [name, model, json.dumps(fingerprint, sort_keys=True), tip, created, created],
-            )
+            self._insert_session(name, model, fingerprint, tip)
         return self.session(name)
+
+    def _insert_session(self, name: str, model: str, fingerprint: dict[str, str], tip: str | None) -> None:
+        self._check_free(name)
+        created = now()
+        self._db.execute(
+            "INSERT INTO sessions(name, model, fingerprint, tip, created, updated) VALUES (?, ?, ?, ?, ?, ?)",
+            [name, model, json.dumps(fingerprint, sort_keys=True), tip, created, created],
+        )
 
     def _check_free(self, name: str) -> None:
         if not name.strip() or any(unicodedata.category(character) in NOT_IN_NAMES for character in name):

@@ -1,4 +1,4 @@
-"""Where each rank chunk lies: memory holds a prefix of every segment's ranking, the store holds all chunks.
+"""Where each rank chunk lies: memory holds a prefix of every segment's ranking, the store all of it or a longer one.
 
 Shrinking drops the last chunks, growing fetches them back; both give the same rows as if the segment had been
 attached so. Tiers do not import the store: they are given a `fetch`.
@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from kvchat.cache.ragged import Piece, SegmentedCache
-from kvchat.cache.segment import LayerKV
+from kvchat.cache.segment import LayerKV, Ranking
 from kvchat.codecs import SegmentHeader, decode_frame
+from kvchat.compress.allocate import chunks_held
+from kvchat.config import CompressConfig
 from kvchat.errors import CodecError
+from kvchat.records import SegmentRecord
 
 Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, bytes]]]
 """Segment id and chunks to (chunk, group, blob), ordered by chunk and group; raises CorruptFrame."""
@@ -136,3 +140,18 @@ class Tiers:
         """Pairs in memory."""
         held = (Piece(resident.start, chunk) for chunk in range(resident.chunks))
         return sum(self.cache.rows(piece) for piece in held)
+
+
+def would_hold(config: CompressConfig, records: Sequence[SegmentRecord], end: int) -> list[int]:
+    """Chunks that memory would hold of a session's sealed segments, if it were restored up to `end`.
+
+    One of a segment whose header cannot be read.
+    """
+    known: dict[int, Ranking] = {}
+    for index, record in enumerate(records):
+        with suppress(CodecError):
+            known[index] = SegmentHeader.from_bytes(record.header, record.basis).ranking
+    segments = [(ranking, records[index].end) for index, ranking in known.items()]
+    stored = [records[index].stored_chunks for index in known]
+    held = dict(zip(known, chunks_held(config, segments, stored, end), strict=True))
+    return [held.get(index, 1) for index in range(len(records))]

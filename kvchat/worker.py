@@ -6,29 +6,39 @@ that.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from kvchat import probe
 from kvchat.config import Config, ModelConfig
-from kvchat.download import BUILTIN
-from kvchat.engine import Engine
-from kvchat.errors import FingerprintMismatch, InputError, SessionNotFound
-from kvchat.events import Listener
-from kvchat.handle import AsyncSession, Session
-from kvchat.jobs import Jobs, failure_notice
-from kvchat.model import TEXT_FIELDS, Model, fingerprint_difference, load
+from kvchat.download import BUILTIN, is_here
+from kvchat.engine import Engine, Stop
+from kvchat.errors import FingerprintMismatch, InputError, ModelError, SessionExists, SessionNotFound
+from kvchat.events import Listener, Notice
+from kvchat.fingerprint import TEXT_FIELDS, fingerprint_difference
+from kvchat.handle import Session
+from kvchat.jobs import Jobs, Owner, failure_notice
+from kvchat.locks import SessionLock, held_elsewhere
+from kvchat.model import Model, load
+from kvchat.portable import read_manifest, take_in
+from kvchat.recode import recode
 from kvchat.residence import Residence
 from kvchat.session import Conversation
-from kvchat.store import SearchHit, SessionInfo, Store
+from kvchat.shed import Allowance
+from kvchat.store import SearchHit, SegmentRecord, SessionInfo, Store
+from kvchat.tiers import would_hold
 
 Loader = Callable[[ModelConfig, Listener], Model]
+
+MEND_AFTER_S = 0.2
+"""Seconds without a job after which missing KV is computed again; a front end's first questions come sooner."""
+PROBE_AFTER_S = 10.0
+"""Further seconds after which the probe's answer is recorded: nobody waits, and a chat that goes on pays nothing."""
 
 
 class Worker:
@@ -45,18 +55,22 @@ class Worker:
 
     def __init__(self, config: Config, listener: Listener | None = None, loader: Loader = load) -> None:
         self.config = config
-        self.jobs = Jobs(listener)
-        self._load = loader
+        self.failure: Exception | None = None
+        """What went wrong in the background, for no session in particular."""
         self._open: dict[int, tuple[Conversation, int]] = {}
+        self.jobs = Jobs(listener, [(MEND_AFTER_S, self._mend), (PROBE_AFTER_S, self._probe)])
+        self._load = loader
+        self._locks: dict[int, SessionLock] = {}
         self._engines: dict[str, Engine] = {}
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="kvchat-decode")
         # The thread ends with the process: whatever is still to be saved must be saved before.
         atexit.register(self.close)
         try:
-            self._store = self.jobs.call(lambda: Store(config.store_path))
+            self._store = self.jobs.call(self._open_store)
         except BaseException:
             self.close()
             raise
+        self.jobs.put(lambda: self.jobs.in_background(self._make_room, self))
 
     # -- for front ends ----------------------------------------------------------------------------------------------
 
@@ -75,12 +89,24 @@ class Worker:
             ModelError: the model cannot be loaded.
             FingerprintMismatch: the session was made by another model, and `rebuild` is not set.
             SessionNotFound: there is none of that name and `create` is not set.
+            SessionBusy: another process, or another worker, has it open.
         """
         conversation = self.jobs.call(lambda: self._open_conversation(name, model, system, rebuild, create))
 
         # Restoring overlaps with the user's typing; a turn sent before it is done waits for it.
         self.jobs.put(lambda: self.jobs.in_background(conversation.restore, conversation))
         return Session(self, conversation)
+
+    def take_in(self, file: Path, name: str | None = None, model: str | None = None, rebuild: bool = False) -> Session:
+        """Take a portable file into a new session; its KV too, if it is that of the model which is loaded.
+
+        That is `model`, or the one that made the file if it is on this machine, or the configured one.
+
+        Raises:
+            InputError: the file is damaged. SessionExists: the name is taken.
+            ModelError: no model can be loaded. CapacityError: its window is too small.
+        """
+        return Session(self, self.jobs.call(lambda: self._take_in(file, name, model, rebuild)))
 
     def sessions(self) -> list[SessionInfo]:
         """All sessions, the last used first."""
@@ -95,7 +121,7 @@ class Worker:
         self.jobs.call(lambda: self._rename(name, new))
 
     def delete(self, name: str) -> None:
-        """Delete a session for good; InputError while it is open."""
+        """Delete a session for good; InputError while it is open, SessionBusy while another process has it open."""
         self.jobs.call(lambda: self._delete(name))
 
     def close(self) -> None:
@@ -113,15 +139,49 @@ class Worker:
         _, users = self._open.pop(conversation.info.id)
         if users > 1:
             self._open[conversation.info.id] = (conversation, users - 1)
+        else:
+            self._locks.pop(conversation.info.id).release()
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 
+    def _open_store(self) -> Store:
+        limits, held = self.config.store, partial(would_hold, self.config.compress)
+        allowance = Allowance(limits.disk_budget, limits.min_free, held, self._recode, self._opened)
+        return Store(self.config.store_path, allowance=allowance)
+
+    def _recode(self, records: Sequence[SegmentRecord], codec: str) -> None:
+        recode(self._store, records, codec)
+
+    def _opened(self, sessions: Collection[int]) -> set[int]:
+        """The sessions that are open here, and those of the given ones that are elsewhere."""
+        mine = self._open.keys() | self._locks.keys()
+        return mine | held_elsewhere(self._store.file, set(sessions) - mine)
+
+    def _make_room(self) -> Iterator[Notice]:
+        """Bring the store within its limits: they may be lower now, and the disk fuller."""
+        if freed := self._store.shed():
+            yield Notice(
+                f"{freed / 1e6:.1f} MB of saved KV were given up to keep to {self._store.room().limit}, those of the "
+                "sessions not used for longest; text is kept, and KV computed again when it is needed"
+            )
+
     def _close_store(self) -> None:
-        for conversation, _ in self._open.values():
-            if notice := failure_notice(conversation):
+        for lock in self._locks.values():
+            lock.release()
+        owners: list[Owner] = [self, *(conversation for conversation, _ in self._open.values())]
+        for owner in owners:
+            if notice := failure_notice(owner):
                 self.jobs.tell(notice)
         if hasattr(self, "_store"):
             self._store.close()
+
+    def _mend(self, stop: Stop) -> None:
+        for one, _ in self._open.values():
+            self.jobs.in_background(partial(one.residence.mend, one.path, stop), one)
+
+    def _probe(self, stop: Stop) -> None:
+        for one, _ in self._open.values():
+            self.jobs.in_background(partial(probe.record, one, stop), one)
 
     def _open_conversation(
         self, name: str | None, model: str | None, system: str | None, rebuild: bool, create: bool
@@ -133,22 +193,61 @@ class Worker:
                 raise InputError(f"session {info.name!r} is open; close it before opening it in another way")
             self._open[info.id] = (conversation, users + 1)
             return conversation
-        engine = self._engine(model or (info.model if info else self.config.model.name))
         if info is None:
-            name = f"{datetime.now():%Y-%m-%d-%H%M%S}" if name is None else name
+            engine = self._engine(model or self.config.model.name)
             engine.model.template.system(system)  # raises before anything is stored
-            conversation = self._make(
-                self._store.create_session(name, engine.model.name, engine.model.fingerprint), engine
-            )
-            conversation.begin(system)
-        else:
+            name = f"{datetime.now():%Y-%m-%d-%H%M%S}" if name is None else name
+            try:
+                info = self._store.create_session(name, engine.model.name, engine.model.fingerprint)
+            except SessionExists:  # begun by another process meanwhile
+                info = self._store.session(name)
+        with self._locked(info) as info:
             if system is not None and info.tip is not None:
                 raise InputError(f"session {info.name!r} has its system prompt already; begin a new one for another")
-            conversation = self._resume(info, engine, rebuild)
+            conversation = self._resume(info, self._engine(model or info.model), rebuild)
             if info.tip is None:
                 conversation.begin(system)
-        self._open[conversation.info.id] = (conversation, 1)
+        self._open[info.id] = (conversation, 1)
         return conversation
+
+    @contextmanager
+    def _locked(self, info: SessionInfo) -> Iterator[SessionInfo]:
+        """Lock a session and give it as it is then; if what is done inside fails, let go again."""
+        lock = SessionLock(self._store.file, info.id, info.name)
+        try:
+            yield self._store.session(info.name)
+        except BaseException:
+            lock.release()
+            raise
+        self._locks[info.id] = lock
+
+    def _take_in(self, file: Path, name: str | None, model: str | None, rebuild: bool) -> Conversation:
+        manifest = read_manifest(file)
+        loaded = self._engine_for(manifest.model, model).model
+        differing = fingerprint_difference(manifest.fingerprint, loaded.fingerprint)
+        if differing:
+            self.jobs.tell(
+                Notice(
+                    f"{file} was made with {manifest.model}; {loaded.name} as it is loaded now differs in "
+                    f"{', '.join(differing)}: only the text is taken over, and read again"
+                )
+            )
+        rebuild = rebuild or bool(differing)
+        vocabulary = 1 << 32 if set(differing) & set(TEXT_FIELDS) else int(loaded.config.vocab_size)
+        name = name or manifest.name
+        take_in(self._store, file, manifest, name, loaded.name, kv=not rebuild, vocabulary=vocabulary)
+        try:
+            return self._open_conversation(name, loaded.name, None, rebuild, create=False)
+        except BaseException:
+            self._store.delete(name)
+            raise
+
+    def _engine_for(self, named: str, model: str | None) -> Engine:
+        """`model`, or else the model that a file names, if that is on this machine, or else the configured one."""
+        if model is None and is_here(named):
+            with suppress(ModelError):
+                return self._engine(named)
+        return self._engine(model or self.config.model.name)
 
     def _find(self, name: str | None, create: bool) -> SessionInfo | None:
         if name is None:
@@ -175,7 +274,8 @@ class Worker:
         return conversation
 
     def _make(self, info: SessionInfo, engine: Engine) -> Conversation:
-        return Conversation(info, self._store, engine, Residence(self._store, engine, self.config, self._pool))
+        self._store.require_sound(info.name, info.tip)
+        return Conversation(info, self._store, engine, Residence(self._store, engine, self.config, self._pool, info.id))
 
     def _engine(self, name: str) -> Engine:
         name = name or BUILTIN
@@ -192,44 +292,8 @@ class Worker:
             self._open[info.id][0].info = info
 
     def _delete(self, name: str) -> None:
-        if self._store.session(name).id in self._open:
+        session_id = self._store.session(name).id
+        if session_id in self._open:
             raise InputError(f"session {name!r} is open; close it before deleting it")
-        self._store.delete(name)
-
-
-def open_session(
-    name: str | None = None,
-    *,
-    model: str | None = None,
-    system: str | None = None,
-    store: str | Path | None = None,
-    config: str | Path | None = None,
-    rebuild: bool = False,
-    listener: Listener | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Session:
-    """Resume the session `name` or begin it; it owns its model, and closing it frees both. Raises KVChatError.
-
-    Args:
-        name: the session; None = the last one used, or a new one.
-        model: Hugging Face id, folder, GGUF file or built-in name; None = the session's own, or the configured one.
-        system: system prompt of a new session.
-        store, config: the database and the config.toml; None = the usual ones.
-        rebuild: compute saved KV again, also with another model.
-        listener: called, in another thread, with progress that belongs to no turn.
-        settings: dotted settings on top of the file, as in {"compress.keep_ratio": 0.3}.
-    """
-    overrides = dict(settings or {}) | ({"store.path": str(store)} if store else {})
-    worker = Worker(Config.load(Path(config) if config else None, overrides), listener)
-    try:
-        session = worker.open(name, model=model, system=system, rebuild=rebuild)
-    except BaseException:
-        worker.close()
-        raise
-    session.on_close = worker.close
-    return session
-
-
-async def open_async(name: str | None = None, **options: Any) -> AsyncSession:
-    """`open_session` for asyncio, with the same options."""
-    return AsyncSession(await asyncio.to_thread(partial(open_session, name, **options)))
+        with SessionLock(self._store.file, session_id, name):
+            self._store.delete(name)

@@ -21,6 +21,8 @@ STATS = {
     "keep_ratio": 0.5,
     "bytes_in_memory": 2048,
     "bytes_on_disk": 4096,
+    "stored": 0.5,
+    "store": {"bytes_in_use": 8_000_000, "disk_budget": 0, "bytes_free": 9_000_000_000, "min_free": 1 << 30},
     "segments": [
         {
             "id": "x",

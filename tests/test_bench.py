@@ -96,7 +96,7 @@ def test_memory_shrinks_with_the_ratio(figures: dict[str, Any]) -> None:
 
 def test_every_codec_is_measured_against_bfloat16(figures: dict[str, Any]) -> None:
     store = figures["store"]
-    assert list(store["codecs"]) == list(CODECS)
+    assert list(store["codecs"]) == [*CODECS, "archive"]
     assert store["bf16_bytes_per_token"] == 2 * 2 * 3 * 2 * 16
     assert store["compression_factor"] == pytest.approx(
         store["bf16_bytes_per_token"] / store["disk_bytes_per_token"], abs=1e-2
@@ -104,6 +104,9 @@ def test_every_codec_is_measured_against_bfloat16(figures: dict[str, Any]) -> No
     raw, eight = store["codecs"]["raw"], store["codecs"]["k8v8"]
     assert raw["bits_per_element_packed"] == 32  # of float32, the model's dtype
     assert 8 < eight["bits_per_element_packed"] < 16 < raw["bits_per_element_on_disk"]
+    kl = {name: codec["kl"] for name, codec in store["codecs"].items()}
+    assert kl["raw"] == pytest.approx(0, abs=1e-9) and 0 < kl["k8v8"] < kl["k4v4"] < kl["k2v2"] < 10
+    assert kl["eb2"] < kl["eb10"] < kl["eb20"] and 0 < kl["archive"] < 10
     for codec in store["codecs"].values():
         # The rest of a frame is its header.
         assert codec["compression_factor"] == pytest.approx(16 / codec["bits_per_element_on_disk"], abs=1e-2)

@@ -75,7 +75,9 @@ def test_ci_runs_the_two_commands_of_the_readme() -> None:
 
 def test_config_toml_holds_every_setting_with_its_default() -> None:
     defaults = Config().model_dump(mode="json", exclude_none=True)
-    assert tomllib.loads((ROOT / "config.toml").read_text()) == defaults
+    given = tomllib.loads((ROOT / "config.toml").read_text())
+    assert {name: given[name].keys() for name in given} == {name: defaults[name].keys() for name in defaults}
+    assert Config(**given) == Config()
 
 
 def test_config_toml_explains_every_setting() -> None:

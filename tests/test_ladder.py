@@ -23,6 +23,7 @@ from kvchat.config import CODEC_NAMES, Config
 from kvchat.errors import CodecError, ConfigError, CorruptFrame, UnknownCodec
 from kvchat.worker import Worker
 from tests.test_codecs import CPU, bits, decode, encode, normal, random_ranking
+from tests.test_session import copy_of
 from tests.tiny import make_model
 
 FEW = (4, 3, 2)
@@ -381,11 +382,14 @@ def test_a_session_with_precision_by_rank_resumes_as_it_was(tmp_path: Path, fami
             "codec.name": ["k8v8", "k8v8", "k8v4", "k4v4", "k2v2"],
         }
     )
-    live, resumed = (Worker(config, None, lambda *_: make_model(family)) for _ in range(2))
+    live = Worker(config, None, lambda *_: make_model(family))
     try:
         before = live.open("trip")
         for question in ("Where did we stay in Rome?", "What did it cost?", "Was it far from the river?"):
             before.ask(question)
+        before.settle()
+        copy = config.replaced({"store.path": str(copy_of(config.store_path, 1))})
+        resumed = Worker(copy, None, lambda *_: make_model(family))
         after = resumed.open("trip")
         asked = ("And the second night?", "It was quiet.")
         ours, theirs = ([number for _, number in session.logprobs(*asked)] for session in (after, before))

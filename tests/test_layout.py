@@ -14,16 +14,18 @@ PACKAGE = Path(kvchat.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    *("errors", "terminal", "events", "config", "transcript"),
+    *("errors", "locks", "terminal", "events", "config", "transcript", "files", "fingerprint"),
     *("cache", "attention", "compress", "codecs"),
     *("template", "supported", "convert", "download", "model", "sampling", "engine"),
-    *("records", "migrations", "queries", "kv_store", "store", "tiers", "sealing", "residence"),
+    *("records", "migrations", "queries", "listing", "shed", "kv_store", "limited_store", "salvage", "checks", "store", "portable", "recode", "tiers", "sealing", "saving", "residence"),
     *(
         "stats",
         "session",
+        "probe",
         "jobs",
         "handle",
         "worker",
+        "opening",
         "bench",
         "evals",
         "tui",
@@ -31,6 +33,9 @@ ORDER = [
         "plain",
         "doctor",
         "cli_store",
+        "cli_archive",
+        "cli_verify",
+        "cli_import",
         "cli_eval",
         "cli",
         "__main__",
@@ -41,7 +46,10 @@ ORDER = [
 EDGES = {"cli.py", "jobs.py", "tui/app.py"}
 """The process edges, which report whatever is raised."""
 
-CLEANUPS = {"cli.py", "migrations.py", "supported.py", "worker.py", "tui/app.py", "tui/turns.py"}
+CLEANUPS = {
+    *("cli.py", "cli_import.py", "migrations.py", "opening.py", "supported.py", "worker.py"),
+    *("tui/app.py", "tui/turns.py"),
+}
 """Where everything is caught to be cleaned up after or named, and raised again."""
 
 
@@ -89,7 +97,7 @@ def test_tiers_and_scorers_and_front_ends_keep_to_their_contracts() -> None:
     assert reached["tui"] <= {"tui", "terminal", "events", "config", "errors", "worker"}
 
 
-LONGER = {"store.py": 340, "session.py": 330, "residence.py": 340}
+LONGER = {"store.py": 370, "session.py": 330, "residence.py": 370}
 """store: one class over one set of tables, whose rules would else stand in two places. session and residence: a turn,
 and what happens to its KV, are each read from top to bottom in one place."""
 

@@ -12,7 +12,8 @@ import transformers
 
 from kvchat.config import ModelConfig
 from kvchat.errors import ConfigError, ModelError
-from kvchat.model import TEXT_FIELDS, Model, fingerprint_difference, fingerprint_id, load
+from kvchat.fingerprint import TEXT_FIELDS, fingerprint_difference, fingerprint_id
+from kvchat.model import Model, load
 from tests.tiny import CHATML, FAMILIES, tiny_network, tiny_tokenizer
 
 PRINT_FINGERPRINT = """

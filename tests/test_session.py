@@ -70,15 +70,15 @@ def probe(session: Session) -> list[tuple[str, float]]:
     ("family", "dtype"), [("llama", torch.float32), ("qwen2", torch.bfloat16), ("qwen3", torch.bfloat16)]
 )
 def test_a_resumed_session_goes_on_bit_for_bit_as_if_it_had_never_been_closed(
-    opener: Open, family: str, dtype: torch.dtype, codec: str
+    opener: Open, tmp_path: Path, family: str, dtype: torch.dtype, codec: str
 ) -> None:
     how = {"family": family, "dtype": dtype, "codec__name": codec}
     worker = opener(**how)
     live = worker.open("trip")
     for number, question in enumerate(QUESTIONS):
         live.ask(question)
-        worker.open("trip").close()
-        again = opener(**how)
+        live.settle()
+        again = opener(**how, store__path=str(copy_of(tmp_path / "s.db", number)))
         resumed = again.open("trip")
         assert probe(resumed) == probe(live), f"after turn {number + 1}"
         again.close()
@@ -86,6 +86,16 @@ def test_a_resumed_session_goes_on_bit_for_bit_as_if_it_had_never_been_closed(
     assert "sealed" in kinds
     live.close()
     worker.close()
+
+
+def copy_of(store: Path, number: int) -> Path:
+    """A copy of a store that is open, in which its session is open nowhere."""
+    copy = store.with_name(f"copy-{number}.db")
+    with sqlite3.connect(store) as source, sqlite3.connect(copy) as target:
+        source.backup(target)
+    source.close()
+    target.close()
+    return copy
 
 
 def test_nothing_is_computed_again_after_resuming(opener: Open) -> None:

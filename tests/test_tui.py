@@ -30,6 +30,7 @@ STATS = {
     "num_kept": 1204,
     "bytes_in_memory": 18_000_000,
     "bytes_on_disk": 4_100_000,
+    "stored": 0.5,
 }
 
 

@@ -1,4 +1,4 @@
-"""What saved KV takes and how fast it is written and read, for every codec, on the history's exact KV."""
+"""What saved KV takes, costs and how fast it is written and read, for every codec, on the history's exact KV."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvchat.bench.closeness import Closeness
 from kvchat.bench.history import Subject, drain, ratio, spread, timed
 from kvchat.cache.segment import Ranking
 from kvchat.codecs import CODECS, SegmentHeader, decode_frame, encode_segment, packed_bytes, param_bytes
+from kvchat.codecs.encode import ARCHIVE
+from kvchat.codecs.fit import Part, fit_basis
+from kvchat.compress.compressor import codecs_for
+from kvchat.config import Config
+from kvchat.recode import dense
 from kvchat.records import SegmentRecord
+from kvchat.sealing import cuts_of
 from kvchat.store import Store
 
 Frame = tuple[int, int, bytes]
-SAMPLE_TOKENS = 1024
+SAMPLE_TOKENS = 1536
 """At least so much of the history is coded, if it is so long."""
 
 
@@ -37,6 +44,11 @@ class Source:
         """Numbers of keys and values."""
         return 2 * sum(layer.numel() for layer in self.keys)
 
+    def part(self) -> Part:
+        """As what a basis is made of."""
+        present = torch.ones(self.ranking.chunk_of.shape, dtype=torch.bool)
+        return Part(torch.stack(list(self.keys)), torch.stack(list(self.values)), self.ranking, present)
+
 
 @dataclass(frozen=True)
 class Written:
@@ -48,7 +60,7 @@ class Written:
 
     @property
     def bodies(self) -> list[bytes]:
-        """The header and all frames."""
+        """The header and all frames; the basis, which segments share, is not among them."""
         return [self.record.header, *(blob for _, _, blob in self.frames)]
 
     @property
@@ -66,48 +78,57 @@ def store(subject: Subject) -> dict[str, Any]:
     """
     saved = subject.conversation.stats()
     plain, on_disk = subject.engine.model.bf16_bytes_per_token, saved["bytes_on_disk"] / saved["num_tokens"]
-    sources = list_sources(subject)
+    sources, listed = list_sources(subject), ",".join(subject.config.codec.names)
+    closeness = Closeness(subject, [one.part()[:2] for one in sources], sources[-1].record.end)
     return {
         "history_tokens": saved["num_tokens"],
-        "codec": subject.config.codec.name,
+        "codec": listed,
         "disk_bytes_per_token": round(on_disk, 1),
         "bf16_bytes_per_token": plain,
         "compression_factor": round(plain / on_disk, 3),
         "coded_tokens": sources[-1].record.end,
-        "codecs": {name: one_codec(name, sources, subject) for name in CODECS},
+        "codecs": {
+            name: one_codec(name, sources, subject, closeness) for name in dict.fromkeys([*CODECS, ARCHIVE, listed])
+        },
     }
 
 
 def list_sources(subject: Subject) -> list[Source]:
-    """The history's first segments, up to SAMPLE_TOKENS, with the KV that transformers computed for them."""
+    """The history's first segments, up to SAMPLE_TOKENS, with the KV that transformers computed for them.
+
+    Behind them some of the history is left, if it has two segments: there the codecs are compared.
+    """
     path, residence, layers = subject.conversation.path, subject.conversation.residence, subject.plain.layers
     sources: list[Source] = []
     for record, _ in residence.store.cover([message.id for message in path], residence.fingerprint):
         if record.start >= SAMPLE_TOKENS:
             break
-        ranking = SegmentHeader.from_bytes(record.header).ranking
+        ranking = SegmentHeader.from_bytes(record.header, record.basis).ranking
         part = slice(record.start, record.end)
         keys, values = [layer.keys[0][:, part] for layer in layers], [layer.values[0][:, part] for layer in layers]
         sources.append(Source(record, ranking, keys, values))
-    return sources
+    return sources[:-1] if len(sources) > 1 and sources[-1].record.end == len(subject.ids) else sources
 
 
-def one_codec(name: str, sources: Sequence[Source], subject: Subject) -> dict[str, Any]:
-    """Bits an element, and the speeds of coding, writing and reading."""
+def one_codec(name: str, sources: Sequence[Source], subject: Subject, closeness: Closeness) -> dict[str, Any]:
+    """Bits an element, KL against the full cache, and the speeds of coding, writing and reading."""
     device, folder = subject.engine.model.device, subject.config.store_path.parent
     runs = Runs()
     for _ in range(subject.rounds):
         written: list[Written] = []
-        runs.add("encode", partial(encode_all, name, sources, written), device)
+        runs.add("encode", partial(encode_all, name, sources, subject.config, written), device)
         runs.add("decode", partial(decode_all, written, device), device)
         rows_and_file(runs, written, subject.conversation.store, folder / "plain.bin")
     bits, elements = 8, sum(source.elements for source in sources)
-    stored = sum(len(body) for one in written for body in one.bodies)
+    shared = sum(len(basis) for basis in {one.record.basis for one in written})
+    stored = shared + sum(len(body) for one in written for body in one.bodies)
     packed, plain = sum(one.packed for one in written), torch.bfloat16.itemsize * elements
     return {
         "bits_per_element_on_disk": round(bits * stored / elements, 3),
-        "bits_per_element_packed": round(bits * packed / elements, 3),
+        # A codec that is nothing without zstd has no size before it.
+        "bits_per_element_packed": None if name == ARCHIVE else round(bits * packed / elements, 3),
         "compression_factor": round(plain / stored, 3),
+        "kl": closeness.kl([dense(one.header, one.frames, device) for one in written]),
         **runs.speeds(plain, "encode", "decode"),
         **runs.speeds(stored, "store_write", "file_write_fsync", "file_write", "store_read", "file_read"),
         "write_over_file_fsync": runs.speedup("store_write", "file_write_fsync"),
@@ -136,14 +157,18 @@ class Runs:
 
 
 @torch.inference_mode()
-def encode_all(name: str, sources: Sequence[Source], written: list[Written]) -> None:
-    """Add every segment in a codec to `written`."""
-    written += [encoded(name, source) for source in sources]
+def encode_all(name: str, sources: Sequence[Source], config: Config, written: list[Written]) -> None:
+    """Add every segment in a codec to `written`; for the archive this makes the basis too."""
+    compress, basis = config.compress, b""
+    if name == ARCHIVE:
+        basis = fit_basis(iter([source.part() for source in sources]))
+    names = codecs_for(cuts_of(compress), compress.rank_chunks, name.split(","))
+    written += [encoded(name, names, source, basis) for source in sources]
 
 
-def encoded(name: str, source: Source) -> Written:
+def encoded(name: str, names: Sequence[str], source: Source, basis: bytes) -> Written:
     """One segment in a codec, under an id of its own and a fingerprint that no conversation asks for."""
-    header, frames = encode_segment(name, source.keys, source.values, source.ranking)
+    header, frames = encode_segment(names, source.keys, source.values, source.ranking, basis)
     listed = list(frames)
     record = replace(
         source.record,
@@ -153,6 +178,8 @@ def encoded(name: str, source: Source) -> Written:
         header=header.to_bytes(),
         num_chunks=header.ranking.num_chunks,
         num_groups=header.num_groups,
+        stored_chunks=header.ranking.num_chunks,
+        basis=basis,
     )
     return Written(record, header, listed)
 

@@ -56,7 +56,7 @@ class ChannelKeys:
         by_row, tokens = torch.stack(list(layers)).flatten(0, 2), layers[0].shape[1]
 
         def take(rows: npt.NDArray[np.int64]) -> Planes:
-            index, real = _padded_groups(np.bincount(rows // tokens))
+            index, real = padded_groups(np.bincount(rows // tokens))
             padded = torch.from_numpy(rows[index]).to(by_row.device)
             keys = by_row.index_select(0, padded).float().view(-1, GROUP, by_row.shape[1])
             codes, scale, low = self._quantise(keys)
@@ -99,19 +99,20 @@ class ChannelKeys:
         return codes, scale, low
 
 
-def row_groups(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The group of each row, (N,), of heads with `counts` rows."""
-    groups = -(-counts // GROUP)
+def row_groups(counts: npt.NDArray[np.int64], size: int = GROUP) -> npt.NDArray[np.int64]:
+    """The group of each row, (N,), of heads with `counts` rows, if a group has `size`."""
+    groups = -(-counts // size)
     first_row, first_group = np.cumsum(counts) - counts, np.cumsum(groups) - groups
     head = np.repeat(np.arange(len(counts)), counts)
-    group: npt.NDArray[np.int64] = first_group[head] + (np.arange(len(head)) - first_row[head]) // GROUP
+    group: npt.NDArray[np.int64] = first_group[head] + (np.arange(len(head)) - first_row[head]) // size
     return group
 
 
-def _padded_groups(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """32 rows for every group, the last row of a short one repeated, and which of these rows are no repetition."""
-    group = row_groups(counts)
-    sizes = np.bincount(group)
-    first, place = np.cumsum(sizes) - sizes, np.arange(GROUP)
+def padded_groups(
+    counts: npt.NDArray[np.int64], size: int = GROUP
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """`size` rows for every group, the last row of a short one repeated, and which of these rows are no repetition."""
+    sizes = np.bincount(row_groups(counts, size))
+    first, place = np.cumsum(sizes) - sizes, np.arange(size)
     index = first[:, None] + np.minimum(place, sizes[:, None] - 1)
     return index.reshape(-1), (place < sizes[:, None]).reshape(-1)

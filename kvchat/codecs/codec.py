@@ -24,11 +24,15 @@ Take = Callable[[npt.NDArray[np.int64]], Planes]
 
 @dataclass(frozen=True, slots=True)
 class FrameRows:
-    """The rows of a frame: `counts` (layers, H) in (layer, head, time) order, each of `head_dim` numbers of `dtype`."""
+    """The rows of a frame: `counts` (layers, H) in (layer, head, time) order, each of `head_dim` numbers of `dtype`.
+
+    `positions` (N,) says where each stood in the conversation, for who decodes.
+    """
 
     counts: npt.NDArray[np.int64]
     head_dim: int
     dtype: torch.dtype
+    positions: npt.NDArray[np.int32] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from kvchat.cache.segment import LayerKV, Ranking
+from kvchat.codecs.archive import Basis
+from kvchat.codecs.bounded import Bounded
 from kvchat.codecs.channel import ChannelKeys
 from kvchat.codecs.codec import Codec, FrameRows, Method, Take
 from kvchat.codecs.frame import Planes, expect, pack, unpack
@@ -32,11 +34,16 @@ _VALUES: dict[int, Method] = {8: Values8(), **{bits: RotatedValues(bits) for bit
 CODECS: dict[str, Codec] = {
     "raw": Codec(Raw("key"), Raw("value")),
     **{f"k{k}v{v}": Codec(keys, values) for k, keys in _KEYS.items() for v, values in _VALUES.items() if k >= v},
+    **{f"eb{step}": Codec(Bounded("key", step / 100), Bounded("value", step / 100)) for step in (2, 5, 10, 20)},
 }
-"""By name: `raw`, and k and v with the bits of keys and values. config.CODEC_NAMES repeats the names, without torch."""
+"""By name: `raw`; k and v with the bits of keys and values; eb with the step in percent of a unit's range.
+config.CODEC_NAMES repeats the names, without torch."""
+ARCHIVE = "archive"
+"""The codec that needs a basis, which other segments share; it serves all chunks of a segment."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _FRAME_BYTES = 4 * 1024 * 1024
+_MOST_TOKENS = 2**31 - 1
 _HEADER_BYTES = 256 * 1024 * 1024
 
 
@@ -47,6 +54,7 @@ class SegmentHeader:
     codecs      name of each rank chunk's codec; the last serves all further chunks
     group_size  layers per frame (the last group may have fewer)
     params      the codecs' planes for the whole segment, first axis L
+    basis       what codec `archive` shares with other segments
     """
 
     codecs: tuple[str, ...]
@@ -55,6 +63,7 @@ class SegmentHeader:
     ranking: Ranking
     group_size: int
     params: Planes
+    basis: Basis | None = None
 
     @property
     def num_layers(self) -> int:
@@ -75,6 +84,10 @@ class SegmentHeader:
         """Name of a rank chunk's codec."""
         return self.codecs[min(chunk, len(self.codecs) - 1)]
 
+    def method(self, chunk: int) -> Codec:
+        """A rank chunk's codec."""
+        return _codec(self.codec(chunk), self.basis, self.ranking)
+
     def layers(self, group: int) -> tuple[int, int]:
         """First layer of a group and one past its last."""
         return group * self.group_size, min((group + 1) * self.group_size, self.num_layers)
@@ -90,14 +103,19 @@ class SegmentHeader:
             "start": self.ranking.start,
             "group_size": self.group_size,
         }
+        if self.basis:
+            head["basis"] = self.basis.identity
         planes = {"chunk_of": self.ranking.chunk_of, **self.params}
         if self.ranking.scores is not None:
             planes["chunk_scores"] = np.array(self.ranking.scores, np.float32)
         return pack(head, planes)
 
     @classmethod
-    def from_bytes(cls, blob: bytes) -> SegmentHeader:
-        """The header that `to_bytes` wrote. Raises CorruptFrame, or UnknownCodec for one of a newer version."""
+    def from_bytes(cls, blob: bytes, basis: bytes = b"") -> SegmentHeader:
+        """The header that `to_bytes` wrote; `basis` is what it shares with other segments, if it does.
+
+        Raises CorruptFrame, also if the basis is missing or another; or UnknownCodec for one of a newer version.
+        """
         head, planes = unpack(blob, limit=_HEADER_BYTES)
         match head:
             case {
@@ -114,33 +132,58 @@ class SegmentHeader:
         chunk_of = planes.pop("chunk_of", np.zeros(0, np.uint8))
         if chunk_of.ndim != 3 or chunk_of.dtype != np.uint8 or not chunk_of.size:
             raise CorruptFrame(f"the segment's ranking has shape {chunk_of.shape}, expected (layers, heads, tokens)")
-        layers, heads, _ = chunk_of.shape
-        shapes = {
-            plane: shape
-            for name in codecs
-            for plane, shape in find_codec(name).param_shapes(layers, heads, head_dim).items()
-        }
-        params = {plane: expect(planes, plane, shape, "<f4") for plane, shape in shapes.items()}
         scores = None
         if "chunk_scores" in planes:
             chunks = (int(chunk_of.max()) + 1,)
             scores = tuple(expect(planes, "chunk_scores", chunks, "<f4").tolist())
-        return cls(codecs, DTYPES[dtype], head_dim, Ranking(start, chunk_of, scores), group_size, params)
+        layers, heads, tokens = chunk_of.shape
+        if start + tokens > _MOST_TOKENS:
+            raise CorruptFrame(f"the segment begins at token {start}, which no conversation has")
+        shared = _shared(codecs, head.get("basis"), basis, (layers, heads, head_dim))
+        ranking = Ranking(start, chunk_of, scores)
+        shapes = {
+            plane: shape
+            for name in codecs
+            for plane, shape in _codec(name, shared, ranking).param_shapes(layers, heads, head_dim).items()
+        }
+        params = {plane: expect(planes, plane, shape, "<f4") for plane, shape in shapes.items()}
+        return cls(codecs, DTYPES[dtype], head_dim, ranking, group_size, params, shared)
 
 
 def find_codec(name: str) -> Codec:
-    """The codec of that name, or UnknownCodec."""
+    """The codec of that name, or UnknownCodec; not `archive`, which only a basis makes a codec."""
     if name not in CODECS:
         raise UnknownCodec(f"codec {name!r} is not known to this program; known: {', '.join(CODECS)}")
     return CODECS[name]
 
 
+def _codec(name: str, basis: Basis | None, ranking: Ranking) -> Codec:
+    return basis.codec(ranking) if basis and name == ARCHIVE else find_codec(name)
+
+
+def _shared(codecs: tuple[str, ...], identity: Any, blob: bytes, shape: tuple[int, int, int]) -> Basis | None:
+    """The basis of a segment that needs one. Raises CorruptFrame."""
+    if ARCHIVE not in codecs:
+        return None
+    if codecs != (ARCHIVE,):
+        raise CorruptFrame(f"codec {ARCHIVE} serves a whole segment, not as one of {', '.join(codecs)}"[:120])
+    basis = Basis.from_bytes(blob, *shape)
+    if basis.identity != identity:
+        raise CorruptFrame(f"the segment was archived with basis {str(identity)[:40]}, not {basis.identity}")
+    return basis
+
+
 def encode_segment(
-    codecs: str | Sequence[str], keys: Sequence[Tensor], values: Sequence[Tensor], ranking: Ranking
+    codecs: str | Sequence[str],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    ranking: Ranking,
+    basis: bytes = b"",
 ) -> tuple[SegmentHeader, Iterator[tuple[int, int, bytes]]]:
     """Header, and the frames as (chunk, group, bytes), made as they are asked for.
 
     codecs: one name for all, or the name of each rank chunk's codec, of which the last serves all further chunks.
+    basis: for codec `archive`, what `fit_basis` gave.
     keys, values: L layers of (H, T, D) exact KV in bfloat16, float16 or float32, on any device. The codecs have read
     them when this returns. Raises UnknownCodec, and CodecError for values that a codec cannot write.
     """
@@ -148,10 +191,12 @@ def encode_segment(
     assert all(x.shape[:2] == ranking.chunk_of.shape[1:] and x.dtype == keys[0].dtype for x in (*keys, *values))
     names = _shortest((codecs,) if isinstance(codecs, str) else tuple(codecs), ranking.num_chunks)
     dtype, head_dim = keys[0].dtype, keys[0].shape[2]
-    group_size = _group_size(ranking, [find_codec(name) for name in names], head_dim, dtype)
-    params, takes = _read([find_codec(name) for name in names], keys, values)
-    header = SegmentHeader(names, dtype, head_dim, ranking, group_size, params)
-    return header, _frames(header, takes)
+    shared = Basis.from_bytes(basis, len(keys), len(keys[0]), head_dim) if names == (ARCHIVE,) else None
+    found = [_codec(name, shared, ranking) for name in names]
+    group_size = _group_size(ranking, found, head_dim, dtype)
+    params, takes = _read(found, keys, values)
+    header = SegmentHeader(names, dtype, head_dim, ranking, group_size, params, shared)
+    return header, _frames(header, found, takes)
 
 
 def decode_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes, device: torch.device) -> list[LayerKV]:
@@ -160,17 +205,20 @@ def decode_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes, dev
     Raises CorruptFrame if the bytes are damaged or are not this frame of this segment.
     """
     assert 0 <= chunk < header.ranking.num_chunks and 0 <= group < header.num_groups, (chunk, group)
-    name = header.codec(chunk)
-    codec = find_codec(name)
+    name, codec = header.codec(chunk), header.method(chunk)
     first, last = header.layers(group)
     counts = header.ranking.counts(chunk)[first:last]
-    rows = FrameRows(counts, header.head_dim, header.dtype)
+    times = header.ranking.rows(chunk, first, last) % header.ranking.chunk_of.shape[2]
+    positions = (times + header.ranking.start).astype(np.int32)
+    rows = FrameRows(counts, header.head_dim, header.dtype, positions)
     head, planes = unpack(blob, limit=int(codec.layer_bytes(rows, scale_bytes=4).sum()))
     if head != _frame_head(header, chunk, group):
         raise CorruptFrame(f"not chunk {chunk} of layer group {group} in {name}: {str(head)[:120]}")
     params = {name: plane[first:last] for name, plane in header.params.items()}
+    if header.basis:
+        params = header.basis.of_layers(first, last)
     keys, values = (method.decode(planes, params, rows, device) for method in (codec.keys, codec.values))
-    return _layers(header.ranking, chunk, first, counts, keys, values)
+    return _layers(counts, keys, values, torch.from_numpy(positions).to(keys.device))
 
 
 def packed_bytes(header: SegmentHeader, chunk: int) -> int:
@@ -181,7 +229,7 @@ def packed_bytes(header: SegmentHeader, chunk: int) -> int:
     as much.
     """
     rows = FrameRows(header.ranking.counts(chunk), header.head_dim, header.dtype)
-    return int(find_codec(header.codec(chunk)).layer_bytes(rows, scale_bytes=2).sum())
+    return int(header.method(chunk).layer_bytes(rows, scale_bytes=2).sum())
 
 
 def param_bytes(header: SegmentHeader) -> int:
@@ -225,10 +273,12 @@ def _read(
     return params, takes
 
 
-def _frames(header: SegmentHeader, takes: dict[Method, Take]) -> Iterator[tuple[int, int, bytes]]:
+def _frames(
+    header: SegmentHeader, codecs: Sequence[Codec], takes: dict[Method, Take]
+) -> Iterator[tuple[int, int, bytes]]:
     per_layer = header.num_kv_heads * header.ranking.chunk_of.shape[2]
     for chunk in range(header.ranking.num_chunks):
-        codec = find_codec(header.codec(chunk))
+        codec = codecs[min(chunk, len(codecs) - 1)]
         for group in range(header.num_groups):
             first, last = header.layers(group)
             rows = header.ranking.rows(chunk, first, last) + first * per_layer
@@ -240,11 +290,7 @@ def _frame_head(header: SegmentHeader, chunk: int, group: int) -> dict[str, Any]
     return {"kind": "rows", "codec": header.codec(chunk), "chunk": chunk, "group": group}
 
 
-def _layers(
-    ranking: Ranking, chunk: int, first: int, counts: npt.NDArray[np.int64], keys: Tensor, values: Tensor
-) -> list[LayerKV]:
-    times = ranking.rows(chunk, first, first + len(counts)) % ranking.chunk_of.shape[2]
-    positions = torch.from_numpy((times + ranking.start).astype(np.int32)).to(keys.device)
+def _layers(counts: npt.NDArray[np.int64], keys: Tensor, values: Tensor, positions: Tensor) -> list[LayerKV]:
     cu_seqlens = torch.zeros(len(counts), counts.shape[1] + 1, dtype=torch.int32)
     cu_seqlens[:, 1:] = torch.from_numpy(counts.cumsum(axis=1))
     per_layer = counts.sum(axis=1).tolist()

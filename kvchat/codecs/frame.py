@@ -93,6 +93,13 @@ def check(blob: bytes) -> None:
         raise CorruptFrame(f"the frame's header claims {header_length} bytes of {len(blob)}")
 
 
+def read_head(blob: bytes) -> dict[str, Any]:
+    """The head of a frame, its planes unread. Raises what `check` raises."""
+    check(blob)
+    header_length = _PREFIX.unpack_from(blob)[3]
+    return _read_header(memoryview(blob)[_PREFIX.size : _PREFIX.size + header_length])[0]
+
+
 def unpack(blob: bytes, *, limit: int) -> tuple[dict[str, Any], Planes]:
     """Head and planes of a frame whose planes take at most `limit` bytes; raw planes are read-only views of `blob`.
 

@@ -159,9 +159,9 @@ def _refuse_unless(what: str, fits: Tensor) -> None:
 
 def scale_and_min(low: Tensor, extent: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Scale and min, for codes 0 .. levels, of ranges that begin at `low`: both float16 if all fit, else float32."""
-    low16 = _round_down_half(low)
+    low16 = round_down_half(low)
     # The range grows by what rounding took off the min; a min that overflowed makes it infinite.
-    scale16 = -_round_down_half(-(low + extent - low16.float()) / levels)
+    scale16 = -round_down_half(-(low + extent - low16.float()) / levels)
     if bool(scale16.isfinite().all()):
         return or_one(scale16), low16
     return or_one(_round_up_16_bits(extent / levels)), low
@@ -182,7 +182,7 @@ def _round_up_16_bits(scale: Tensor) -> Tensor:
     return ((scale.view(torch.int32) + 0xFF) & ~0xFF).view(torch.float32)
 
 
-def _round_down_half(x: Tensor) -> Tensor:
+def round_down_half(x: Tensor) -> Tensor:
     """A float16 at or just below x; minus infinity if there is none."""
     near = x.half()
     return torch.where(near.float() > x, (x - x.abs() * 2.0**-10 - 2.0**-24).half(), near)

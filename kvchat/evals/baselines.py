@@ -58,8 +58,9 @@ def encoded_bytes(header: SegmentHeader, chunks: Iterable[int]) -> int:
 class Unsaved(Residence):
     """A residence that writes nothing."""
 
-    def _save_waiting(self, path: Sequence[Message]) -> None:
+    def _save_waiting(self, path: Sequence[Message]) -> Steps:
         """Nothing is saved."""
+        yield from ()
 
 
 class Full(Unsaved):

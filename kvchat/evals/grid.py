@@ -28,7 +28,7 @@ from kvchat.evals.cases import Case, Question, asked, cut
 from kvchat.evals.measures import ANSWER_TOKENS, MEASURES, Truth, truth
 from kvchat.evals.rescoring import OneShot, Recompress, SnapRecompress
 from kvchat.events import Listener, Notice, Progress
-from kvchat.model import fingerprint_id
+from kvchat.fingerprint import fingerprint_id
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.store import Store

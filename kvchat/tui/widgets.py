@@ -276,7 +276,7 @@ def stats_table(stats: dict[str, Any]) -> str:
         f"{stats['name']} · {stats['model']} · {stats['num_turns']} turns",
         f"{stats['num_seen']} of {stats['context_window']} tokens seen",
         f"kept {stats['num_kept']}/{stats['num_pairs']} pairs · {megabytes(stats['bytes_in_memory'])} in memory · "
-        f"{megabytes(stats['bytes_on_disk'])} on disk",
+        f"{megabytes(stats['bytes_on_disk'])} on disk ({stats['stored']:.2f} of the pairs)",
     ]
     if stats["turns"]:
         lines += ["", f"{'turn':<5} {'tokens':>8} {'pairs':>10} {'memory':>10} {'disk':>10}"]

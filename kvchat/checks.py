@@ -1,0 +1,161 @@
+"""The part of the store that finds damage, and mends what can be made again: all but the text.
+
+KV and the search index are derived from the text. What is damaged among them is removed; the index is made anew at
+once, KV when its session is opened the next time.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from kvchat.errors import StoreDamaged
+from kvchat.kv_store import KVStore, short
+from kvchat.migrations import explained
+from kvchat.queries import PATH
+from kvchat.records import message_id, now, pack_ids, place_below, unpack_ids
+from kvchat.salvage import DERIVED, salvage
+
+MEND = "`kvchat verify --repair` mends it"
+RESTORE = "restore a copy of the database"
+REBUILT = "its KV is made again when the session is opened"
+Ends = Mapping[str, Sequence[str]]
+"""The name of each session to the ends of its path and branches."""
+
+
+class Damaged(NamedTuple):
+    """A segment, whose it is, and what is wrong with it."""
+
+    id: str
+    label: str
+    problems: list[str]
+
+
+class Checks(KVStore):
+    """Use it as part of `kvchat.store.Store`."""
+
+    def page_problems(self) -> list[str]:
+        """What SQLite finds wrong with the file as such; nothing else can be relied on then."""
+        problems = self._integrity("")
+        if not problems:
+            return []
+        tables = self._rows("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+        text = [row["name"] for row in tables if not row["name"].startswith(("messages_fts", *DERIVED, "probes"))]
+        cure = RESTORE if any(self._integrity(f"('{name}')") for name in text) else MEND
+        return [f"{self.file}: {problem}; {cure}" for problem in problems]
+
+    def require_sound(self, name: str, tip: str | None) -> None:
+        """Raise StoreDamaged unless the messages of a session up to `tip` are all there, as they were written."""
+        for problem in self._path_problems({name: [tip] if tip else []}, defaultdict(set)):
+            raise StoreDamaged(problem)
+
+    def problems(self, ends: Ends, everything: bool) -> list[str]:
+        """What is wrong with these sessions, or with all there is, one line a problem."""
+        owners: defaultdict[str, set[str]] = defaultdict(set)
+        problems = [*self._index_problems(), *self._reference_problems(), *self._path_problems(ends, owners)]
+        damaged = self._damaged_segments(owners, everything)
+        return problems + [f"{one.label}: {problem}; {REBUILT}" for one in damaged for problem in one.problems]
+
+    def mend(self, ends: Ends, everything: bool) -> list[str]:
+        """Remove damaged KV, and make the index anew; what was done, one line each. Text is never touched."""
+        done, owners = [], defaultdict[str, set[str]](set)
+        if self._index_problems():
+            with self._write():
+                self._db.execute("INSERT INTO messages_fts(messages_fts) VALUES ('rebuild')")
+            done.append("the search index was made anew")
+        with self._write():
+            for table in ("frames", "segment_messages"):
+                orphans = f"DELETE FROM {table} WHERE segment_id NOT IN (SELECT id FROM segments)"
+                if count := self._db.execute(orphans).rowcount:
+                    done.append(f"{count} rows of {table} without a segment were removed")
+        self._path_problems(ends, owners)
+        for one in self._damaged_segments(owners, everything):
+            self.drop_segment(one.id)
+            done.append(f"{one.label} was removed; {REBUILT}")
+        return done
+
+    def mend_pages(self) -> list[str]:
+        """Write the file anew without its damaged pages.
+
+        Raises:
+            StoreDamaged: text lay in them; nothing was changed.
+        """
+        with explained(self.file):
+            salvage(self._db, self.file)
+        return [f"{self.file} was written anew without its damaged pages; KV that lay in them is made again"]
+
+    def probe(self, session_id: int) -> tuple[str, tuple[int, ...]] | None:
+        """State and tokens of the answer that was recorded last."""
+        rows = self._rows("SELECT state, token_ids FROM probes WHERE session_id = :id", id=session_id)
+        return (rows[0]["state"], unpack_ids(rows[0]["token_ids"])) if rows else None
+
+    def put_probe(self, session_id: int, state: str, token_ids: Sequence[int]) -> None:
+        """Record an answer in place of the last one. Raises StoreError: another process deleted the session."""
+        with self._write("NORMAL"):
+            row = [session_id, state, pack_ids(token_ids), now()]
+            self._db.execute("INSERT OR REPLACE INTO probes VALUES (?, ?, ?, ?)", row)
+
+    def written(self, segment_ids: Sequence[str]) -> list[tuple[str, str, str]]:
+        """Id, time and codec of these segments as they were written, in the order of their ids."""
+        sql = "SELECT id, created, codec FROM segments WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY 1"
+        return [(row["id"], row["created"], row["codec"]) for row in self._rows(sql, ids=json.dumps(list(segment_ids)))]
+
+    def _integrity(self, table: str) -> list[str]:
+        try:
+            found = [row[0] for row in self._rows(f"PRAGMA integrity_check{table}")]
+        except StoreDamaged as error:
+            return [str(error.__cause__)]
+        return [" ".join(problem.split()) for problem in found if problem != "ok"][:20]
+
+    def _index_problems(self) -> list[str]:
+        with self._write():
+            try:
+                self._db.execute("INSERT INTO messages_fts(messages_fts, rank) VALUES ('integrity-check', 1)")
+            except sqlite3.DatabaseError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
+                    raise
+                return [f"the search index does not agree with the text; {MEND}"]
+        return []
+
+    def _reference_problems(self) -> list[str]:
+        rows = self._rows('SELECT "table", parent, count(*) AS number FROM pragma_foreign_key_check GROUP BY 1, 2')
+        return [
+            f"{row['number']} rows of {row['table']} refer to {row['parent']} that are missing;"
+            f" {MEND if row['parent'] == 'segments' else RESTORE}"
+            for row in rows
+        ]
+
+    def _path_problems(self, ends: Ends, owners: defaultdict[str, set[str]]) -> list[str]:
+        """Check all messages, and note in `owners` which sessions hold them."""
+        return [problem for name in ends for tip in ends[name] for problem in self._check_path(name, tip, owners)]
+
+    def _check_path(self, name: str, tip: str, owners: defaultdict[str, set[str]]) -> Iterable[str]:
+        rows = self._rows(PATH, tip=tip)
+        if not rows or rows[0]["parent"] is not None:
+            missing = rows[0]["parent"] if rows else tip
+            yield f"session {name!r}: message {short(missing)} is missing, with all before it; {RESTORE}"
+            return
+        place = None
+        for row in rows:
+            ids = unpack_ids(row["token_ids"])
+            place = place_below(place, row["role"], len(ids))
+            sound = row["id"] in owners or (
+                row["id"] == message_id(row["parent"], row["role"], row["content"], ids)
+                and place == (row["depth"], row["turn"], row["start_token"], row["end_token"])
+            )
+            if not sound:
+                yield f"session {name!r}: message {short(row['id'])} was altered; {RESTORE}"
+            owners[row["id"]].add(name)
+
+    def _damaged_segments(self, owners: Mapping[str, set[str]], everything: bool) -> Iterable[Damaged]:
+        """Of the sessions in `owners`, or of all."""
+        for row in self._rows("SELECT id FROM segments ORDER BY start_token, id"):
+            record = self._segments([row["id"]])[row["id"]]
+            names = sorted({name for message in record.messages for name in owners.get(message, ())})
+            problems = list(self._segment_problems(record)) if names or everything else []
+            if problems:
+                label = f"session {', '.join(map(repr, names))}: segment {short(record.id)}"
+                yield Damaged(record.id, label, problems)
