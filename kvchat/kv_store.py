@@ -100,9 +100,7 @@ class KVStore:
             self._db.execute("DELETE FROM segments WHERE id = ?", [old])
         return True
 
-    def _place(
-        self, record: SegmentRecord, frames: Iterable[tuple[int, int, bytes]], replaces: Sequence[str]
-    ) -> None:
+    def _place(self, record: SegmentRecord, frames: Iterable[tuple[int, int, bytes]], replaces: Sequence[str]) -> None:
         """In a transaction: write a segment that is not there yet, and drop the open ones that it replaces."""
         assert record.id not in replaces
         if self._db.execute("SELECT 1 FROM segments WHERE id = ?", [record.id]).fetchone() is None:

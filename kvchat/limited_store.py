@@ -44,7 +44,7 @@ class LimitedStore(KVStore):
                 self._place(record, frames, replaces)
             return True
         frames, room = list(frames), self.room()
-        needed = _bytes_of(record, frames)
+        needed = _bytes_of(record, frames) - sum(one.nbytes for one in self._segments(replaces).values())
         if room.in_use + needed > room.allowed and self._could_fit(record, frames, room.allowed):
             self._shed_until(room.allowed - needed, owner, self._plan(owner)[:WRITTEN])
         with self._write("NORMAL"):

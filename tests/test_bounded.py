@@ -164,7 +164,7 @@ def test_a_unit_never_crosses_a_rank_chunk() -> None:
     header, frames = encode("eb5", list(x), list(x), Ranking(0, chunk_of))
     other = x.clone()
     other[:, :, 1::2] *= 100
-    header_2, frames_2 = encode("eb5", list(other), list(other), Ranking(0, chunk_of))
+    _, frames_2 = encode("eb5", list(other), list(other), Ranking(0, chunk_of))
     assert SegmentHeader.from_bytes(header).ranking.num_chunks == 2
     assert frames[0][2] == frames_2[0][2] and frames[1][2] != frames_2[1][2]
 

@@ -17,7 +17,8 @@ ORDER = [
     *("errors", "locks", "terminal", "events", "config", "transcript", "files", "fingerprint"),
     *("cache", "attention", "compress", "codecs"),
     *("template", "supported", "convert", "download", "model", "sampling", "engine"),
-    *("records", "migrations", "queries", "listing", "shed", "kv_store", "limited_store", "salvage", "checks", "store", "portable", "recode", "tiers", "sealing", "saving", "residence"),
+    *("records", "migrations", "queries", "listing", "shed", "kv_store", "limited_store", "salvage", "checks"),
+    *("store", "portable", "recode", "tiers", "sealing", "saving", "residence"),
     *(
         "stats",
         "session",

@@ -312,6 +312,16 @@ def test_a_store_that_text_alone_fills_keeps_all_text_and_no_kv(store: Store) ->
     assert len(store.path(store.session("a").tip)) == 4 and store.search("a1") and store.verify() == []
 
 
+def test_what_a_segment_replaces_makes_room_for_it(store: Store) -> None:
+    ids = fill(store, "a")
+    info, chain = converse(store, "b", "one", "two")
+    waiting = weigh(segment(chain, 0, 2, kind="open", num_chunks=1, num_groups=1), 240_000)
+    assert store.put_segment(*waiting, owner=info.id)
+    limit(store, in_use(store) + 20_000)
+    assert store.put_segment(*sealed(chain, 0, 2), [waiting[0].id], owner=info.id)
+    assert stored(store, ids) == {"a": [4, 4]} and store.segment(waiting[0].id) is None
+
+
 def test_a_segment_of_no_known_session_is_written_too(store: Store) -> None:
     fill(store, "a")
     _, chain = converse(store, "b", "one", "two")

@@ -324,8 +324,8 @@ def test_vacuum_gives_space_back(store: Store) -> None:
         ("UPDATE frames SET body = x'00' WHERE chunk = 1", ["'trip': segment b2:", "chunk 1: the frame is cut short"]),
         ("UPDATE segments SET header = x'00'", ["segment b2:sealed", "header: the frame is cut short: 1 bytes"]),
         ("UPDATE segments SET nbytes = nbytes + 1", ["segment b2:sealed", "bytes in 4 frames, and should have"]),
-        ("INSERT INTO frames VALUES ('b2:none', 0, 0, 1, x'00')", ["1 rows of frames", "`kvchat verify --repair` mends"]),
-        ("INSERT INTO messages_fts(rowid, content) VALUES (99, 'ghost')", ["search index", "`kvchat verify --repair` mends"]),
+        ("INSERT INTO frames VALUES ('b2:none', 0, 0, 1, x'00')", ["1 rows of frames", "--repair` mends"]),
+        ("INSERT INTO messages_fts(rowid, content) VALUES (99, 'ghost')", ["search index", "--repair` mends"]),
     ],
 )
 def test_verify_finds_and_names(path: Path, harm: str, found: list[str]) -> None:
