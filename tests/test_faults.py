@@ -475,7 +475,7 @@ def cut_file(folder: Path, chance: random.Random) -> None:
 SPOILT = [drop_index, drop_log, cut_log, flip_log, cut_file, spoil_index]
 
 
-@pytest.mark.parametrize("number", runs(0.06, 6))
+@pytest.mark.parametrize("number", runs(0.06, 3))
 def test_a_spoilt_log(reference: Reference, left_over: list[LeftOver], tmp_path: Path, number: int) -> None:
     """Its index is made anew; without the log, or its end, no turn is lost but the one in progress."""
     chance, spoil = draw("log", number), SPOILT[number % len(SPOILT)]
@@ -614,7 +614,7 @@ def test_some_damage_is_met_and_some_is_not(quantised: Quantised, tmp_path: Path
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", runs(0.04, 2))
+@pytest.mark.parametrize("number", runs(0.04, 1))
 def test_two_processes_on_one_session(reference: Reference, tmp_path: Path, number: int) -> None:
     """One of them may be told that the other has it open; what either got an answer to is there."""
     store = tmp_path / "s.db"
