@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,13 @@ def bytes_on_disk(path: Path) -> Iterator[bytes]:
     """The contents of the database file and what lies beside it."""
     for file in path.parent.glob(path.name + "*"):
         yield file.read_bytes()
+
+
+def copy_of(store: Path, number: int) -> Path:
+    """A copy of a store that is open, in which its session is open nowhere."""
+    copy = store.with_name(f"copy-{number}.db")
+    with sqlite3.connect(store) as source, sqlite3.connect(copy) as target:
+        source.backup(target)
+    source.close()
+    target.close()
+    return copy

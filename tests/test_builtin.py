@@ -9,6 +9,7 @@ import pytest
 from kvchat.config import Config
 from kvchat.model import Model
 from kvchat.worker import Worker
+from tests.store_parts import copy_of
 
 SAID = [{"role": ("user", "assistant")[i % 2], "content": f"Line {i} of a long talk about the sea."} for i in range(24)]
 
@@ -36,7 +37,8 @@ def test_a_resumed_session_of_the_built_in_model_goes_on_bit_for_bit(
     segments = live.stats()["segments"]
     assert {segment["kind"] for segment in segments} == {"sealed", "open"}
     assert any(segment["rows"] < segment["rows_total"] for segment in segments)
-    again = Worker(config, None, lambda *_: builtin_model)
+    given["store.path"] = str(copy_of(tmp_path / "s.db", 1))
+    again = Worker(Config.load(overrides=given), None, lambda *_: builtin_model)
     resumed = again.open("sea")
     assert resumed.logprobs("And then?", "We swam.") == live.logprobs("And then?", "We swam.")
     assert resumed.ask("And then?").text

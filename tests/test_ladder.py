@@ -22,8 +22,8 @@ from kvchat.compress.compressor import codecs_for
 from kvchat.config import CODEC_NAMES, Config
 from kvchat.errors import CodecError, ConfigError, CorruptFrame, UnknownCodec
 from kvchat.worker import Worker
+from tests.store_parts import copy_of
 from tests.test_codecs import CPU, bits, decode, encode, normal, random_ranking
-from tests.test_session import copy_of
 from tests.tiny import make_model
 
 FEW = (4, 3, 2)

@@ -19,6 +19,7 @@ from kvchat.handle import AsyncSession, Session
 from kvchat.residence import Residence
 from kvchat.store import Store
 from kvchat.worker import Worker
+from tests.store_parts import copy_of
 from tests.tiny import make_model
 
 SETTINGS = {
@@ -86,16 +87,6 @@ def test_a_resumed_session_goes_on_bit_for_bit_as_if_it_had_never_been_closed(
     assert "sealed" in kinds
     live.close()
     worker.close()
-
-
-def copy_of(store: Path, number: int) -> Path:
-    """A copy of a store that is open, in which its session is open nowhere."""
-    copy = store.with_name(f"copy-{number}.db")
-    with sqlite3.connect(store) as source, sqlite3.connect(copy) as target:
-        source.backup(target)
-    source.close()
-    target.close()
-    return copy
 
 
 def test_nothing_is_computed_again_after_resuming(opener: Open) -> None:

@@ -15,7 +15,8 @@ from kvchat.events import Notice
 from kvchat.handle import Session
 from kvchat.store import Store
 from kvchat.worker import Worker
-from tests.test_session import QUESTIONS, SETTINGS, copy_of, play, probe
+from tests.store_parts import copy_of
+from tests.test_session import QUESTIONS, SETTINGS, play, probe
 from tests.tiny import make_model
 
 Open = Callable[..., Worker]
