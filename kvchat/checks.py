@@ -10,6 +10,8 @@ import json
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import NamedTuple
 
 from kvchat.errors import StoreDamaged
@@ -82,9 +84,10 @@ class Checks(KVStore):
 
         Raises:
             StoreDamaged: text lay in them; nothing was changed.
+            StoreError: another process has the file open.
         """
         with explained(self.file):
-            salvage(self._db, self.file)
+            salvage(self._db, self.file, self._busy_timeout_s, _require_whole)
         return [f"{self.file} was written anew without its damaged pages; KV that lay in them is made again"]
 
     def probe(self, session_id: int) -> tuple[str, tuple[int, ...]] | None:
@@ -159,3 +162,11 @@ class Checks(KVStore):
             if problems:
                 label = f"session {', '.join(map(repr, names))}: segment {short(record.id)}"
                 yield Damaged(record.id, label, problems)
+
+
+def _require_whole(copy: Path) -> None:
+    """Raise StoreDamaged unless all messages of all sessions in a copy are there, as they were written."""
+    branches = "SELECT name, branches.tip FROM branches JOIN sessions ON id = session_id"
+    with closing(Checks(copy)) as checks:
+        for row in checks._rows(f"SELECT name, tip FROM sessions UNION ALL {branches}"):
+            checks.require_sound(row["name"], row["tip"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvchat import cli_store
+from kvchat.errors import InputError, SessionBusy
 from kvchat.flags import Json, StoreFlags, command
 
 if TYPE_CHECKING:
@@ -26,49 +28,143 @@ def archive(
     ] = "archive",
     as_json: Json = False,
 ) -> None:
-    """Write a session's saved KV anew with fewer bits."""
+    """Write a session's saved KV anew with fewer bits, that of its branches too."""
     from kvchat.locks import SessionLock
-    from kvchat.plain import size
 
+    codecs = _codecs(codec)
     with cli_store.open_store(flags) as store:
         info = store.session(name)
         with SessionLock(store.file, info.id, name):
-            figures = _recoded(store, store.session(name), codec.split(","))
+            figures = _recoded(store, store.session(name), codecs)
     if as_json:
         cli_store.print_json(figures)
     else:
-        before, after = (size(figures[f"bytes_{when}"]) for when in ("before", "after"))
-        print(f"{name}: {figures['recoded']} of {figures['segments']} segments; {before} before, {after} after")
+        print("\n".join(_told(figures)))
 
 
-def _recoded(store: Store, info: SessionInfo, codec: list[str]) -> dict[str, Any]:
-    """Recode a session's segments, less those that another session which is open shares."""
-    from kvchat.locks import held_elsewhere
+def _codecs(text: str) -> list[str]:
+    """The codecs of a list with commas. Raises InputError."""
+    from kvchat.config import CODEC_NAMES
+
+    names = [one.strip() for one in text.split(",")]
+    if names != ["archive"] and not all(one in CODEC_NAMES for one in names):
+        raise InputError(
+            f"--codec {text!r} is none; known: {', '.join(CODEC_NAMES)}, one or several of them with commas, or "
+            "archive by itself"
+        )
+    return _shortened(names)
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    """Without repeating the last, which serves all further chunks."""
+    kept = list(names)
+    while kept[-2:] == [kept[-1]] * 2:
+        kept.pop()
+    return kept
+
+
+def _recoded(store: Store, info: SessionInfo, codecs: list[str]) -> dict[str, Any]:
+    """Recode a session's segments, less those with as few bits, and those that a session which is open shares."""
     from kvchat.recode import recode
+    from kvchat.stats import bytes_of
 
-    sessions = {one.id: one for one in store.sessions() if one.id != info.id}
-    in_use = {one.id for other in held_elsewhere(store.file, sessions) for one in _segments(store, sessions[other])}
-    before = _segments(store, info)
-    written = recode(store, [one for one in before if one.id not in in_use], codec)
-    after = _segments(store, info)
+    with ExitStack() as locks:
+        before = _segments(store, info)
+        sealed = [one for one in before if one.kind == "sealed"]
+        few = {one.id for one in sealed if _bits(one, one.codec.split(",")) <= _bits(one, codecs)}
+        closed, opened = _sharing(store, info, {one.id for one in sealed} - few, locks)
+        in_use = {one for shared in opened.values() for one in shared}
+        chosen = {one.id for one in sealed} - few - in_use
+        # With those that are archived already: the others take over their basis.
+        given = [one for one in sealed if one.id in chosen or [one.codec] == codecs]
+        written = recode(store, given, codecs)
+        after = _segments(store, info)
     return {
         "session": info.name,
-        "codec": ",".join(codec),
+        "codec": ",".join(codecs),
         "segments": len(before),
         "recoded": len(written),
-        "bytes_before": _nbytes(before),
-        "bytes_after": _nbytes(after),
+        "few_bits": len(few),
+        "in_use": len(in_use),
+        "in_use_by": list(opened),
+        "unsealed": len(before) - len(sealed),
+        "shared_with": [name for name, shared in closed.items() if shared & chosen],
+        "bytes_before": bytes_of(before),
+        "bytes_after": bytes_of(after),
+        "bytes_free": store.room().reusable,
     }
 
 
+def _sharing(
+    store: Store, info: SessionInfo, segments: set[str], locks: ExitStack
+) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """What each other session shares of these segments: the closed ones, which are locked, and those that are open."""
+    from kvchat.locks import SessionLock
+
+    closed, opened = dict[str, set[str]](), dict[str, set[str]]()
+    for other in store.sessions() if segments else ():
+        if other.id == info.id or other.fingerprint != info.fingerprint:
+            continue
+        if shared := segments & {one.id for one in _segments(store, other)}:
+            try:
+                locks.enter_context(SessionLock(store.file, other.id, other.name))
+                closed[other.name] = shared
+            except SessionBusy:
+                opened[other.name] = shared
+    return closed, opened
+
+
 def _segments(store: Store, info: SessionInfo) -> list[SegmentRecord]:
-    """Those that a session's path is restored from."""
+    """Those that a session's path, and each of its branches, are restored from."""
     from kvchat.fingerprint import fingerprint_id
 
-    path = [message.id for message in store.path(info.tip)]
-    return [record for record, _ in store.cover(path, fingerprint_id(info.fingerprint))]
+    found: dict[str, SegmentRecord] = {}
+    for tip in (info.tip, *store.branches(info.id)):
+        path = [message.id for message in store.path(tip)]
+        found |= {record.id: record for record, _ in store.cover(path, fingerprint_id(info.fingerprint))}
+    return list(found.values())
 
 
-def _nbytes(records: Sequence[SegmentRecord]) -> int:
-    """What segments take, and what they share once."""
-    return sum(one.nbytes for one in records) + sum(len(basis) for basis in {one.basis for one in records})
+def _bits(record: SegmentRecord, codecs: Sequence[str]) -> float:
+    """Bits of an element of a segment's stored chunks in these codecs, by rank. Raises CodecError."""
+    from kvchat.codecs import SegmentHeader
+    from kvchat.shed import bits
+
+    names = _shortened(codecs)
+    if len(names) == 1:
+        return bits(names[0])
+    sizes = SegmentHeader.from_bytes(record.header, record.basis).ranking.sizes[: record.stored_chunks]
+    each = [bits(names[min(chunk, len(names) - 1)]) for chunk in range(len(sizes))]
+    return float(each @ sizes / sizes.sum())
+
+
+def _told(figures: dict[str, Any]) -> Iterable[str]:
+    """What was done, what was not and why, and whom else it concerns."""
+    from kvchat.plain import size
+
+    before, after, free = (size(figures[f"bytes_{which}"]) for which in ("before", "after", "free"))
+    gives = f"; `kvchat vacuum` gives {free} back to the disk" if figures["bytes_free"] else ""
+    yield (
+        f"{figures['session']}: {figures['recoded']} of {figures['segments']} segments; {before} before, {after} after"
+        + gives
+    )
+    few = "archived already" if figures["codec"] == "archive" else "written with as few bits already"
+    users = ", ".join(map(repr, figures["in_use_by"]))
+    reasons = {
+        few: figures["few_bits"],
+        f"in use by {users}, which {_be(len(figures['in_use_by']))} open": figures["in_use"],
+        "not sealed yet": figures["unsealed"],
+    }
+    said = [
+        f"{'all' if count == figures['segments'] else count} {_be(count)} {reason}"
+        for reason, count in reasons.items()
+        if count
+    ]
+    if said:
+        yield "; ".join(said)
+    if figures["shared_with"]:
+        yield f"shared with, and so written anew for, {', '.join(map(repr, figures['shared_with']))}"
+
+
+def _be(count: int) -> str:
+    return "is" if count == 1 else "are"

@@ -47,8 +47,8 @@ def _import_text(flags: ModelFlags, file: Path, name: str, format: str) -> None:
             session.close()
             worker.delete(name)
             raise
-        seconds = session.settle()
-    plain.say(f"{name}: {len(messages)} messages, {usage.prefilled_tokens} tokens; sealed in {seconds:.1f} s")
+        session.settle()
+    plain.say(f"{name}: {len(messages)} messages, {usage.prefilled_tokens} tokens")
 
 
 def _import_session(flags: ModelFlags, file: Path, name: str | None) -> None:

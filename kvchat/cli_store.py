@@ -189,7 +189,7 @@ def rm(
             raise InputError(f"deleting {name!r} needs a yes; add --yes")
         with SessionLock(store.file, session.id, name):
             if yes or typer.confirm(f"Delete {name!r} with {session.num_turns} turns for good?", err=True):
-                store.delete(name)
+                store.delete(name, session.id)
 
 
 @app.command()
@@ -261,7 +261,7 @@ def _export_session(flags: StoreFlags, name: str, output: Path | None, force: bo
 @app.command()
 @command
 def vacuum(flags: StoreFlags, as_json: Json = False) -> None:
-    """Give the space of deleted sessions back to the file system."""
+    """Give free space back to the file system: of deleted sessions, and of KV that was archived or given up."""
     from kvchat.plain import size
 
     with open_store(flags) as store:

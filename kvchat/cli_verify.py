@@ -17,6 +17,7 @@ OUTCOMES = {
     "same": "answers as recorded",
     "recorded": "recorded",
     "differs": "answers otherwise than recorded",
+    "no answer": "gives no answer",
     "not asked": "not asked",
 }
 Rows = list[dict[str, Any]]

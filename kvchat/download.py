@@ -157,8 +157,11 @@ def hub_folder(name: str, listener: Listener) -> Path:
 
 
 def is_here(name: str) -> bool:
-    """Whether a model needs no download but what the built-in one needs; `name` may come from anyone."""
-    return name == BUILTIN or os.path.exists(os.path.expanduser(name)) or _snapshot_here(name) is not None
+    """Whether it is the built-in model, or one of the hub that needs no download.
+
+    `name` may come from anyone, and a path from none but the user: what is also one counts as not here.
+    """
+    return name == BUILTIN or (not os.path.lexists(os.path.expanduser(name)) and _snapshot_here(name) is not None)
 
 
 def _snapshot_here(name: str) -> Path | None:

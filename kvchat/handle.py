@@ -144,7 +144,7 @@ class Session:
         return self._call(lambda: list(self._conversation.path))
 
     def settle(self) -> float:
-        """Wait until every finished turn is sealed or saved; seconds that the last one took."""
+        """Wait until every finished turn is sealed or saved; seconds that the last answer's took."""
         return self._call(lambda: self._conversation.seal_s)
 
     def stats(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One thread that does jobs in order, and hands results and events back to whoever asked.
 
-Whatever a job raises goes to its caller. What work in the background raises is kept by the conversation it belongs to,
-and raised by the next call for it; the thread lives on.
+Whatever a job raises goes to its caller, a request to end the process too. What work in the background raises is kept
+by the conversation it belongs to, and raised by the next call for it; what is done in spare time only tells. The thread
+lives on; should it end all the same, whatever waits for it fails.
 """
 
 from __future__ import annotations
@@ -11,14 +12,21 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from kvchat.errors import InputError
 from kvchat.events import Event, Listener, Notice
 
 Result = TypeVar("Result")
-Job = Callable[[], None]
 Chore = Callable[[Callable[[], bool]], None]
+CLOSED = "this session is closed; open it again"
+
+
+class Job(NamedTuple):
+    """What is done, and what is told that it never will be."""
+
+    work: Callable[[], None]
+    fail: Callable[[BaseException], None]
 
 
 class Owner(Protocol):
@@ -51,17 +59,17 @@ class Jobs:
             try:
                 raise_failure(owner)
                 future.set_result(work())
-            except Exception as error:  # a process edge: the caller gets it
+            except BaseException as error:  # a process edge: the caller gets it
                 future.set_exception(error)
 
-        self.put(job)
+        self.put(job, future.set_exception)
         return future.result()
 
     def stream(
         self, work: Callable[[], Iterator[Event]], after: Callable[[], Iterator[Event]], owner: Owner
     ) -> Iterator[Event]:
         """Do a turn; its events are given out as they come. `after` is done when the last has been handed over."""
-        events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
+        events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
 
         def job() -> None:
             try:
@@ -69,11 +77,11 @@ class Jobs:
                 for event in work():
                     events.put(event)
                 events.put(None)
-            except Exception as error:  # a process edge: the caller gets it
+            except BaseException as error:  # a process edge: the caller gets it
                 events.put(error)
             self.in_background(after, owner)
 
-        self.put(job)
+        self.put(job, events.put)
         return _drain(events)
 
     def in_background(self, steps: Callable[[], Iterator[Event]], owner: Owner) -> None:
@@ -84,17 +92,29 @@ class Jobs:
         except Exception as error:  # a process edge: raised by the owner's next call
             owner.failure = owner.failure or error
 
+    def in_spare_time(self, steps: Callable[[], Iterator[Event]], what: str) -> None:
+        """Do the steps here and now, in the thread; nobody needs them, so a failure is told and costs nothing else."""
+        try:
+            for event in steps():
+                self.tell(event)
+        except Exception as error:  # a process edge: told
+            self._tell_failure(what, error)
+
     def tell(self, event: Event) -> None:
         """Tell the listener."""
         if self._listener is not None:
             self._listener(event)  # type: ignore[arg-type]
 
-    def put(self, job: Job) -> None:
-        """Have a job done. Raises InputError: the thread is closing."""
+    def put(self, work: Callable[[], None], fail: Callable[[BaseException], None] = lambda _: None) -> None:
+        """Have work done that handles its own errors; `fail` is called if it never will be.
+
+        Raises:
+            InputError: the thread is closing.
+        """
         with self._lock:
             if self._closing:
-                raise InputError("this session is closed; open it again")
-            self._jobs.put(job)
+                raise InputError(CLOSED)
+            self._jobs.put(Job(work, fail))
 
     def close(self) -> None:
         """Do what was asked for, then end the thread."""
@@ -105,17 +125,35 @@ class Jobs:
         self._thread.join()
 
     def _run(self) -> None:
-        while job := self._next():
-            job()
-            del job  # or a closed conversation's memory would be held until the next one
+        try:
+            while job := self._next():
+                try:
+                    job.work()
+                except Exception as error:  # a process edge: told
+                    self._tell_failure("work in the background", error)
+                del job  # or a closed conversation's memory would be held until the next one
+        finally:
+            with self._lock:
+                self._closing = True
+            with suppress(queue.Empty):
+                while True:
+                    if left := self._jobs.get_nowait():
+                        left.fail(InputError(CLOSED))
 
     def _next(self) -> Job | None:
         """The next job; until it comes, the chores are done."""
         for quiet_s, chore in self._chores:
             with suppress(queue.Empty):
                 return self._jobs.get(timeout=quiet_s)
-            chore(lambda: not self._jobs.empty())
+            try:
+                chore(lambda: not self._jobs.empty())
+            except Exception as error:  # a process edge: told
+                self._tell_failure("work in spare time", error)
         return self._jobs.get()
+
+    def _tell_failure(self, what: str, error: Exception) -> None:
+        with suppress(Exception):  # it may be the listener that failed
+            self.tell(Notice(f"{what} failed: {type(error).__name__}: {' '.join(str(error).split())}"))
 
 
 def raise_failure(owner: Owner | None) -> None:
@@ -131,8 +169,8 @@ def failure_notice(owner: Owner) -> Notice | None:
     return None if failure is None else Notice(f"saving failed: {type(failure).__name__}: {failure}")
 
 
-def _drain(events: queue.SimpleQueue[Event | Exception | None]) -> Iterator[Event]:
+def _drain(events: queue.SimpleQueue[Event | BaseException | None]) -> Iterator[Event]:
     while (event := events.get()) is not None:
-        if isinstance(event, Exception):
+        if isinstance(event, BaseException):
             raise event
         yield event

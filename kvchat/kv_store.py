@@ -28,6 +28,7 @@ class KVStore:
     def __init__(self, path: Path, busy_timeout_s: float = 10.0) -> None:
         self.file = path
         self._db = open_database(path, busy_timeout_s)
+        self._busy_timeout_s = busy_timeout_s
         self._patience = f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}"
 
     def close(self) -> None:
@@ -50,8 +51,9 @@ class KVStore:
     def cover(self, message_ids: Sequence[str], fingerprint: str) -> list[tuple[SegmentRecord, int]]:
         """Segments of that fingerprint for a path, in order and not overlapping; what they leave out is a miss.
 
-        (record, n): the first n messages of the record lie on the path. From the beginning on, the segment with the
-        most messages on the path wins, then one that ends on it, then sealed before open, then the shortest.
+        (record, n): the first n messages of the record lie on the path, all of them if it came from a file: so KV that
+        someone else computed serves nobody who says anything else up to its end. From the beginning on, the segment
+        with the most messages on the path wins, then one that ends on it, then sealed before open, then the shortest.
         """
         rows = self._rows(CANDIDATES, ids=json.dumps(list(message_ids)), fingerprint=fingerprint)
         candidates = [_candidate(list(group)) for _, group in groupby(rows, key=lambda row: row["segment_id"])]
@@ -127,6 +129,7 @@ class KVStore:
             "created": now(),
             "header": record.header,
             "basis": self._put_basis(record.basis),
+            "from_file": record.from_file,
         }
         self._db.table("segments").insert(row)
         self._db.conn.executemany(
@@ -143,7 +146,7 @@ class KVStore:
         stored = [len(record.header) + int(nbytes), record.id]
         self._db.execute("UPDATE segments SET nbytes = ? WHERE id = ?", stored)
 
-    def _equals(self, record: SegmentRecord) -> list[str]:
+    def equals(self, record: SegmentRecord) -> list[str]:
         """Segments of that kind by that model that cover just these messages, whatever their method."""
         sql = (
             "SELECT id FROM segment_messages CROSS JOIN segments ON id = segment_id WHERE message_id = ? AND"
@@ -261,11 +264,11 @@ class _Candidate:
 
 
 def _candidate(rows: Sequence[sqlite3.Row]) -> _Candidate | None:
-    """From a segment's messages on the path, in the segment's order; None if its first is not among them."""
+    """From a segment's messages on the path, in the segment's order; None if it is not to be used there."""
     place = rows[0]["place"]
     count = sum(row["ordinal"] == i and row["place"] == place + i for i, row in enumerate(rows))
-    if count == 0:
-        return None
     beyond = rows[0]["num_messages"] > count
+    if count == 0 or (beyond and rows[0]["from_file"]):
+        return None
     segment_id, kind, end = rows[0]["segment_id"], rows[0]["kind"], rows[0]["end_token"]
     return _Candidate(segment_id, place, count, (place, -count, beyond, kind != "sealed", end, segment_id))

@@ -1,6 +1,7 @@
 """The half of the store that holds KV, kept within a disk budget and above a floor of free space.
 
-What is too much is found in the transaction that writes, and taken from the coldest sessions in the order of `shed.py`.
+What is too much is measured in the transaction that writes, and taken in the order of `shed.py`, the coldest sessions
+first.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kvchat.errors import CodecError, StoreError
 from kvchat.kv_store import KVStore
-from kvchat.queries import EDGES, ENDS, HOLDINGS, KV_BYTES, PAGES, THINNED
-from kvchat.records import SegmentRecord
-from kvchat.shed import RUNGS, WRITTEN, Allowance, Room, Sacrifice, Session, grouped, sacrifices
+from kvchat.queries import EDGES, ENDS, HOLDINGS, KV_BYTES, PAGES, REACHING, THINNED
+from kvchat.records import Row, SegmentRecord
+from kvchat.shed import RUNGS, WRITTEN, Allowance, Recode, Room, Sacrifice, Session, grouped, sacrifices
 
 Frames = Iterable[tuple[int, int, bytes]]
 
@@ -45,11 +49,14 @@ class LimitedStore(KVStore):
             return True
         frames, room = list(frames), self.room()
         needed = _bytes_of(record, frames) - sum(one.nbytes for one in self._segments(replaces).values())
-        if room.in_use + needed > room.allowed and self._could_fit(record, frames, room.allowed):
-            self._shed_until(room.allowed - needed, owner, self._plan(owner)[:WRITTEN])
-        with self._write("NORMAL"):
-            written = self._place_within(room.allowed, record, frames, replaces, owner)
-        if room.in_use + needed > room.allowed and room.limit == "store.min_free":
+        short, written = room.in_use + needed > room.allowed, False
+        if not short:
+            written = self._place_within(room.allowed, record, frames, replaces, ())
+        if not written:  # or another process has written meanwhile
+            wanted = needed if self._could_fit(record, frames, room.allowed) else 0
+            self._shed_until(room.allowed - wanted, owner, self._plan(owner)[:WRITTEN])
+            written = self._place_within(room.allowed, record, frames, replaces, self._own(owner, record))
+        if short and room.limit == "store.min_free":
             self._return_pages()
         return written
 
@@ -80,45 +87,65 @@ class LimitedStore(KVStore):
         first = [frame for frame in frames if frame[0] == 0]
         return self._in_use() - int(self._rows(KV_BYTES)[0]["nbytes"]) + _bytes_of(record, first) <= allowed
 
-    def _place_within(
-        self, allowed: float, record: SegmentRecord, frames: Frames, replaces: Sequence[str], owner: int | None
-    ) -> bool:
-        """In a transaction: write what fits; whether the segment is there afterwards."""
-        self._db.execute("SAVEPOINT placing")
-        self._place(record, frames, replaces)
-        if not self._fit(allowed, owner, record.id):
-            self._db.execute("ROLLBACK TO placing")  # what gave way for it comes back
-            self._fit(allowed, owner)
-        self._db.execute("RELEASE placing")
-        return bool(self.stored_chunks([record.id]))
+    def _own(self, owner: int | None, record: SegmentRecord) -> list[Sacrifice]:
+        """What the session that is written to gives for a segment of its own, which is not there yet."""
+        new = replace(record, stored_chunks=record.stored_chunks or record.num_chunks)
+        sessions = self._plan(owner, new)[WRITTEN]
+        return list(sacrifices([[], [], sessions], partial(self._held, placing=new), placing=record.id))
 
-    def _fit(self, allowed: float, owner: int | None, placing: str = "") -> bool:
-        """In a transaction: shed until the limit holds; False, with work half done, if `placing` itself must go."""
-        if self._in_use() <= allowed:
-            return True
-        for sacrifice in sacrifices(self._plan(owner, placing), self._held, placing=placing):
+    def _place_within(
+        self,
+        allowed: float,
+        record: SegmentRecord,
+        frames: Frames,
+        replaces: Sequence[str],
+        planned: Sequence[Sacrifice],
+    ) -> bool:
+        """Write what fits, giving up what is `planned`; whether the segment is there afterwards.
+
+        Other processes wait on it: what is planned was found out before, and here it is only deleted and measured.
+        """
+        with self._write("NORMAL"):
+            self._db.execute("SAVEPOINT placing")
+            self._place(record, frames, replaces)
+            if not self._fit(allowed, planned, record.id):
+                self._db.execute("ROLLBACK TO placing")  # what gave way for it comes back
+                self._fit(allowed, planned)
+            self._db.execute("RELEASE placing")
+            return bool(self.stored_chunks([record.id]))
+
+    def _fit(self, allowed: float, planned: Iterable[Sacrifice], placing: str = "") -> bool:
+        """In a transaction: give until the limit holds; False, with work half done, if `placing` itself must go."""
+        for sacrifice in planned:
             if self._in_use() <= allowed:
-                break
+                return True
             if sacrifice == Sacrifice((placing,)):
                 return False
             self._give(sacrifice)
-        return True
+        return self._in_use() <= allowed
 
-    def _shed_until(self, allowed: float, owner: int | None, groups: Sequence[Sequence[Session]]) -> None:
+    def _shed_until(
+        self, allowed: float, owner: int | None, groups: Sequence[Sequence[Session]], rungs: Sequence[str] = RUNGS
+    ) -> None:
         """Shed a piece at a time: a wiped page is written to the log, and the log is cut back between transactions."""
-        rungs = RUNGS if self.allowance.recode else ()
         renamed: dict[str, str] = {}  # what is written anew has another id
-        for sacrifice in sacrifices(groups, self._held, rungs):
+        opened: set[str] = set()  # since the groups were made
+        for sacrifice in sacrifices(groups, self._held, rungs if self.allowance.recode else ()):
             if self._in_use() <= allowed:
                 return
+            if not opened.isdisjoint(sacrifice.ids):
+                continue
             ids = [renamed.get(identity, identity) for identity in sacrifice.ids]
             if sacrifice.codec:
                 found = self._recode(ids, sacrifice.codec)
-                renamed |= {old: found.get(one, one) for old, one in zip(sacrifice.ids, ids, strict=True)}
+                opened.update(sacrifice.ids if found is None else ())
+                renamed |= {old: (found or {}).get(one, one) for old, one in zip(sacrifice.ids, ids, strict=True)}
                 continue
             for identity in ids:
                 with self._write("NORMAL"):
                     self._give(Sacrifice((identity,), sacrifice.chunks))
+        if opened:
+            self._shed_until(allowed, owner, self._plan(owner)[: len(groups)], ())
 
     def _give(self, sacrifice: Sacrifice) -> None:
         """In a transaction: delete chunks, or all."""
@@ -130,27 +157,40 @@ class LimitedStore(KVStore):
             self._db.execute("DELETE FROM frames WHERE segment_id = :id AND chunk >= :chunks", values)
             self._db.execute(THINNED, values)
 
-    def _recode(self, ids: Sequence[str], codec: str) -> dict[str, str]:
-        """Have segments written anew; the new id of each that was."""
+    def _recode(self, ids: Sequence[str], codec: str) -> dict[str, str] | None:
+        """Have segments written anew; the new id of each that was. None if a session that reaches one is open by now.
+
+        It would hold other values in memory than the store has; so until that is done nobody opens one.
+        """
         assert self.allowance.recode is not None
+        reaching = {row["session_id"] for row in self._rows(REACHING, ids=json.dumps(list(ids)))}
+        with self.allowance.closed(reaching) as closed:
+            return self._recode_closed(ids, codec, self.allowance.recode) if closed else None
+
+    def _recode_closed(self, ids: Sequence[str], codec: str, recode: Recode) -> dict[str, str]:
         before = self._segments(ids)
         with suppress(CodecError):  # damaged, or written by a newer version: `verify` says so, and it stays
-            self.allowance.recode([before[one] for one in ids if one in before], codec)
+            recode([before[one] for one in ids if one in before], codec)
         kept = self.stored_chunks(ids)
-        found = {one.id: self._equals(one) for one in before.values() if one.id not in kept}
+        found = {one.id: self.equals(one) for one in before.values() if one.id not in kept}
         return {old: others[0] for old, others in found.items() if others}
 
-    def _plan(self, owner: int | None, placing: str = "") -> list[list[Session]]:
+    def _plan(self, owner: int | None, placing: SegmentRecord | None = None) -> list[list[Session]]:
         """Who has what, by group. A thousand sessions of a hundred messages are read in a fraction of a second."""
         ends, parents = self._rows(ENDS), {row["child"]: row["parent"] for row in self._rows(EDGES)}
         spared = self.allowance.spared({row["session_id"] for row in ends} - {owner})
-        return grouped(ends, parents, self._rows(HOLDINGS), spared, owner, placing)
+        holdings: list[Row | Mapping[str, Any]] = [*self._rows(HOLDINGS)]
+        if placing and all(row["id"] != placing.id for row in holdings):
+            row = {"id": placing.id, "start_token": placing.start, "kind": placing.kind, "codec": placing.codec}
+            holdings.append({**row, "stored_chunks": placing.stored_chunks, "number": None})
+        return grouped(ends, parents, holdings, spared, owner, placing.id if placing else "")
 
-    def _held(self, session: Session) -> Mapping[str, int]:
+    def _held(self, session: Session, placing: SegmentRecord | None = None) -> Mapping[str, int]:
         """The chunks of a session's sealed segments that memory would hold."""
         if self.allowance.held is None:
             return {}
-        records = self._segments([one.id for one in session])
+        new = {placing.id: placing} if placing else {}
+        records = new | self._segments([one.id for one in session])
         end = max((record.end for record in records.values()), default=0)
         sealed = [records[one.id] for one in session if one.sealed and one.id in records]
         return dict(zip((record.id for record in sealed), self.allowance.held(sealed, end), strict=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 
-from kvchat.queries import EDGES, ENDS, FIRSTS, HITS, HOLDERS, OPENINGS, TIPS
+from kvchat.queries import BASES, EDGES, ENDS, FIRSTS, HITS, HOLDERS, OPENINGS, TIPS
 from kvchat.records import Row, SearchHit, SessionInfo, session_of
 
 Query = Callable[..., list[Row]]
@@ -25,12 +25,17 @@ def list_sessions(query: Query) -> list[SessionInfo]:
     rows, parents = query(TIPS), _parents(query)
     # A path that touches a segment holds its first message, for the path holds all that stands before it.
     stored = {row["number"]: (row["nbytes"], row["stored_tokens"]) for row in query(FIRSTS)}
+    bases: dict[int, dict[str, int]] = {}
+    for basis in query(BASES):
+        bases.setdefault(basis["number"], {})[basis["id"]] = basis["nbytes"]
     paths = [_path(row["number"], parents) for row in rows]
     titles = _titles(query, paths)
     infos = []
     for row, path, title in zip(map(dict, rows), paths, titles, strict=True):
         there = [stored[number] for number in path if number in stored]
-        sizes = {"nbytes": sum(nbytes for nbytes, _ in there), "stored_tokens": sum(tokens for _, tokens in there)}
+        shared = {key: nbytes for number in path for key, nbytes in bases.get(number, {}).items()}
+        nbytes = sum(nbytes for nbytes, _ in there) + sum(shared.values())
+        sizes = {"nbytes": nbytes, "stored_tokens": sum(tokens for _, tokens in there)}
         infos.append(session_of({**row, **sizes, "title": title}))
     return infos
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -70,6 +70,20 @@ class SessionLock:
 def held_elsewhere(store: Path, session_ids: Iterable[int]) -> set[int]:
     """The sessions that are open in another process or worker; the caller leaves out its own."""
     return {session_id for session_id in session_ids if _is_held(_file(store, session_id))}
+
+
+@contextmanager
+def kept_closed(store: Path, session_ids: Iterable[int]) -> Iterator[bool]:
+    """Lock sessions, so that nobody opens one meanwhile; False, and none is locked, if one is open anywhere."""
+    with ExitStack() as locks:
+        try:
+            for session_id in sorted(session_ids):
+                locks.enter_context(SessionLock(store, session_id, str(session_id)))
+            closed = True
+        except StoreError:  # what cannot be locked is taken for open
+            locks.close()
+            closed = False
+        yield closed
 
 
 def _is_held(file: Path) -> bool:

@@ -118,6 +118,9 @@ END;
 ALTER TABLE segments ADD COLUMN stored_chunks INTEGER NOT NULL DEFAULT 0;
 UPDATE segments SET stored_chunks = num_chunks;
 
+-- Taken from a portable file: nobody here has computed it, and it serves no path but those that hold all of it.
+ALTER TABLE segments ADD COLUMN from_file INTEGER NOT NULL DEFAULT 0;
+
 -- What a session answered greedily once, to tell whether it still does: `state` stands for model, path and held KV.
 CREATE TABLE probes (
     session_id INTEGER PRIMARY KEY REFERENCES sessions(id) ON DELETE CASCADE,
@@ -152,9 +155,9 @@ def open_database(path: Path, busy_timeout_s: float) -> Database:
         StoreError: damaged, not kvchat's, of a newer kvchat, busy, or in a place that cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # Conversations are private; the log takes over the file's mode.
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
-            # Conversations are private; the log takes over the file's mode.
             path.touch(mode=0o600)
         # SQLite takes a file of a few bytes for an empty one, and would write over it.
         if path.is_file() and 0 < path.stat().st_size < 512:

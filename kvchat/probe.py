@@ -15,16 +15,18 @@ from itertools import islice
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from kvchat.engine import Engine, Stop, likeliest
-from kvchat.errors import InputError, StoreError
+from kvchat.errors import CodecError, InputError, StoreError
 from kvchat.events import Notice
+from kvchat.residence import Residence
 from kvchat.session import Conversation
 
 QUESTION = "What have we talked about so far? Answer in one sentence."
 NUM_TOKENS = 32
 
-Outcome = Literal["same", "recorded", "differs", "not asked"]
+Outcome = Literal["same", "recorded", "differs", "no answer", "not asked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,11 @@ def check(conversation: Conversation) -> Finding:
     problems = [f"session {name!r}: {problem}" for problem in disagreements(conversation)]
     for steps in (conversation.restore(), conversation.residence.mend(conversation.path, lambda: False)):
         problems += [f"session {name!r}: {event.text}" for event in steps if isinstance(event, Notice)]
-    tokens = answer(conversation, lambda: False)
+    try:
+        tokens = answer(conversation, lambda: False)
+    except CodecError as error:
+        problems.append(f"session {name!r}: {error}; open it with --rebuild to compute its KV again")
+        return Finding(name, "no answer", tuple(problems))
     if tokens is None:
         return Finding(name, "not asked", tuple(problems))
     state = state_of(conversation)
@@ -63,9 +69,9 @@ def check(conversation: Conversation) -> Finding:
 def record(conversation: Conversation, stop: Stop) -> Iterator[Notice]:
     """Record the answer to the probe's question unless that is done, in time that nobody needs; yields nothing.
 
-    What stops it, or a store that cannot be written, costs only the record.
+    What stops it, a store that cannot be written, or no answer costs only the record.
     """
-    with suppress(StoreError):
+    with suppress(StoreError, CodecError):
         state = state_of(conversation)
         recorded = conversation.store.probe(conversation.info.id)
         if recorded is None or recorded[0] != state:
@@ -79,6 +85,8 @@ def answer(conversation: Conversation, stop: Stop) -> tuple[int, ...] | None:
     """The likeliest NUM_TOKENS tokens after the question, past the end of the answer too; the cache is left as it was.
 
     None if stopped, if the KV of the path is not all there, or if the window has no room.
+
+    Raises CodecError if a logit is not finite, as with KV that is not: the likeliest token then says nothing.
     """
     engine, cache, prompt = conversation.engine, conversation.residence.cache, conversation.question(QUESTION)
     room = engine.model.context_window - conversation.num_tokens - len(prompt) - NUM_TOKENS
@@ -87,12 +95,18 @@ def answer(conversation: Conversation, stop: Stop) -> tuple[int, ...] | None:
     with cache.scratch():
         for start in range(0, len(prompt), engine.chunk_size):
             logits = engine.forward(cache, prompt[start : start + engine.chunk_size])[-1]
-        tokens = tuple(islice(engine.decode(cache, logits, likeliest, (), stop), NUM_TOKENS))
+        tokens = tuple(islice(engine.decode(cache, logits, _likeliest, (), stop), NUM_TOKENS))
     return tokens if len(tokens) == NUM_TOKENS else None
 
 
+def _likeliest(logits: Tensor) -> int:
+    if not bool(logits.isfinite().all()):
+        raise CodecError("with its KV the network computes numbers that are not finite")
+    return likeliest(logits)
+
+
 def state_of(conversation: Conversation) -> str:
-    """A hash of all that the answer depends on, as far as it is told apart by names and not by the KV itself."""
+    """A hash of all that the answer depends on: saved KV by its name, and by its bytes what was not saved."""
     residence = conversation.residence
     sealed = [(one.id, one.end, one.chunks) for one in residence.tiers.residents]
     waiting = [(one.id, end) for one, end in residence.waiting]
@@ -100,8 +114,24 @@ def state_of(conversation: Conversation) -> str:
     parts = [
         *(QUESTION, NUM_TOKENS, residence.fingerprint, conversation.path[-1].id if conversation.path else None),
         *(sorted(sealed), sorted(waiting), written, _machine(conversation.engine)),
+        *(residence.cache.tail_start, _unsaved(residence)),
     ]
     return "b2:" + blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _unsaved(residence: Residence) -> str:
+    """A hash of the exact KV that has no segment, empty if there is none.
+
+    When the session is resumed it is computed again, in sight of sealed KV instead of exact KV, and has no other name.
+    The last layer's is enough, for it follows from all that the other layers hold.
+    """
+    cache, saved = residence.cache, residence.cache.tail_start
+    for waiting, end in residence.waiting:
+        saved = end if waiting.start == saved else saved
+    if saved >= cache.num_seen:
+        return ""
+    tail = torch.stack(cache.layers[-1].tail())[:, :, saved - cache.tail_start :]
+    return blake2b(tail.cpu().contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _machine(engine: Engine) -> list[object]:

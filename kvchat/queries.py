@@ -17,13 +17,18 @@ stored AS (
     SELECT session_id, sum(nbytes) AS nbytes,
         sum((end_token - start_token) * 1000 * stored_chunks / num_chunks) AS stored_tokens
     FROM touched CROSS JOIN segments ON segments.id = segment_id GROUP BY session_id),
+shared AS (
+    SELECT session_id, sum(length(body)) AS nbytes FROM (
+        SELECT DISTINCT session_id, basis FROM touched CROSS JOIN segments ON segments.id = segment_id)
+    CROSS JOIN bases ON bases.id = basis GROUP BY session_id),
 opening AS (
     SELECT session_id, substr(content, 1, 200) AS title
     FROM walk CROSS JOIN messages USING (id) WHERE turn = 1 AND role = 'user')
-SELECT chosen.*, opening.title, tip.turn AS num_turns, tip.end_token AS num_tokens, stored.nbytes,
-    stored_tokens
+SELECT chosen.*, opening.title, tip.turn AS num_turns, tip.end_token AS num_tokens, stored_tokens,
+    stored.nbytes + ifnull(shared.nbytes, 0) AS nbytes
 FROM chosen LEFT JOIN messages tip ON tip.id = chosen.tip
 LEFT JOIN opening ON opening.session_id = chosen.id LEFT JOIN stored ON stored.session_id = chosen.id
+LEFT JOIN shared ON shared.session_id = chosen.id
 ORDER BY chosen.updated DESC, chosen.id DESC
 """
 # Those of `listing` are read from indexes, or read a few rows.
@@ -41,6 +46,11 @@ SELECT messages.number, sum(nbytes) AS nbytes,
 FROM segments CROSS JOIN segment_messages ON segment_id = segments.id AND ordinal = 0
 CROSS JOIN messages ON messages.id = message_id GROUP BY 1
 """
+BASES = """
+SELECT DISTINCT messages.number, bases.id, length(body) AS nbytes
+FROM bases CROSS JOIN segments ON basis = bases.id
+CROSS JOIN segment_messages ON segment_id = segments.id AND ordinal = 0 CROSS JOIN messages ON messages.id = message_id
+"""
 OPENINGS = """
 SELECT number, substr(content, 1, 200) AS title FROM json_each(:numbers) CROSS JOIN messages ON number = value
 WHERE turn = 1 AND role = 'user'
@@ -55,6 +65,15 @@ REACHABLE = """
 WITH RECURSIVE reachable(id) AS (
     SELECT tip FROM sessions WHERE tip IS NOT NULL UNION SELECT tip FROM branches
     UNION SELECT parent FROM reachable CROSS JOIN messages USING (id) WHERE parent IS NOT NULL)
+"""
+# Bases that may have been fitted to any of a session's text, also to that of a segment which was given up since.
+BASES_OF = """
+WITH RECURSIVE own(id) AS (
+    SELECT tip FROM sessions WHERE sessions.id = :session AND tip IS NOT NULL
+    UNION SELECT tip FROM branches WHERE session_id = :session
+    UNION SELECT parent FROM own CROSS JOIN messages USING (id) WHERE parent IS NOT NULL)
+SELECT DISTINCT basis FROM own CROSS JOIN segment_messages ON message_id = own.id
+CROSS JOIN segments ON segments.id = segment_id WHERE basis IS NOT NULL
 """
 # Only leaves are kept: an older tip on the way to a younger one is reached through it.
 PRUNE_BRANCHES = """
@@ -93,7 +112,7 @@ DELETE FROM segments WHERE kind = 'open' AND id IN (SELECT value FROM json_each(
             OR EXISTS (SELECT 1 FROM branches WHERE tip = held.message_id)))))
 """
 CANDIDATES = """
-SELECT segment_id, ordinal, path.key AS place, kind, end_token,
+SELECT segment_id, ordinal, path.key AS place, kind, end_token, from_file,
     (SELECT count(*) FROM segment_messages AS all_of WHERE all_of.segment_id = segments.id) AS num_messages
 FROM json_each(:ids) AS path CROSS JOIN segment_messages ON message_id = path.value
 CROSS JOIN segments ON segments.id = segment_id
@@ -108,7 +127,7 @@ SELECT (SELECT count(*) FROM sessions) AS sessions,
     (SELECT count(*) FROM messages) AS messages,
     (SELECT count(*) FROM segments) AS segments,
     (SELECT count(*) FROM frames) AS frames,
-    (SELECT total(nbytes) FROM segments) AS kv_bytes,
+    (SELECT total(nbytes) FROM segments) + (SELECT total(length(body)) FROM bases) AS kv_bytes,
     (SELECT total(length(CAST(content AS BLOB)) + length(token_ids)) FROM messages) AS text_bytes,
     (SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size) AS free_bytes
 """
@@ -124,12 +143,22 @@ SELECT segments.id, segments.start_token, kind, codec, stored_chunks, messages.n
 FROM segments LEFT JOIN segment_messages ON segment_id = segments.id AND ordinal = 0
 LEFT JOIN messages ON messages.id = message_id ORDER BY segments.start_token, segments.id
 """
+# From the first messages of segments down to the ends of paths: whoever holds the first message may use a part.
+REACHING = """
+WITH RECURSIVE below(id) AS (
+    SELECT message_id FROM json_each(:ids) CROSS JOIN segment_messages ON segment_id = value AND ordinal = 0
+    UNION SELECT messages.id FROM below CROSS JOIN messages ON parent = below.id)
+SELECT sessions.id AS session_id FROM below CROSS JOIN sessions ON tip = below.id
+UNION SELECT session_id FROM below CROSS JOIN branches ON tip = below.id
+"""
 THINNED = """
 UPDATE segments SET stored_chunks = :chunks,
     nbytes = length(header) + (SELECT total(nbytes) FROM frames WHERE segment_id = :id)
 WHERE id = :id AND stored_chunks > :chunks
 """
-KV_BYTES = "SELECT total(nbytes) AS nbytes FROM segments"
+KV_BYTES = """
+SELECT (SELECT total(nbytes) FROM segments) + (SELECT total(length(body)) FROM bases) AS nbytes
+"""
 PAGES = """
 SELECT (page_count - freelist_count) * page_size AS in_use, freelist_count * page_size AS reusable
 FROM pragma_page_count, pragma_freelist_count, pragma_page_size

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from kvchat.codecs import SegmentHeader, decode_frame, encode_segment
-from kvchat.codecs.encode import ARCHIVE, find_codec
 from kvchat.codecs.fit import Part, fit_basis
+from kvchat.codecs.frame import plane_bytes
+from kvchat.codecs.header import ARCHIVE, find_codec
+from kvchat.errors import CorruptFrame
 from kvchat.records import SegmentRecord, segment_id
 from kvchat.store import Store
 
@@ -52,15 +54,20 @@ def recode(
             find_codec(name)
     sealed = [record for record in records if record.kind == "sealed" and record.codec != ",".join(names)]
     basis = _basis(store, records, sealed, device) if sealed and names == (ARCHIVE,) else b""
-    written = []
-    for record in sealed:
-        part = read_part(store, record, device)
-        header, frames = encode_segment(names, list(part.keys), list(part.values), part.ranking, basis)
-        stored = list(islice(frames, record.stored_chunks * header.num_groups))
-        new = _renamed(record, ",".join(names), header, basis)
-        if store.replace_segment(record.id, new, stored):
-            written.append(new)
-    return written
+    written = (_replaced(store, record, names, basis, device) for record in sealed)
+    return [new for new in written if new]
+
+
+def _replaced(
+    store: Store, record: SegmentRecord, names: tuple[str, ...], basis: bytes, device: torch.device
+) -> SegmentRecord | None:
+    """The segment in the new codec, or None if it was removed meanwhile. On return nothing of it is in memory."""
+    part = read_part(store, record, device)
+    header, frames = encode_segment(names, list(part.keys), list(part.values), part.ranking, basis)
+    del part  # the codecs have read it
+    stored = list(islice(frames, record.stored_chunks * header.num_groups))
+    new = _renamed(record, ",".join(names), header, basis)
+    return new if store.replace_segment(record.id, new, stored) else None
 
 
 def read_part(store: Store, record: SegmentRecord, device: torch.device = CPU) -> Part:
@@ -68,12 +75,14 @@ def read_part(store: Store, record: SegmentRecord, device: torch.device = CPU) -
 
     Raises CodecError.
     """
-    header = SegmentHeader.from_bytes(record.header, record.basis)
+    header = SegmentHeader.of(record)
+    _check_size(header, store.frames(record.id, range(record.stored_chunks)))
     present = torch.from_numpy(header.ranking.chunk_of < record.stored_chunks)
     keys, values = dense(header, store.frames(record.id, range(record.stored_chunks)), device)
     if record.stored_chunks < header.ranking.num_chunks:
         there = present.to(device).unsqueeze(3)
-        keys, values = _filled(keys, there), _filled(values, there)
+        for rows in (keys, values):
+            _fill(rows, there)
     return Part(keys, values, header.ranking, present)
 
 
@@ -91,10 +100,25 @@ def dense(
     return keys, values
 
 
-def _filled(rows: Tensor, there: Tensor) -> Tensor:
-    """(L, H, T, D) with each head's mean where there is nothing."""
-    mean = rows.double().mul(there).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)
-    return torch.where(there, rows, mean.to(rows.dtype))
+def _check_size(header: SegmentHeader, frames: Iterable[tuple[int, int, bytes]]) -> None:
+    """Raise CorruptFrame unless the frames' planes are as large as the header says that rows are.
+
+    No model is there to say how many numbers a head has; a basis says so for itself.
+    """
+    claimed = needed = 0
+    for chunk, group, blob in frames:
+        first, last = header.layers(group)
+        claimed += plane_bytes(blob)
+        needed += int(header.ranking.counts(chunk)[first:last].sum()) * header.head_dim // 2  # at 2 bits a number
+    if claimed < needed and header.basis is None:
+        raise CorruptFrame(f"the segment's frames hold {claimed} bytes, its header asks for {needed} at least")
+
+
+def _fill(rows: Tensor, there: Tensor) -> None:
+    """Put each head's mean where (L, H, T, D) has nothing."""
+    for layer, here in zip(rows, there, strict=True):
+        mean = layer.double().mul(here).sum(1, keepdim=True) / here.sum(1, keepdim=True).clamp(min=1)
+        layer.copy_(torch.where(here, layer, mean.to(layer.dtype)))
 
 
 def _basis(

@@ -70,7 +70,8 @@ class Message:
 class SessionInfo:
     """One line of a listing. Turns and tokens are those of the tip's path.
 
-    `title` is the start of the first user message; `nbytes` counts the stored KV of segments that touch the path.
+    `title` is the start of the first user message; `nbytes` counts the stored KV of segments that touch the path,
+    and what they share once.
     `stored` says how much of the path's KV that is, from 0 to 1, counted in tokens and rank chunks.
     """
 
@@ -93,7 +94,8 @@ class SegmentRecord:
     """A segment without its frames: which messages and tokens [start, end) it covers, and how it was made.
 
     `header` is opaque to the store; `nbytes` is what the store counted, header and frames. Of the rank chunks the first
-    `stored_chunks` are there. `basis` is what the codec shares with other segments, if it does, and opaque too.
+    `stored_chunks` are there. `basis` is what the codec shares with other segments, if it does, and opaque too. One
+    `from_file` was computed by someone else: it serves whole or not at all.
     """
 
     id: str
@@ -111,6 +113,7 @@ class SegmentRecord:
     seal_s: float | None = None
     stored_chunks: int = 0
     basis: bytes = b""
+    from_file: bool = False
 
 
 Part = list[Message] | tuple[SegmentRecord, Iterable[tuple[int, int, bytes]]]
@@ -231,6 +234,7 @@ def segment_of(row: Row, messages: Sequence[str]) -> SegmentRecord:
         seal_s=row["seal_s"],
         stored_chunks=row["stored_chunks"],
         basis=row["basis_body"] or b"",
+        from_file=bool(row["from_file"]),
     )
 
 

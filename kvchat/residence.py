@@ -180,7 +180,7 @@ class Residence:
         header = read_header(record, self.engine.model)
         last = next(index for index, message in enumerate(path) if message.id == record.messages[used - 1])
         end = self.bounds(path)[last + 1]
-        return Resident(record.id, header, end, record.stored_chunks)
+        return Resident(record.id, header, end, record.stored_chunks, record.from_file)
 
     def _wait_again(self, record: SegmentRecord, end: int) -> None:
         """Append an open segment's exact KV, up to position `end`, to the tail. Raises CodecError."""
@@ -193,6 +193,7 @@ class Residence:
         used, shape = end - record.start, (self.engine.model.num_key_value_heads, -1, header.head_dim)
         self.cache.append_tail([(kv.keys.view(shape)[:, :used], kv.values.view(shape)[:, :used]) for kv in rows])
         self.waiting.append((record, end))
+        self._saver.taken(record)
 
     def catch_up(self, path: Sequence[Message], last: int, phase: Phase, stop: Stop) -> Steps:
         """Compute the KV of messages before index `last` that the cache does not stand for, sealing on the way."""
@@ -296,10 +297,9 @@ class Residence:
             yield Notice(f"this segment is written with codec raw: {error}")
             record = replace(record, codec="raw")
             header, frames = encode_segment("raw", keys, values, ranking)
-        seconds = time.perf_counter() - begun
+        record = replace(record, seal_s=time.perf_counter() - begun)
         # One that goes on beyond a point where this path left another still serves the other.
         replaced = [waiting.id for waiting, end in self.waiting if end == waiting.end]
-        record = replace(record, seal_s=seconds)
         yield from self._saver.put(record, header, frames, replaced, self.cache.tail_length)
 
     def _save_waiting(self, path: Sequence[Message]) -> Steps:
@@ -358,8 +358,10 @@ class Residence:
             self.hold(path)
 
     def cut(self, position: int) -> None:
-        """Forget every token from `position` on."""
-        self.tiers.crop(position)
+        """Forget every token from `position` on, and all of a segment from a file: `Store.cover` gives none in part."""
+        split = [one.start for one in self.tiers.residents if one.from_file and one.start < position < one.end]
+        split += [one.start for one, end in self.waiting if one.from_file and one.start < position < end]
+        self.tiers.crop(position := min([position, *split]))
         self.waiting = [(record, min(used, position)) for record, used in self.waiting if record.start < position]
 
 

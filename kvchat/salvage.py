@@ -2,12 +2,15 @@
 
 SQLite cannot delete rows that it cannot read, nor safely write among damaged pages. So the text and all KV that can be
 read are copied into a new database, and its pages are then written over the damaged one, in one transaction: a crash on
-the way changes nothing. It takes room for twice the file's size.
+the way changes nothing. It takes room for twice the file's size. All other processes are kept out meanwhile.
 """
 
 from __future__ import annotations
 
 import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +25,71 @@ TEXT = ("meta", "messages", "sessions", "branches", "sqlite_sequence")
 """Tables that nothing can be made again from."""
 DERIVED = {"bases": "id", "segments": "id", "segment_messages": "segment_id", "frames": "segment_id"}
 """Tables that can be made again from the text, and the key by which their rows are copied."""
+COUNTED = ("messages", "sessions", "branches")
+"""Tables of text that have indexes, by which their rows can be counted too."""
 ORPHANS = (
+    "DELETE FROM segments WHERE id IN (SELECT segment_id FROM segment_messages WHERE message_id NOT IN"
+    " (SELECT id FROM messages))",
     "DELETE FROM segments WHERE basis NOT NULL AND basis NOT IN (SELECT id FROM bases)",
     "DELETE FROM segment_messages WHERE segment_id NOT IN (SELECT id FROM segments)",
     "DELETE FROM frames WHERE segment_id NOT IN (SELECT id FROM segments)",
 )
 
 
-def salvage(db: Database, path: Path) -> None:
+def salvage(db: Database, path: Path, busy_timeout_s: float, require_whole: Callable[[Path], None]) -> None:
     """Write the database anew without its damaged pages; KV that lay in them is lost.
 
+    Args:
+        db: the only connection to `path`.
+        path: the database.
+        busy_timeout_s: how long to wait for other processes.
+        require_whole: given the copy before it is written over the database; raises StoreDamaged if text is missing.
+
     Raises:
-        StoreDamaged: text cannot be read; nothing was changed.
+        StoreDamaged: text cannot be read, or not all of it; nothing was changed.
+        sqlite3.OperationalError: SQLITE_BUSY: another process has the database open.
     """
     beside = path.with_name(f"{path.name}-salvage")
-    try:
-        copy = open_database(beside, busy_timeout_s=10.0)
+    with _alone(db):
+        remove_leftovers(path)
         try:
-            _fill(copy, db)
-            copy.conn.backup(db.conn)
+            with closing(open_database(beside, busy_timeout_s)) as copy:
+                _fill(copy, db)
+                require_whole(beside)
+                copy.conn.backup(db.conn, progress=_until(time.monotonic() + busy_timeout_s))
         finally:
-            copy.close()
+            remove_leftovers(path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the copy that a repair left when it was killed: it holds all text. For who may write to the database."""
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(f"{path.name}-salvage{suffix}").unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(db: Database) -> Iterator[None]:
+    """Keep all other processes out of the database: what they wrote now would be written over."""
+    db.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+    try:
+        with transaction(db, "FULL"):
+            pass  # the lock comes with the first transaction, and stays
+        yield
     finally:
-        for file in path.parent.glob(f"{beside.name}*"):
-            file.unlink()
+        db.execute("PRAGMA locking_mode = NORMAL").fetchall()
+        db.execute("PRAGMA user_version").fetchall()  # and goes with the first read
+
+
+def _until(deadline: float) -> Callable[[int, int, int], None]:
+    """For `Connection.backup`, which else tries again without end while the database is busy."""
+
+    def check(status: int, _remaining: int, _total: int) -> None:
+        if status in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) and time.monotonic() > deadline:
+            busy = sqlite3.OperationalError("database is locked")
+            busy.sqlite_errorcode = status
+            raise busy
+
+    return check
 
 
 def _fill(copy: Database, db: Database) -> None:
@@ -54,12 +98,7 @@ def _fill(copy: Database, db: Database) -> None:
     with transaction(copy, "NORMAL"):
         for table in TEXT:
             copy.execute(f"DELETE FROM {table}")
-            rows, error = _readable(db, f"SELECT * FROM {table} ORDER BY 1")
-            if error:
-                raise StoreDamaged(
-                    f"text cannot be read from the table {table} ({error}); restore a copy: nothing was changed"
-                ) from error
-            _insert(copy, table, rows)
+            _insert(copy, table, _text(db, table))
         for table, key in DERIVED.items():
             # As many keys as can be listed: the index that gives them is small, and so more likely whole than the rows.
             for (value,) in _readable(db, f"SELECT DISTINCT {key} FROM {table} ORDER BY 1")[0]:
@@ -67,11 +106,36 @@ def _fill(copy: Database, db: Database) -> None:
                 _insert(copy, table, [] if error else rows)
         for orphans in ORPHANS:
             copy.execute(orphans)
+        if lost := copy.execute("PRAGMA foreign_key_check").fetchone():
+            raise _lost(lost[0], f"what refers to {lost[2]} is not there")
+
+
+def _text(db: Database, table: str) -> list[Row]:
+    """All rows of a table. A scan can leave rows out and report nothing, so each index must know of as many."""
+    rows, error = _readable(db, f"SELECT * FROM {table} NOT INDEXED ORDER BY 1")
+    if error:
+        raise _lost(table, str(error)) from error
+    for (index,) in db.execute(f"SELECT name FROM pragma_index_list('{table}')").fetchall() if table in COUNTED else ():
+        found, error = _readable(db, f'SELECT count(*) FROM {table} INDEXED BY "{index}"')
+        if error or found != [(len(rows),)]:
+            raise _lost(table, f"the index {index} does not have its {len(rows)} rows") from error
+    return rows
+
+
+def _lost(table: str, why: str) -> StoreDamaged:
+    return StoreDamaged(f"text cannot be read from the table {table} ({why}); restore a copy: nothing was changed")
 
 
 def _insert(copy: Database, table: str, rows: list[Row]) -> None:
-    if rows:
-        copy.conn.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' for _ in rows[0])})", rows)
+    """Rows of text all, of KV those that keep to the schema."""
+    if not rows:
+        return
+    otherwise = "ABORT" if table in TEXT else "IGNORE"
+    sql = f"INSERT OR {otherwise} INTO {table} VALUES ({', '.join('?' for _ in rows[0])})"
+    try:
+        copy.conn.executemany(sql, rows)
+    except sqlite3.IntegrityError as error:
+        raise _lost(table, str(error)) from error
 
 
 def _readable(db: Database, sql: str, *values: object) -> tuple[list[Row], sqlite3.DatabaseError | None]:

@@ -36,6 +36,13 @@ class Saver:
         self._session_id = session_id
         self._retry_at = 0
         self._told_part = False
+        self._taken_up_to = 0
+        """One past the last position of which the tail has KV from a file."""
+
+    def taken(self, record: SegmentRecord) -> None:
+        """The tail holds the KV of that segment now: what is made of KV from a file is from a file too."""
+        if record.from_file:
+            self._taken_up_to = record.end
 
     def worth_trying(self, tail_length: int) -> bool:
         """Whether to ask again if there is room. Scoring and encoding the whole tail at every turn would be in vain."""
@@ -47,7 +54,10 @@ class Saver:
         identity = segment_id(self._fingerprint, kind, scorer, codec, messages[0].id, messages[-1].id)
         end = start + sum(len(message.token_ids) for message in messages)
         ids = tuple(message.id for message in messages)
-        return SegmentRecord(identity, self._fingerprint, start, end, kind, codec, scorer, ids, b"", 0, 0)
+        from_file = start < self._taken_up_to
+        return SegmentRecord(
+            identity, self._fingerprint, start, end, kind, codec, scorer, ids, b"", 0, 0, from_file=from_file
+        )
 
     def put(
         self, record: SegmentRecord, header: SegmentHeader, frames: Frames, replaces: Sequence[str], tail_length: int
@@ -64,7 +74,7 @@ class Saver:
                 yield Notice(FULL.format(limit=self._store.room().limit, kept=NOTHING_KEPT))
             return False
         self._retry_at = 0
-        if self._store.stored_chunks([record.id])[record.id] < chunks and not self._told_part:
+        if self._store.stored_chunks([record.id]).get(record.id, chunks) < chunks and not self._told_part:
             self._told_part = True
             yield Notice(FULL.format(limit=self._store.room().limit, kept=BEST_KEPT))
         return True

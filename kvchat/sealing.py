@@ -34,16 +34,9 @@ def rank_turns(
 
 def read_header(record: SegmentRecord, model: Model) -> SegmentHeader:
     """A stored segment's header. Raises CodecError, also if it is not that of this segment and model."""
-    header = SegmentHeader.from_bytes(record.header, record.basis)
-    ranking = header.ranking
-    shape = (*ranking.chunk_of.shape[:2], header.head_dim, header.dtype, header.num_groups)
-    expected = (model.num_hidden_layers, model.num_key_value_heads, model.head_dim, model.dtype, record.num_groups)
-    if shape != expected or (ranking.start, ranking.end, ranking.num_chunks) != (
-        record.start,
-        record.end,
-        record.num_chunks,
-    ):
-        raise CorruptFrame(f"the header is of another segment or model: {shape}, expected {expected}")
+    header = SegmentHeader.of(record, (model.num_hidden_layers, model.num_key_value_heads, model.head_dim))
+    if header.dtype != model.dtype:
+        raise CorruptFrame(f"the header is of another model: KV in {header.dtype}, expected {model.dtype}")
     return header
 
 

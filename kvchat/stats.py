@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from kvchat.fingerprint import fingerprint_id
 from kvchat.residence import Residence, turn_of
-from kvchat.store import Message, SessionInfo, Store
+from kvchat.store import Message, SegmentRecord, SessionInfo, Store
 
 if TYPE_CHECKING:
     from kvchat.session import Conversation
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def describe(conversation: Conversation) -> dict[str, Any]:
     """Everything `kvchat stats` shows; bytes are those of tensor storages and of the store's rows."""
     model, path, residence = conversation.engine.model, conversation.path, conversation.residence
-    segments = list_segments(residence, path)
+    covered = residence.store.cover([message.id for message in path], residence.fingerprint)
+    segments = list_segments(residence, path, covered)
     dense = residence.cache.num_seen * model.pairs_per_token
     tail = residence.cache.tail_length * model.pairs_per_token
     return {
@@ -32,7 +33,7 @@ def describe(conversation: Conversation) -> dict[str, Any]:
         "keep_ratio": residence.config.compress.keep_ratio,
         "bytes_in_memory": residence.cache.sealed_bytes + tail * model.bytes_per_pair,
         "bytes_dense": dense * model.bytes_per_pair,
-        "bytes_on_disk": sum(segment["bytes_on_disk"] for segment in segments),
+        "bytes_on_disk": bytes_of(record for record, _ in covered),
         "stored": sum(segment["rows_stored"] for segment in segments) / max(1, dense),
         "store": store_room(conversation.store),
         "segments": segments,
@@ -45,7 +46,8 @@ def describe_stored(store: Store, info: SessionInfo) -> dict[str, Any]:
     """As `describe`, as far as the store knows: nothing of what memory holds."""
     path = store.path(info.tip)
     bounds, segments = Residence.bounds(path), []
-    for record, used in store.cover([message.id for message in path], fingerprint_id(info.fingerprint)):
+    covered = store.cover([message.id for message in path], fingerprint_id(info.fingerprint))
+    for record, used in covered:
         first = bounds.index(record.start)
         turns = [turn_of(path, first), turn_of(path, first + used - 1)]
         segments.append({"id": record.id, "start": record.start, "end": bounds[first + used], "kind": record.kind})
@@ -57,11 +59,17 @@ def describe_stored(store: Store, info: SessionInfo) -> dict[str, Any]:
         "model": info.model,
         "num_turns": info.num_turns,
         "num_tokens": info.num_tokens,
-        "bytes_on_disk": sum(segment["bytes_on_disk"] for segment in segments),
+        "bytes_on_disk": bytes_of(record for record, _ in covered),
         "stored": info.stored,
         "store": store_room(store),
         "segments": segments,
     }
+
+
+def bytes_of(records: Iterable[SegmentRecord]) -> int:
+    """What segments take on disk, and what they share once."""
+    records = list(records)
+    return sum(one.nbytes for one in records) + sum(len(basis) for basis in {one.basis for one in records})
 
 
 def store_room(store: Store) -> dict[str, int]:
@@ -71,13 +79,15 @@ def store_room(store: Store) -> dict[str, int]:
     return sizes | {"bytes_free": room.free, "min_free": room.min_free}
 
 
-def list_segments(residence: Residence, path: Sequence[Message]) -> list[dict[str, Any]]:
-    """Each segment of the path: tokens, turns, rows, bytes in memory and on disk."""
+def list_segments(
+    residence: Residence, path: Sequence[Message], covered: Sequence[tuple[SegmentRecord, int]]
+) -> list[dict[str, Any]]:
+    """Each segment of the path, given as `Store.cover` does: tokens, turns, rows, bytes in memory and on disk."""
     model, bounds = residence.engine.model, residence.bounds(path)
     held = {one.id: one for one in residence.tiers.residents}
     waiting = {record.id for record, _ in residence.waiting}
     listed = []
-    for record, used in residence.store.cover([message.id for message in path], residence.fingerprint):
+    for record, used in covered:
         first, one = bounds.index(record.start), held.get(record.id)
         tokens = bounds[first + used] - record.start
         dense = tokens * model.pairs_per_token

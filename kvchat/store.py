@@ -12,17 +12,16 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kvchat.checks import Checks
-from kvchat.errors import InputError, SessionChanged, SessionExists, SessionNotFound, StoreError
+from kvchat.checks import RESTORE, Checks
+from kvchat.errors import InputError, SessionChanged, SessionExists, SessionNotFound, StoreDamaged, StoreError
 from kvchat.limited_store import LimitedStore
 from kvchat.listing import find_messages, list_sessions
 from kvchat.migrations import explained
-from kvchat.queries import INFOS, PATH, PRUNE_BRANCHES, REACHABLE, TOTALS
+from kvchat.queries import BASES_OF, INFOS, PATH, PRUNE_BRANCHES, REACHABLE, TOTALS
 from kvchat.records import (
     COLUMNS,
     Kind,
     Message,
-    Part,
     Role,
     SearchHit,
     SegmentRecord,
@@ -33,6 +32,7 @@ from kvchat.records import (
     place_below,
     session_of,
 )
+from kvchat.salvage import remove_leftovers
 
 __all__ = ["Kind", "Message", "Role", "SearchHit", "SegmentRecord", "SessionInfo", "Store"]
 
@@ -57,10 +57,10 @@ class Store(LimitedStore, Checks):
         """
         return self._create(name, model, fingerprint, None)
 
-    def take_in(self, name: str, model: str, fingerprint: dict[str, str], parts: Iterable[Part]) -> SessionInfo:
-        """A session with the messages and segments that `parts` bring, all of them; nothing, if one of them raises.
-
-        A segment over the same messages that is there already stays as it is.
+    def take_in(
+        self, name: str, model: str, fingerprint: dict[str, str], batches: Iterable[Sequence[Message]]
+    ) -> SessionInfo:
+        """A session with the messages that `batches` bring, each after the last, all of them; nothing, if one raises.
 
         Raises:
             SessionExists, InputError: the name is taken, or is no name.
@@ -68,24 +68,22 @@ class Store(LimitedStore, Checks):
         with self._write():
             self._insert_session(name, model, fingerprint, None)
             tip: str | None = None
-            for part in parts:
-                if isinstance(part, list):
-                    self._insert_messages(part, tip)
-                    tip = part[-1].id
-                elif not self._equals(part[0]):
-                    self._insert_segment(*part)
+            for batch in batches:
+                self._insert_messages(batch, tip)
+                tip = batch[-1].id
             self._db.execute("UPDATE sessions SET tip = ? WHERE name = ?", [tip, name])
-        self.shed()
-        self._return_pages()  # the log is as large as all that came
         return self.session(name)
 
-    def session(self, name: str) -> SessionInfo:
-        """The session of that name.
+    def session(self, name: str, session_id: int | None = None) -> SessionInfo:
+        """The session of that name, which must be the one with `session_id` if that is known already.
 
         Raises:
             SessionNotFound: with the closest names.
+            StoreError: another process gave the name to another session.
         """
         found = self._infos("name = :name", name=name)
+        if found and session_id not in (None, found[0].id):
+            raise StoreError(f"another session was named {name!r} meanwhile, and is left alone; try again")
         if found:
             return found[0]
         names = [row["name"] for row in self._rows("SELECT name FROM sessions")]
@@ -142,26 +140,37 @@ class Store(LimitedStore, Checks):
             values = [model, json.dumps(fingerprint, sort_keys=True), now(), session_id]
             self._db.execute("UPDATE sessions SET model = ?, fingerprint = ?, updated = ? WHERE id = ?", values)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, session_id: int | None = None) -> None:
         """Remove a session for good: every message no other session reaches, its index entries, all KV made from it.
 
-        KV can be turned back into text, so a segment that covers any removed message goes whole; a fork that shared it
-        makes it again. On return the bytes are in neither the file nor its log.
+        KV can be turned back into text, so a segment that covers any removed message goes whole, and so does every
+        segment with a basis that may have been fitted to one; a fork that shared them makes them again. On return the
+        bytes are in neither the file nor its log.
+
+        Args:
+            name: the session.
+            session_id: as for `session`.
 
         Raises:
             SessionNotFound
-            StoreError: also when the session is gone, but another process kept the bytes from being wiped.
+            StoreError: the name belongs to another session by now; or the session is gone, but another process kept
+                the bytes from being wiped.
         """
-        session_id = self.session(name).id
         with self._write():
-            self._db.execute("DELETE FROM sessions WHERE id = ?", [session_id])
+            found = self.session(name, session_id).id
+            bases = [row["basis"] for row in self._rows(BASES_OF, session=found)]
+            self._db.execute("DELETE FROM sessions WHERE id = ?", [found])
             self._db.execute(
                 f"{REACHABLE} DELETE FROM segments WHERE id IN (SELECT segment_id FROM segment_messages"
                 " WHERE message_id NOT IN (SELECT id FROM reachable))"
             )
             self._db.execute(f"{REACHABLE} DELETE FROM messages WHERE id NOT IN (SELECT id FROM reachable)")
+            if self._rows("SELECT changes() AS number")[0]["number"]:  # `rowcount` counts nothing after WITH
+                sharing = "DELETE FROM segments WHERE basis IN (SELECT value FROM json_each(?))"
+                self._db.execute(sharing, [json.dumps(bases)])
             # The index only marks a row as deleted and keeps its words until it is merged.
             self._db.execute("INSERT INTO messages_fts(messages_fts) VALUES ('optimize')")
+            remove_leftovers(self.file)
         try:
             self._shrink()
         except StoreError:
@@ -259,6 +268,7 @@ class Store(LimitedStore, Checks):
         with self._write():
             self._db.execute("DELETE FROM frames WHERE segment_id NOT IN (SELECT id FROM segments)")
             self._db.execute("INSERT INTO messages_fts(messages_fts) VALUES ('rebuild')")
+            remove_leftovers(self.file)
         with explained(self.file):
             self._db.vacuum()
         self._shrink()
@@ -279,8 +289,13 @@ class Store(LimitedStore, Checks):
         Raises:
             SessionNotFound
             StoreDamaged: pages with text are damaged; nothing was changed.
+            StoreError: pages are damaged, and another process has the file open; nothing was changed.
         """
-        done = self.mend_pages() if self.page_problems() else []
+        problems = self.page_problems()
+        for problem in problems:
+            if problem.endswith(RESTORE):
+                raise StoreDamaged(f"{problem}: nothing was changed")
+        done = self.mend_pages() if problems else []
         return done + self.mend(self._ends(name), everything=name is None)
 
     def _ends(self, name: str | None) -> dict[str, list[str]]:

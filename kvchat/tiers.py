@@ -12,10 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvchat.cache.ragged import Piece, SegmentedCache
-from kvchat.cache.segment import LayerKV, Ranking
+from kvchat.cache.segment import LayerKV
 from kvchat.codecs import SegmentHeader, decode_frame
 from kvchat.compress.allocate import chunks_held
 from kvchat.config import CompressConfig
@@ -35,6 +37,7 @@ class Resident:
     end: int
     """One past the last position in use: the segment's own end, or less after a rewind into it."""
     chunks: int
+    from_file: bool = False
 
     @property
     def start(self) -> int:
@@ -142,16 +145,29 @@ class Tiers:
         return sum(self.cache.rows(piece) for piece in held)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Of a ranking what counts: a byte for each pair is too much to keep of all segments at once."""
+
+    sizes: npt.NDArray[np.int64]
+    scores: tuple[float, ...] | None
+
+
 def would_hold(config: CompressConfig, records: Sequence[SegmentRecord], end: int) -> list[int]:
     """Chunks that memory would hold of a session's sealed segments, if it were restored up to `end`.
 
-    One of a segment whose header cannot be read.
+    One of a segment whose header cannot be read, and all that are stored if it is the header of another segment.
     """
-    known: dict[int, Ranking] = {}
+    known: dict[int, _Sizes] = {}
+    held = dict[int, int]()
     for index, record in enumerate(records):
         with suppress(CodecError):
-            known[index] = SegmentHeader.from_bytes(record.header, record.basis).ranking
-    segments = [(ranking, records[index].end) for index, ranking in known.items()]
+            ranking = SegmentHeader.from_bytes(record.header, record.basis).ranking
+            if (ranking.start, ranking.end, ranking.num_chunks) == (record.start, record.end, record.num_chunks):
+                known[index] = _Sizes(ranking.sizes, ranking.scores)
+            else:
+                held[index] = record.stored_chunks
+    segments = [(sizes, records[index].end) for index, sizes in known.items()]
     stored = [records[index].stored_chunks for index in known]
-    held = dict(zip(known, chunks_held(config, segments, stored, end), strict=True))
+    held |= zip(known, chunks_held(config, segments, stored, end), strict=True)
     return [held.get(index, 1) for index in range(len(records))]

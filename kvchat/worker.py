@@ -23,7 +23,7 @@ from kvchat.events import Listener, Notice
 from kvchat.fingerprint import TEXT_FIELDS, fingerprint_difference
 from kvchat.handle import Session
 from kvchat.jobs import Jobs, Owner, failure_notice
-from kvchat.locks import SessionLock, held_elsewhere
+from kvchat.locks import SessionLock, held_elsewhere, kept_closed
 from kvchat.model import Model, load
 from kvchat.portable import read_manifest, take_in
 from kvchat.recode import recode
@@ -146,7 +146,8 @@ class Worker:
 
     def _open_store(self) -> Store:
         limits, held = self.config.store, partial(would_hold, self.config.compress)
-        allowance = Allowance(limits.disk_budget, limits.min_free, held, self._recode, self._opened)
+        closed = partial(kept_closed, self.config.store_path)
+        allowance = Allowance(limits.disk_budget, limits.min_free, held, self._recode, self._opened, closed)
         return Store(self.config.store_path, allowance=allowance)
 
     def _recode(self, records: Sequence[SegmentRecord], codec: str) -> None:
@@ -169,19 +170,19 @@ class Worker:
         for lock in self._locks.values():
             lock.release()
         owners: list[Owner] = [self, *(conversation for conversation, _ in self._open.values())]
+        if hasattr(self, "_store"):
+            self._store.close()
         for owner in owners:
             if notice := failure_notice(owner):
                 self.jobs.tell(notice)
-        if hasattr(self, "_store"):
-            self._store.close()
 
     def _mend(self, stop: Stop) -> None:
         for one, _ in self._open.values():
-            self.jobs.in_background(partial(one.residence.mend, one.path, stop), one)
+            self.jobs.in_spare_time(partial(one.residence.mend, one.path, stop), f"{one.info.name}: computing lost KV")
 
     def _probe(self, stop: Stop) -> None:
         for one, _ in self._open.values():
-            self.jobs.in_background(partial(probe.record, one, stop), one)
+            self.jobs.in_spare_time(partial(probe.record, one, stop), f"{one.info.name}: recording an answer")
 
     def _open_conversation(
         self, name: str | None, model: str | None, system: str | None, rebuild: bool, create: bool
@@ -215,7 +216,7 @@ class Worker:
         """Lock a session and give it as it is then; if what is done inside fails, let go again."""
         lock = SessionLock(self._store.file, info.id, info.name)
         try:
-            yield self._store.session(info.name)
+            yield self._store.session(info.name, info.id)
         except BaseException:
             lock.release()
             raise
@@ -296,4 +297,4 @@ class Worker:
         if session_id in self._open:
             raise InputError(f"session {name!r} is open; close it before deleting it")
         with SessionLock(self._store.file, session_id, name):
-            self._store.delete(name)
+            self._store.delete(name, session_id)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 from kvchat.config import ModelConfig
 from kvchat.model import Model, load
 from tests.tiny import make_model
+
+# Two processes with more threads than there are cores wait for each other's at every barrier, for minutes.
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

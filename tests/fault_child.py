@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from kvchat.codecs.encode import ARCHIVE
+from kvchat.codecs.header import ARCHIVE
 from kvchat.config import Config
 from kvchat.errors import KVChatError
 from kvchat.events import Listener, Notice

@@ -27,9 +27,10 @@ import zstandard
 from kvchat import portable
 from kvchat.cache.segment import Ranking
 from kvchat.codecs.archive import Basis
-from kvchat.codecs.encode import ARCHIVE, SegmentHeader, decode_frame, encode_segment
+from kvchat.codecs.encode import decode_frame, encode_segment
 from kvchat.codecs.fit import Part, fit_basis
 from kvchat.codecs.frame import unpack
+from kvchat.codecs.header import ARCHIVE, SegmentHeader
 from kvchat.errors import KVChatError
 from kvchat.store import Store
 from tests.store_parts import converse, segment

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from torch import Tensor
 
 from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader, decode_frame, encode_segment
-from kvchat.codecs.archive import LEVELS, NUM_SINKS, ONE, RISE, Basis, _pack, _table, reach, shifts
+from kvchat.codecs.archive import LEVELS, NUM_SINKS, ONE, RISE, Basis, reach, shifts
+from kvchat.codecs.bits import digit_table, pack_digits
 from kvchat.codecs.fit import Part, fit_basis, unturn
 from kvchat.codecs.frame import Planes, pack, unpack
 from kvchat.errors import CodecError, CorruptFrame, UnknownCodec
@@ -83,15 +87,15 @@ def test_codes_come_back_from_their_bytes(level: int) -> None:
     assert (2 * most + 1) ** per_byte <= 256 and most <= ONE
     for count in (0, 1, per_byte, 1001):
         q = np.random.default_rng(count).integers(-most, most + 1, count).astype(np.int8)
-        packed = _pack(q, level)
+        packed = pack_digits(q, most, per_byte)
         assert len(packed) == -(-count // per_byte)
-        np.testing.assert_array_equal(_table(level)[packed].reshape(-1)[:count], q)
+        np.testing.assert_array_equal(digit_table(most, per_byte)[packed].reshape(-1)[:count], q)
 
 
 def test_a_byte_holds_digits_the_first_the_lowest() -> None:
     q = np.array([-1, 0, 1, 1, -1, 1], np.int8)
-    assert _pack(q, 4).tolist() == [0 + 1 * 3 + 2 * 9 + 2 * 27 + 0 * 81, 2 + 3 + 9 + 27 + 81]
-    assert _pack(np.array([-7, 7], np.int8), 8).tolist() == [14 * 15]
+    assert pack_digits(q, *reach(4)).tolist() == [0 + 1 * 3 + 2 * 9 + 2 * 27 + 0 * 81, 2 + 3 + 9 + 27 + 81]
+    assert pack_digits(np.array([-7, 7], np.int8), *reach(8)).tolist() == [14 * 15]
 
 
 def test_sums_over_components_are_exact_in_any_order() -> None:
@@ -119,6 +123,16 @@ def test_rows_are_close_and_sinks_exact(part: Part, basis: bytes) -> None:
     assert lost(values[:, :, late], part.values[:, :, late]) < 0.2
     assert torch.equal(bits(keys[:, :, :NUM_SINKS]), bits(part.keys[:, :, :NUM_SINKS]))
     assert torch.equal(bits(values[:, :, :NUM_SINKS]), bits(part.values[:, :, :NUM_SINKS]))
+
+
+def test_sinks_are_exact_however_few_rows_are_beside_them(part: Part, basis: bytes) -> None:
+    chunk_of = np.ones(SHAPE[:3], np.uint8)
+    chunk_of[:, :, : NUM_SINKS + 1] = 0  # of five rows a quarter would be two
+    some = part._replace(ranking=Ranking(0, chunk_of))
+    keys, values = decode(*_read(some, basis))
+    assert torch.equal(bits(keys[:, :, :NUM_SINKS]), bits(part.keys[:, :, :NUM_SINKS]))
+    assert torch.equal(bits(values[:, :, :NUM_SINKS]), bits(part.values[:, :, :NUM_SINKS]))
+    assert not torch.equal(bits(keys[:, :, NUM_SINKS]), bits(part.keys[:, :, NUM_SINKS]))
 
 
 def test_better_chunks_are_closer(part: Part, basis: bytes) -> None:
@@ -241,6 +255,55 @@ def test_no_segment_or_no_number_makes_no_basis(part: Part) -> None:
         fit_basis(iter([part._replace(keys=keys)]))
 
 
+class Elsewhere:
+    """Keys or values as on another device: nothing can be done with a layer of them but to fetch it."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.shape, self.rows = rows.shape, rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return (Layer(rows) for rows in self.rows)
+
+
+class Layer:
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def cpu(self) -> Tensor:
+        return self._rows
+
+
+def test_a_basis_is_made_on_the_cpu_wherever_the_rows_are(part: Part, basis: bytes) -> None:
+    there: Any = (Elsewhere(part.keys), Elsewhere(part.values))
+    assert fit_basis(iter([part._replace(keys=there[0], values=there[1])])) == basis
+
+
+def test_no_segment_is_kept_while_the_next_is_read() -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def parts() -> Iterator[Part]:
+        for start in (0, 1500, 3000):
+            alive.append(sum(one() is not None for one in made))
+            waiting = [made_up(start)]
+            made.extend([weakref.ref(waiting[0].keys), weakref.ref(waiting[0].values)])
+            yield waiting.pop()  # the generator keeps none
+
+    fit_basis(parts())
+    assert alive == [0, 0, 0]
+
+
+def test_a_basis_that_is_not_finite_or_has_no_steps_is_refused(basis: bytes) -> None:
+    head, planes = unpack(basis, limit=1 << 20)
+    for name in ("turn", "key_mean", "value_step"):
+        for bad in (np.nan, np.inf):
+            lie = {**planes, name: np.full_like(planes[name], bad)}
+            with pytest.raises(CorruptFrame, match="not finite"):
+                Basis.from_bytes(pack(head, lie), 2, 2, 32)
+    with pytest.raises(CorruptFrame, match="not above zero"):
+        Basis.from_bytes(pack(head, {**planes, "key_step": np.zeros_like(planes["key_step"])}), 2, 2, 32)
+
+
 def test_a_missing_damaged_or_foreign_basis_is_refused(part: Part, basis: bytes) -> None:
     header_bytes, _ = encode(part, basis)
     other = fit_basis(iter([made_up(seed=5)]))
@@ -282,6 +345,7 @@ def test_a_hostile_frame_is_refused(part: Part, basis: bytes) -> None:
     for name, plane in planes.items():
         lies += [{**planes, name: plane[1:]}, {key: other for key, other in planes.items() if key != name}]
     lies += [{**planes, "key_shift": np.array([200], np.uint8)}]
+    lies += [{**planes, "key_words": np.full_like(planes["key_words"], 0x7FC0)}]  # NaN in bfloat16
     beyond = planes["key_exact"].copy()
     beyond[-1] = 1 << 31
     lies += [{**planes, "key_exact": beyond}]

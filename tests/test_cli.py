@@ -19,7 +19,7 @@ import typer
 from kvchat import plain
 from kvchat.cli import app, main
 from kvchat.config import Config
-from tests.fake_worker import STATS, FakeSession, FakeWorker
+from tests.fake_worker import STATS, USAGE, FakeSession, FakeWorker
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -195,7 +195,7 @@ def test_import_takes_the_file_in(run: Any, worker: FakeWorker) -> None:
     assert name == "rome"
     assert how["system"].startswith("You are")
     assert len(worker.heard) == 8
-    assert err.startswith("rome: 8 messages")
+    assert err == f"rome: 8 messages, {USAGE.prefilled_tokens} tokens\n"
 
 
 def test_import_names_the_session_after_the_file(run: Any, worker: FakeWorker, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +25,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvchat.cache.segment import Ranking
-from kvchat.codecs import SegmentHeader, decode_frame, encode_segment
+from kvchat.codecs import CODECS, SegmentHeader, decode_frame, encode_segment
+from kvchat.codecs.encode import _read
 from kvchat.codecs.frame import Planes, check, pack, unpack
 from kvchat.errors import CodecError, CorruptFrame, UnknownCodec
 
@@ -364,6 +366,116 @@ def test_a_frame_of_another_place_is_refused() -> None:
         SegmentHeader.from_bytes(blobs[0])
     with pytest.raises(CorruptFrame):
         decode_frame(header, 0, 0, header.to_bytes(), CPU)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("codec", [name for name in CODECS if name != "raw"])
+def test_a_plane_that_is_not_finite_is_refused(codec: str, bad: float) -> None:
+    x = normal(2, 2, 40, 16, torch.float32)
+    header, frames = encode_segment(codec, x, x, random_ranking(2, 2, 40, 2))
+    head, planes = unpack(next(frames)[2], limit=1 << 20)
+    lies = []
+    for name, plane in planes.items():
+        if plane.dtype.kind == "f":
+            lies.append({**planes, name: np.where(np.arange(plane.size).reshape(plane.shape) == 3, bad, plane)})
+        elif name.endswith(("_step", "_min")):  # bytes of float16, apart
+            broken = plane.copy()
+            broken.reshape(2, -1)[:, 3] = np.frombuffer(np.float16(bad).tobytes(), np.uint8)
+            lies.append({**planes, name: broken})
+    assert lies
+    for lie in lies:
+        kept = {name: plane.astype(planes[name].dtype) for name, plane in lie.items()}
+        with pytest.raises(CorruptFrame, match="not finite"):
+            decode_frame(header, 0, 0, pack(head, kept), CPU)
+
+
+def test_a_header_that_is_not_finite_is_refused() -> None:
+    x = normal(2, 2, 8, 4, torch.bfloat16)
+    header, _ = encode_segment("k8v8", x, x, Ranking.single(0, 2, 2, 8))
+    for name in ("key_scale", "key_min"):
+        broken = np.full_like(header.params[name], np.nan)
+        with pytest.raises(CorruptFrame, match=f"'{name}' holds numbers that are not finite"):
+            SegmentHeader.from_bytes(replace(header, params={**header.params, name: broken}).to_bytes())
+
+
+@pytest.mark.parametrize("codec", ["k8v8", "k4v4", "k2v2"])
+def test_finite_planes_that_decode_to_infinity_are_refused(codec: str) -> None:
+    x = normal(2, 2, 40, 16, torch.bfloat16)
+    header, frames = encode_segment(codec, x, x, random_ranking(2, 2, 40, 2))
+    head, planes = unpack(next(frames)[2], limit=1 << 20)
+    planes["value_scale"] = np.full(planes["value_scale"].shape, 3e38, np.float32)
+    if "value_min" in planes:
+        planes["value_min"] = planes["value_min"].astype(np.float32)
+    with pytest.raises(CorruptFrame, match="decodes to numbers that are not finite"):
+        decode_frame(header, 0, 0, pack(head, planes), CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("part", [1.0, 0.99])
+def test_what_k8v8_writes_it_can_read(dtype: torch.dtype, part: float) -> None:
+    x = torch.stack(normal(1, 1, 40, 16, dtype)) * 0.1
+    x[0, 0, 3] = part * torch.finfo(dtype).max
+    if part == 1:
+        with pytest.raises(CodecError, match="use codec raw"):
+            encode("k8v8", list(x), list(x), Ranking.single(0, 1, 1, 40))
+    else:
+        keys, values, _ = decode(*encode("k8v8", list(x), list(x), Ranking.single(0, 1, 1, 40)))
+        assert bool(keys.isfinite().all()) and bool(values.isfinite().all())
+
+
+def huge_header(tokens: int, head_dim: int = 4) -> bytes:
+    """A few bytes that say they rank so many tokens of two layers with two heads."""
+    head = {"kind": "segment", "codec": "raw", "dtype": "bfloat16", "head_dim": head_dim, "start": 0, "group_size": 2}
+    return pack(head, {"chunk_of": np.zeros((2, 2, tokens), np.uint8)})
+
+
+def test_a_header_takes_no_more_than_its_segment_needs() -> None:
+    blob = huge_header(1 << 24)
+    assert len(blob) < 10_000
+    tracemalloc.start()
+    try:
+        for shape in (None, (2, 2, 4)):
+            tracemalloc.reset_peak()
+            with pytest.raises(CorruptFrame, match="are expected"):
+                SegmentHeader.from_bytes(blob, b"", (0, 541), shape)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.reset_peak()
+        assert SegmentHeader.from_bytes(blob).ranking.num_chunks == 1
+        # The ranking, and not eight bytes for each of its pairs.
+        assert tracemalloc.get_traced_memory()[1] < 3 << 26
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_of_another_segment_or_model_is_refused() -> None:
+    blob = huge_header(100)
+    assert SegmentHeader.from_bytes(blob, b"", (0, 100), (2, 2, 4)).ranking.end == 100
+    for span, shape in (((0, 99), None), ((1, 101), None), ((0, 100), (2, 3, 4)), ((0, 100), (2, 2, 8))):
+        with pytest.raises(CorruptFrame, match="the header is of"):
+            SegmentHeader.from_bytes(blob, b"", span, shape)
+    for head_dim in (0, 1 << 13, 1 << 62):
+        with pytest.raises(CorruptFrame, match="not a segment's header"):
+            SegmentHeader.from_bytes(huge_header(100, head_dim))
+
+
+def test_pairs_are_counted_by_chunk() -> None:
+    chunk_of = np.random.default_rng(0).choice([0, 1, 7], (3, 2, 400_000)).astype(np.uint8)
+    sizes = Ranking(0, chunk_of).sizes
+    np.testing.assert_array_equal(sizes, np.bincount(chunk_of.reshape(-1)))
+
+
+def test_codecs_of_a_list_share_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values = normal(2, 2, 40, 16, torch.bfloat16, 1), normal(2, 2, 40, 16, torch.bfloat16, 2)
+    copies, stack = list[int](), torch.stack
+
+    def counted(tensors: Any) -> Tensor:
+        stacked = stack(tensors)
+        copies.append(stacked.numel())
+        return stacked
+
+    monkeypatch.setattr(torch, "stack", counted)
+    _read([CODECS[name] for name in ("eb2", "k4v4", "eb5", "k3v2", "eb10")], keys, values)
+    assert [size for size in copies if size > 1000] == [2 * 2 * 40 * 16] * 2
 
 
 @pytest.mark.parametrize("missing", ["chunk_of", "key_scale"])

@@ -182,6 +182,33 @@ def test_two_sessions_of_one_store_are_answered_at_once(store: Path, begin: Begi
     opened.close()
 
 
+def test_another_session_that_got_the_name_meanwhile_is_neither_opened_nor_deleted(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Store(store)
+    converse(opened, "trip", "one", "two")
+    taken = list[str]()
+
+    class Late(SessionLock):
+        def __init__(self, file: Path, session_id: int, name: str) -> None:
+            super().__init__(file, session_id, name)
+            taken.append(f"kept {len(taken)}")
+            other = Store(file)
+            other.rename("trip", taken[-1])
+            converse(other, "trip", "another", "session")
+            other.close()
+
+    monkeypatch.setattr("kvchat.worker.SessionLock", Late)
+    worker = start(store)
+    for harm in (lambda: worker.open("trip"), lambda: worker.delete("trip")):
+        with pytest.raises(StoreError, match="another session was named 'trip' meanwhile"):
+            harm()
+    worker.close()
+    assert {info.name for info in opened.sessions()} == {"trip", *taken} and len(taken) == 2
+    assert held_elsewhere(store, [info.id for info in opened.sessions()]) == set()
+    opened.close()
+
+
 def test_of_many_processes_that_want_one_session_one_gets_it(begin: Begin) -> None:
     others = [begin("trip") for _ in range(4)]
     for process in others:

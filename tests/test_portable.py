@@ -25,18 +25,19 @@ from kvchat import portable
 from kvchat.cli import main
 from kvchat.codecs import frame
 from kvchat.config import Config
-from kvchat.download import is_here
+from kvchat.download import BUILTIN, is_here
 from kvchat.errors import InputError, SessionExists
 from kvchat.files import written
 from kvchat.fingerprint import fingerprint_id
 from kvchat.handle import Session
 from kvchat.model import Model
-from kvchat.portable import form
+from kvchat.portable import form, intake
 from kvchat.portable.form import Description, End, Manifest
 from kvchat.records import SegmentRecord, segment_id
+from kvchat.shed import Allowance
 from kvchat.store import Store
 from kvchat.worker import Worker
-from tests.store_parts import FINGERPRINT, MODEL, converse, say
+from tests.store_parts import FINGERPRINT, MODEL, converse, copy_of, say
 from tests.tiny import make_model
 
 SETTINGS = {
@@ -49,6 +50,7 @@ SETTINGS = {
 }
 QUESTIONS = ["Where did we stay in Rome?", "What did it cost?", "Was it far from the river?", "Who was with us?"]
 OWN = fingerprint_id(FINGERPRINT)
+RANKS = np.zeros((2, 2, 1000), np.uint8)
 
 Open = Callable[..., Worker]
 
@@ -75,7 +77,7 @@ def put(store: Store, path: list[Any], first: int, last: int, *, codec: str = "r
         codec=codec,
         scorer="kvzip",
         messages=tuple(message.id for message in path[first:last]),
-        header=frame.pack({"kind": "segment", "start": start}, {}),
+        header=frame.pack({"kind": "segment", "start": start, "head_dim": 8}, {"chunk_of": RANKS[:, :, : end - start]}),
         num_chunks=2,
         num_groups=2,
         basis=basis,
@@ -176,6 +178,119 @@ def test_a_file_brings_messages_and_segments_back_as_they_were(small: bytes, sto
 def test_the_common_basis_is_written_once(small: bytes) -> None:
     basis = frame.pack({"kind": "basis"}, {"b": np.ones(30, "<f4")})
     assert blocks_of(small).count(basis) == 1
+
+
+def test_kv_of_a_file_serves_nobody_who_says_something_else(small: bytes, store: Store, tmp_path: Path) -> None:
+    mine = [message.id for message in store.path(store.session("mine").tip)]
+    bring(store, small, tmp_path)
+    theirs = [message.id for message in store.path(store.session("trip").tip)]
+    assert mine[0] == theirs[0] and store.cover(mine, OWN) == []
+    assert [used for _, used in store.cover(theirs, OWN)] == [2, 2]
+    assert [used for _, used in store.cover(theirs[:3], OWN)] == [2]
+
+
+def test_kv_of_no_more_than_a_system_prompt_is_left_out(store: Store, tmp_path: Path) -> None:
+    info = store.create_session("long", MODEL, FINGERPRINT)
+    path = [say(None, "system", "Be brief.")]
+    path.append(say(path[0], "user", "One"))
+    path.append(say(path[1], "assistant", "Two"))
+    store.add_messages(info.id, path, None)
+    put(store, path, 0, 1)
+    put(store, path, 1, 3)
+    stream = io.BytesIO()
+    assert portable.write(store, "long", stream).segments == 2
+    other = Store(tmp_path / "third.db")
+    bring(other, stream.getvalue(), tmp_path)
+    assert [record.start for record, _ in other.cover([message.id for message in path], OWN)] == [11]
+    other.close()
+
+
+def header_of(small: bytes, planes: dict[str, Any], **values: Any) -> bytes:
+    """The file with another header in its first segment, and a manifest that agrees."""
+    blocks = blocks_of(small)[:-1]
+    place = next(index for index, block in enumerate(blocks) if frame.read_head(block).get("kind") == "segment")
+    head, old = frame.unpack(blocks[place], limit=1 << 20)
+    new = frame.pack({**head, **values}, {**old, **planes})
+    kv_bytes = Manifest.from_bytes(blocks[0]).kv_bytes + len(new) - len(blocks[place])
+    return joined([changed(blocks[0], kv_bytes=kv_bytes), *blocks[1:place], new, *blocks[place + 1 :]])
+
+
+@pytest.mark.parametrize(
+    ("planes", "values", "reason"),
+    [
+        ({"chunk_of": np.zeros((32, 32, 1 << 14), np.uint8)}, {}, "not its 31 tokens"),
+        ({"chunk_of": np.zeros((2, 62), np.uint8)}, {}, "not its 31 tokens"),
+        ({"chunk_of": np.zeros((2, 2, 31), "<u2")}, {}, "not its 31 tokens"),
+        ({"chunk_of": np.zeros((1 << 10, 1 << 9, 31), np.uint8)}, {}, "no model has that"),
+        ({"chunk_of": np.zeros((0, 2, 31), np.uint8)}, {}, "no model has that"),
+        ({}, {"head_dim": 1 << 30}, "no model has that"),
+        ({}, {"head_dim": None}, "no model has that"),
+        ({"key_scale": np.zeros(1 << 22, "<f4")}, {}, "larger than one may be"),
+    ],
+    ids=range(8),
+)
+def test_a_header_that_grows_when_it_is_read_is_refused(
+    planes: dict[str, Any], values: dict[str, Any], reason: str, small: bytes, store: Store, tmp_path: Path
+) -> None:
+    data = header_of(small, planes, **values)
+    assert len(data) < len(small) + 3000
+    assert reason in refused(store, data, tmp_path)
+
+
+def test_others_write_while_a_file_is_read(
+    small: bytes, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, check = Store(store.file, busy_timeout_s=0), form.check_header
+    names = iter("abcdefgh")
+
+    def write_and_check(*given: Any) -> None:
+        other.create_session(next(names), MODEL, FINGERPRINT)
+        check(*given)
+
+    monkeypatch.setattr(form, "check_header", write_and_check)
+    bring(store, small, tmp_path)
+    assert next(names) == "e"  # two segments, read twice
+    other.close()
+
+
+@pytest.mark.parametrize("place", [1, -3], ids=["messages", "last frame"])
+def test_a_file_that_changes_while_it_is_read_leaves_nothing(
+    place: int, small: bytes, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, check = blocks_of(small)[:-1], intake._check
+    head, planes = frame.unpack(blocks[place], limit=1 << 20)
+    if place == 1:  # still a sound file: another date of the same length
+        planes["text"] = np.frombuffer(planes["text"].tobytes().replace(b"2026-", b"2027-"), np.uint8)
+    else:
+        planes["x"] = planes["x"][::-1].copy()
+    blocks[place] = frame.pack(head, planes, dict.fromkeys(planes, 0.0 if place == 1 else 0.97))
+    bring(store, joined(blocks), tmp_path, "sound")
+    store.delete("sound")
+    before = contents(store)
+
+    def check_and_change(*given: Any) -> None:
+        check(*given)
+        (tmp_path / "in.kvchat").write_bytes(joined(blocks))
+
+    monkeypatch.setattr(intake, "_check", check_and_change)
+    with pytest.raises(InputError, match="changed while it was read; nothing was taken in"):
+        bring(store, small, tmp_path)
+    assert without_counters(contents(store)) == without_counters(before)
+    assert store.verify() == []
+
+
+def without_counters(rows: str) -> str:
+    """Rows without those of the search index and of the numbers given out."""
+    return "\n".join(row for row in rows.splitlines() if "messages_fts" not in row and "sqlite_sequence" not in row)
+
+
+def test_what_is_taken_in_keeps_to_the_budget(small: bytes, store: Store, tmp_path: Path) -> None:
+    store.allowance = Allowance(disk_budget=1)
+    bring(store, small, tmp_path)
+    assert store.stats()["segments"] == 0 and len(store.path(store.session("trip").tip)) == 6
+    store.allowance = Allowance(disk_budget=store.room().in_use + (1 << 20))
+    bring(store, small, tmp_path, "again")
+    assert store.stats()["segments"] == 2 and store.verify() == []
 
 
 def test_segments_that_are_there_already_stay(small: bytes, store: Store, tmp_path: Path) -> None:
@@ -576,6 +691,42 @@ def test_a_session_goes_on_elsewhere_as_it_would_have_here(here: Machine, tmp_pa
         worker.close()
 
 
+def test_what_is_made_of_kv_from_a_file_is_from_a_file_too(here: Machine, tmp_path: Path) -> None:
+    there = machine_like(here, tmp_path / "there")
+    there.run("import", str(tmp_path / "trip.kvchat"))
+    worker = there.worker()
+    session = worker.open("trip")
+    kinds = [one["kind"] for one in session.stats()["segments"]]
+    assert kinds[-1] == "open"
+    length = session.stats()["num_tokens"]
+    for question in QUESTIONS * 2:
+        session.ask(question)
+    session.settle()
+    worker.close()
+    store = Store(there.store)
+    rows = store._rows("SELECT kind, start_token, from_file FROM segments ORDER BY start_token")
+    store.close()
+    assert rows[-1]["start_token"] > length and [row["kind"] for row in rows[: len(kinds)]] == ["sealed"] * len(kinds)
+    assert [bool(row["from_file"]) for row in rows] == [row["start_token"] < length for row in rows]
+
+
+def test_after_a_rewind_memory_holds_no_part_of_a_segment_from_a_file(here: Machine, tmp_path: Path) -> None:
+    there = machine_like(here, tmp_path / "there")
+    there.run("import", str(tmp_path / "trip.kvchat"))
+    worker = there.worker()
+    session = worker.open("trip")
+    session.ask("And then?")
+    for turns in (1, 2, 1):
+        session.rewind(turns)
+        session.settle()
+        resumed = machine_like(here, tmp_path / "none")
+        resumed.store = copy_of(there.store, turns + session.stats()["num_tokens"])
+        other = resumed.worker()
+        assert probe(other.open("trip")) == probe(session)
+        other.close()
+    worker.close()
+
+
 def test_kv_of_another_model_is_not_used_and_not_even_stored(here: Machine, tmp_path: Path) -> None:
     there = machine_like(here, tmp_path / "there", lambda: make_model(seed=1))
     told = there.run("import", str(tmp_path / "trip.kvchat"), "--name", "other")
@@ -739,6 +890,15 @@ def test_a_pipe_takes_the_file_and_a_terminal_does_not(
 @pytest.mark.parametrize("name", ["", "\0", "~nobody/x", "../" * 5000, "a/b/c", "no/such-model-here", "\U0001f600"])
 def test_any_name_of_a_model_may_be_asked_for(name: str) -> None:
     assert not is_here(name)
+
+
+def test_what_is_a_path_too_is_not_taken_for_a_model_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvchat.download._snapshot_here", lambda name: tmp_path)
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert not is_here("org/model") and not is_here(str(tmp_path)) and is_here("org/other") and is_here(BUILTIN)
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvchat import probe
 from kvchat import worker as worker_module
@@ -21,8 +22,9 @@ from kvchat.config import Config
 from kvchat.errors import StoreDamaged
 from kvchat.events import Notice, Progress
 from kvchat.migrations import PAGE_SIZE
-from kvchat.probe import disagreements
-from kvchat.store import Store
+from kvchat.probe import disagreements, state_of
+from kvchat.residence import Residence
+from kvchat.store import SegmentRecord, Store
 from kvchat.worker import Worker
 from tests.test_session import QUESTIONS, SETTINGS, flip_a_bit
 from tests.tiny import make_model
@@ -149,6 +151,33 @@ def test_a_changed_frame_whose_checksum_is_right_is_found(store: Path, capsys: p
     assert "otherwise than recorded, from token" in verify(store, capsys, "--deep", code=1)
 
 
+def test_kv_that_is_not_finite_is_a_problem_and_never_recorded(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kvchat.codecs import frame
+
+    with sqlite3.connect(store) as database:
+        [(rowid, old)] = database.execute(
+            "SELECT frames.rowid, body FROM frames JOIN segments ON segments.id = segment_id WHERE kind = 'open'"
+            " ORDER BY start_token DESC LIMIT 1"
+        ).fetchall()
+        head, planes = frame.unpack(old, limit=1 << 24)
+        # Exact KV may be anything; of `raw` words all ones are no number.
+        body = frame.pack(head, {name: plane * 0 + 255 for name, plane in planes.items()})
+        database.execute("UPDATE frames SET body = ?, nbytes = ? WHERE rowid = ?", [body, len(body), rowid])
+        database.execute(
+            "UPDATE segments SET nbytes = length(header) + (SELECT total(nbytes) FROM frames WHERE segment_id = id)"
+        )
+    database.close()
+    assert verify(store, capsys) == "no problems\n"
+    out = verify(store, capsys, "--deep", code=1)
+    assert out.startswith("trip: gives no answer\nsession 'trip': ") and "not finite; open it with --rebuild" in out
+    assert num_recorded(store) == 0
+    worker = start(store)
+    with worker.open("trip") as session:
+        session._call(lambda: list(probe.record(session._conversation, lambda: False)))
+    worker.close()
+    assert num_recorded(store) == 0
+
+
 def forged(body: bytes) -> bytes:
     """A sound frame with other rows."""
     from kvchat.codecs import frame
@@ -172,6 +201,77 @@ def test_what_a_live_session_records_holds_after_resuming(store: Path, monkeypat
     worker = start(store)
     with worker.open("trip") as session:
         assert session.check().outcome == "same"
+    worker.close()
+
+
+@pytest.mark.parametrize("chore", ["probe", "mend"])
+def test_what_fails_while_nobody_waits_costs_the_user_nothing(
+    store: Path, monkeypatch: pytest.MonkeyPatch, chore: str
+) -> None:
+    told: list[Progress | Notice] = []
+
+    def fail(*_: object) -> Any:
+        raise MemoryError("no room")
+
+    if chore == "probe":
+        monkeypatch.setattr(worker_module, "PROBE_AFTER_S", 0.0)
+        monkeypatch.setattr(probe, "answer", fail)
+    else:
+        monkeypatch.setattr(Residence, "mend", fail)
+    worker = start(store, told.append)
+    with worker.open("trip") as session:
+        wait_for(lambda: any("MemoryError: no room" in getattr(event, "text", "") for event in told))
+        assert session.ask("And then?").text
+        session.settle()
+    worker.close()
+    assert num_recorded(store) == 0 and all("\n" not in getattr(event, "text", "") for event in told)
+
+
+def test_a_record_of_exact_kv_without_a_segment_is_not_compared_with_what_is_computed_anew(store: Path) -> None:
+    worker = start(store, store__disk_budget=1)
+    with worker.open("trip") as session:
+        residence = session._conversation.residence
+        session.ask("And then?")
+        session.settle()
+        unsaved = session._call(lambda: state_of(session._conversation))
+        assert session._call(lambda: state_of(session._conversation)) == unsaved
+        assert session.check().outcome == "recorded" and session.check().outcome == "same"
+        assert residence.cache.tail_length and not residence.waiting
+        with torch.inference_mode():  # as when computed otherwise
+            residence.cache.layers[-1].values[:, residence.cache.tail_length - 1] += 1e-3
+        assert session._call(lambda: state_of(session._conversation)) != unsaved
+        assert session.check().outcome == "recorded"
+    worker.close()
+
+
+def test_a_tail_that_lost_its_segment_has_another_state(store: Path) -> None:
+    worker = start(store)
+    with worker.open("trip") as session:
+        assert session.check().outcome == "recorded"
+        conversation = session._conversation
+        assert conversation.residence.waiting and probe._unsaved(conversation.residence) == ""
+        saved = session._call(lambda: state_of(conversation))
+        conversation.residence.waiting.pop()
+        assert probe._unsaved(conversation.residence) and session._call(lambda: state_of(conversation)) != saved
+    worker.close()
+
+
+def test_a_segment_that_another_process_sheds_at_once_is_no_failure(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Store.put_segment
+
+    def put_and_shed(self: Store, record: SegmentRecord, *rest: Any) -> bool:
+        put(self, record, *rest)
+        self.drop_segment(record.id)
+        return True
+
+    monkeypatch.setattr(Store, "put_segment", put_and_shed)
+    worker = start(store)
+    with worker.open("trip") as session:
+        for question in QUESTIONS:
+            assert session.ask(question).text
+        session.settle()
     worker.close()
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from kvchat import recode as recode_module
 from kvchat.cache.segment import Ranking
 from kvchat.cli import main
 from kvchat.codecs import SegmentHeader, encode_segment
 from kvchat.codecs.channel import GROUP
+from kvchat.codecs.fit import Part
+from kvchat.codecs.frame import pack, unpack
 from kvchat.config import Config
 from kvchat.errors import CodecError, CorruptFrame, UnknownCodec
-from kvchat.recode import read_part, recode
+from kvchat.recode import CPU, _fill, read_part, recode
 from kvchat.records import segment_id
 from kvchat.store import SegmentRecord, Store
 from kvchat.worker import Worker
@@ -179,6 +184,58 @@ def test_going_down_the_ladder_costs_hardly_more_than_going_at_once() -> None:
     at_once, by_steps = after("k4v4", x), after("k4v4", after("k8v8", x))
     errors = [float((out[0] - x[0]).float().square().mean()) for out in (at_once, by_steps)]
     assert errors[1] < 1.1 * errors[0]
+
+
+def test_one_segment_at_a_time_is_in_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, made, alive = segments(store, number=3), list[weakref.ref[torch.Tensor]](), list[int]()
+
+    def watched(store: Store, record: SegmentRecord, device: torch.device = CPU) -> Part:
+        alive.append(sum(one() is not None for one in made))
+        part = read_part(store, record, device)
+        made.extend([weakref.ref(part.keys), weakref.ref(part.values)])
+        return part
+
+    monkeypatch.setattr(recode_module, "read_part", watched)
+    for codec in ("eb5", "archive"):
+        old = recode(store, old, codec)
+    assert alive == [0] * 9
+
+
+def test_what_is_not_there_is_the_mean_of_its_head() -> None:
+    rows, there = torch.randn(2, 3, 20, 4), torch.rand(2, 3, 20, 1) < 0.5
+    there[0, 0], filled = False, rows.clone()
+    _fill(filled, there)
+    assert torch.equal(filled.where(there, 0), rows.where(there, 0))
+    for layer, head in np.ndindex(2, 3):
+        here = there[layer, head, :, 0]
+        mean = rows[layer, head, here].mean(0) if here.any() else torch.zeros(4)
+        assert torch.allclose(filled[layer, head, ~here], mean.expand(int((~here).sum()), 4), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"head_dim": 1 << 62}, "not a segment's header"),
+        ({"head_dim": 1 << 20}, "not a segment's header"),
+        ({"head_dim": 4096}, "its header asks for"),
+        ({"start": 7}, "tokens from 7 on"),
+        ({"group_size": 1}, "chunks and groups"),
+    ],
+)
+def test_a_header_that_is_not_that_of_its_record_is_refused(
+    store: Store, changes: dict[str, int], problem: str
+) -> None:
+    old, _ = segments(store, "raw")
+    head, planes = unpack(old.header, limit=1 << 20)
+    with store._write("NORMAL"):
+        lie = pack({**head, **changes}, planes)
+        store._db.execute("UPDATE segments SET header = ? WHERE id = ?", [lie, old.id])
+    found = store.segment(old.id)
+    assert found
+    with pytest.raises(CorruptFrame, match=problem):
+        recode(store, [found], "k4v4")
+    with pytest.raises(CorruptFrame):
+        recode(store, [found], "archive")
 
 
 # Sessions

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ import pytest
 
 from kvchat import cli, listing, migrations
 from kvchat.codecs.frame import pack
+from kvchat.queries import KV_BYTES
 from kvchat.store import Message, SearchHit, SegmentRecord, SessionInfo, Store
 from tests.crash_child import start
-from tests.store_parts import FINGERPRINT, MODEL, Frames, say, segment, talk
+from tests.store_parts import FINGERPRINT, MODEL, Frames, converse, say, segment, talk
 
 MANY = int(os.environ.get("KVCHAT_SCALE_SESSIONS", "0"))
 full = pytest.mark.skipif(not MANY, reason="takes minutes; KVCHAT_SCALE_SESSIONS=1000 runs it")
@@ -48,7 +50,8 @@ def fill(store: Store, draw: random.Random, num_sessions: int, num_messages: int
         chain = [opening, *talk(opening, *(" ".join(draw.choices(WORDS, k=30)) for _ in range(num_messages - 1)))]
         store.add_messages(info.id, chain, None)
         for first in range(0, num_messages, 20):
-            store.put_segment(*segment(chain, first, min(num_messages, first + 20), tag=str(number)))
+            record, frames = segment(chain, first, min(num_messages, first + 20), tag=str(number))
+            store.put_segment(replace(record, basis=b"basis" * draw.randint(0, 3)), frames)
 
 
 def wander(store: Store, draw: random.Random, steps: int) -> None:
@@ -67,7 +70,8 @@ def wander(store: Store, draw: random.Random, steps: int) -> None:
             case "seal" | "open" as kind if path:
                 first = draw.randrange(len(path))
                 last = draw.randint(first + 1, len(path))
-                store.put_segment(*segment(path, first, last, "open" if kind == "open" else "sealed", tag=str(number)))
+                record, frames = segment(path, first, last, "open" if kind == "open" else "sealed", tag=str(number))
+                store.put_segment(replace(record, basis=b"basis" * draw.randint(0, 3)), frames)
             case "delete" if number % 5 == 0:
                 store.delete(info.name)
 
@@ -81,6 +85,20 @@ def test_the_listing_is_what_each_session_says_of_itself(store: Store, seed: int
     alone = [store.session(info.name) for info in store.sessions()]
     assert store.sessions() == sorted(alone, key=lambda info: (info.updated, info.id), reverse=True)
     assert len(alone) > 4 and len({(info.title, info.nbytes, info.num_turns) for info in alone}) > 3
+
+
+def test_what_segments_share_is_counted_once(store: Store) -> None:
+    (_, path), parts = converse(store, "trip", *"abcd"), []
+    for first, basis in ((0, b"x" * 7000), (2, b"x" * 7000), (3, b"y" * 500)):
+        record, frames = segment(path, first, min(first + 2, 4))
+        store.put_segment(replace(record, basis=basis), frames)
+        parts.append(store.segment(record.id))
+    own = sum(record.nbytes for record in parts if record)
+    store.fork("trip", "early", path[1].id)
+    sizes = {info.name: info.nbytes for info in store.sessions()}
+    assert sizes == {"trip": own + 7500, "early": parts[0].nbytes + 7000 if parts[0] else 0}
+    assert sizes == {name: store.session(name).nbytes for name in sizes}
+    assert store.stats()["kv_bytes"] == own + 7500 == store._rows(KV_BYTES)[0]["nbytes"]
 
 
 def test_a_title_may_come_late_or_never(store: Store) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvchat.codecs.frame import pack
+from kvchat.config import CODEC_NAMES
 from kvchat.errors import CorruptFrame
-from kvchat.shed import Allowance, Holding, Room, Sacrifice, bits, free_bytes, grouped, sacrifices
+from kvchat.shed import BITS, Allowance, Holding, Room, Sacrifice, bits, free_bytes, grouped, sacrifices
 from kvchat.store import Kind, Message, SegmentRecord, Store
 from tests.store_parts import FINGERPRINT, MODEL, Frames, converse, segment, talk
 
@@ -158,6 +160,36 @@ def test_a_recoding_that_makes_room_saves_what_is_left(store: Store) -> None:
     assert stored(store, ids)["b"] == [1, 1] and sum(stored(store, ids)["a"]) == 1
 
 
+def test_a_session_that_was_opened_meanwhile_is_not_recoded_and_goes_last(store: Store) -> None:
+    ids = fill(store, "abc")
+    store._db.execute("UPDATE segments SET codec = 'k8v8'")
+    store._db.conn.commit()
+    opened, asked = set[int](), list[set[int]]()
+    cold, others = store.session("a").id, {store.session("b").id, store.session("c").id}
+    fork = store.fork("a", "fork", store.path(store.session("a").tip)[0].id).id  # holds a part of the first segment
+
+    @contextmanager
+    def closed(sessions: Collection[int]) -> Iterator[bool]:
+        asked.append({*sessions})
+        opened.add(cold)
+        yield cold not in sessions
+
+    recoded: list[str] = []
+    limit(
+        store,
+        in_use(store) - 19 * CHUNK_BYTES,
+        held=1,
+        recode=lambda records, codec: recoded.extend(record.id for record in records),
+        closed=closed,
+        spared=lambda _: opened,
+    )
+    store.shed()
+    assert {cold, fork} in asked and {cold} in asked
+    assert {*recoded} == {*ids["b"], *ids["c"]} and all(not one & others or one <= others for one in asked)
+    state = stored(store, ids)
+    assert state == {"a": [1, 1], "b": [0, 0], "c": [1, 1]} and keeps_to(store)
+
+
 def test_a_segment_is_as_warm_as_the_warmest_session_that_reaches_one_of_its_messages(store: Store) -> None:
     ids = fill(store, "ab")
     chain = store.path(store.session("a").tip)
@@ -243,9 +275,24 @@ def test_the_order_of_sacrifice_in_full() -> None:
     ]
 
 
-@pytest.mark.parametrize(("codec", "size"), [("raw", 32), ("k8v8,k4v4", 16), ("k4v4", 8), ("eb5", 1), ("archive", 0)])
-def test_what_counts_as_fewer_bits(codec: str, size: int) -> None:
+def test_what_is_archived_already_lends_its_basis_to_what_comes_after() -> None:
+    session = [holding("a0", 1, "archive"), holding("a1", 1), holding("a2", 1, "newer"), holding("a3", 1, sealed=False)]
+    found = list(sacrifices([[session], [], []], lambda _: {}, ("archive",)))
+    assert found == [Sacrifice(("a0", "a1"), codec="archive"), Sacrifice(("a0", "a1", "a2", "a3"))]
+    session = [holding("a0", 1, "archive"), holding("a2", 1, "newer")]
+    assert list(sacrifices([[session], [], []], lambda _: {}, ("archive",))) == [Sacrifice(("a0", "a2"))]
+
+
+@pytest.mark.parametrize(
+    ("codec", "size"), [("raw", 11), ("k8v8,k4v4", 8.2), ("eb2", 5.9), ("k4v4", 4.6), ("archive", 1.9), ("newer", 0)]
+)
+def test_what_counts_as_fewer_bits(codec: str, size: float) -> None:
     assert bits(codec) == size
+
+
+def test_every_codec_has_its_bits_and_the_rungs_go_down() -> None:
+    assert BITS.keys() == {*CODEC_NAMES, "archive"}
+    assert bits("eb5") <= bits("k4v4") < bits("eb2") < bits("k8v4") and bits("archive") == min(BITS.values())
 
 
 def test_the_lower_limit_counts_and_is_named() -> None:
@@ -329,6 +376,46 @@ def test_a_segment_of_no_known_session_is_written_too(store: Store) -> None:
     record, frames = sealed(chain, 0, 2)
     assert store.put_segment(record, frames) and keeps_to(store)
     assert store.stored_chunks([record.id]) == {record.id: CHUNKS}
+
+
+def test_nothing_is_asked_while_others_wait(store: Store) -> None:
+    fill(store, "ab", segments=3)
+    info, chain = store.session("b"), store.path(store.session("b").tip)
+    more = talk(chain[-1], "more", "and more")
+    store.add_messages(info.id, more, chain[-1].id)
+    asked: list[str] = []
+
+    def held(records: Sequence[SegmentRecord], end: int) -> list[int]:
+        assert not store._db.conn.in_transaction
+        asked.append("held")
+        return [1 for _ in records]
+
+    def spared(sessions: Collection[int]) -> Collection[int]:
+        assert not store._db.conn.in_transaction
+        asked.append("spared")
+        return ()
+
+    store.allowance = Allowance(in_use(store) - 14 * CHUNK_BYTES, held=held, spared=spared)
+    assert store.put_segment(*sealed([*chain, *more], 6, 8), owner=info.id)
+    assert {*asked} == {"held", "spared"} and keeps_to(store) and store.stats()["segments"] > 0
+
+
+def test_room_that_another_process_took_meanwhile_is_made_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = fill(store, "a")
+    info, chain = converse(store, "b", "one", "two")
+    _, others = converse(store, "c", "three", "four")
+    limit(store, in_use(store) + 250_000)
+    other, place = Store(store.file), store._place_within
+
+    def late(*given: Any) -> bool:
+        if other.stats()["segments"] == 2:
+            other.put_segment(*sealed(others, 0, 2))
+        return place(*given)
+
+    monkeypatch.setattr(store, "_place_within", late)
+    assert store.put_segment(*sealed(chain, 0, 2), owner=info.id)
+    assert keeps_to(store) and sum(stored(store, ids)["a"]) < 8
+    other.close()
 
 
 def test_pages_that_are_free_are_used_before_anything_goes(store: Store) -> None:

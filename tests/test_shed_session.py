@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from kvchat.config import Config
 from kvchat.errors import ConfigError
 from kvchat.events import Notice
+from kvchat.fingerprint import fingerprint_id
 from kvchat.handle import Session
-from kvchat.store import Store
+from kvchat.limited_store import LimitedStore
+from kvchat.store import SessionInfo, Store
+from kvchat.tiers import would_hold
 from kvchat.worker import Worker
 from tests.store_parts import copy_of
 from tests.test_session import QUESTIONS, SETTINGS, play, probe
@@ -192,6 +196,60 @@ def test_cold_kv_is_written_with_fewer_bits_before_all_of_it_goes(opener: Open, 
         store.close()
     assert seen == [["k4v4", "k8v8", "k8v8", "k8v8"], ["archive"] * 4]
     assert opener(used - 500_000, **one_chunk).open("cold").ask("And then?").usage.cached_tokens == tokens
+
+
+def test_what_is_opened_while_room_is_made_is_not_written_anew(
+    opener: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_chunk = {"compress__rank_chunks": [1.0], "compress__keep_ratio": 1.0}
+    worker, told = opener(**one_chunk), []
+    for name, questions in (("cold", QUESTIONS), ("warm", [question[::-1] for question in QUESTIONS])):
+        with worker.open(name) as session:
+            play(session, questions * 2)
+            used = in_use(session)
+    worker.close()
+    other, plan = opener(**one_chunk), LimitedStore._plan
+
+    def plan_and_open(*given: Any) -> Any:
+        found = plan(*given)
+        told.extend([] if told else [other.open("cold")])  # just after it was asked who is open
+        return found
+
+    monkeypatch.setattr(LimitedStore, "_plan", plan_and_open)
+    opener(used - 20_000, **one_chunk).close()
+    monkeypatch.undo()
+    live = probe(told[0])
+    copy = copy_of(tmp_path / "s.db", 0)
+    assert probe(opener(store__path=str(copy), **one_chunk).open("cold")) == live
+    store = Store(copy)
+    codecs = {info.name: codecs_of(store, info) for info in store.sessions()}
+    store.close()
+    assert codecs["cold"] == {"k8v8"} and "k4v4" in codecs["warm"]
+
+
+def test_the_header_of_another_segment_says_nothing_of_what_memory_would_hold(opener: Open, tmp_path: Path) -> None:
+    worker = opener()
+    with worker.open("trip") as session:
+        play(session, QUESTIONS * 2)
+        held = [one["chunks_held"] for one in sealed(session)]
+    worker.close()
+    store = Store(tmp_path / "s.db")
+    info = store.session("trip")
+    cover = store.cover([message.id for message in store.path(info.tip)], fingerprint_id(info.fingerprint))
+    records = [record for record, _ in cover if record.kind == "sealed"]
+    store.close()
+    config = Config.load(overrides=SETTINGS).compress
+    assert would_hold(config, records, info.num_tokens) == held and held[0] < 7
+    moved = replace(records[0], start=records[0].start + 1)
+    more = replace(records[0], num_chunks=8)
+    for other in (moved, more):
+        assert would_hold(config, [other, *records[1:]], info.num_tokens) == [7, *held[1:]]
+
+
+def codecs_of(store: Store, info: SessionInfo) -> set[str]:
+    """Those of its sealed segments."""
+    cover = store.cover([message.id for message in store.path(info.tip)], fingerprint_id(info.fingerprint))
+    return {record.codec for record, _ in cover if record.kind == "sealed"}
 
 
 def test_sizes_are_read_with_their_unit() -> None:

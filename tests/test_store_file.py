@@ -6,16 +6,23 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlite_utils import Database
 
-from kvchat.errors import StoreError
-from kvchat.store import Store
-from tests.store_parts import FINGERPRINT, MODEL, bytes_on_disk, converse, say, segment, talk
+from kvchat import salvage
+from kvchat.cli import main
+from kvchat.errors import StoreDamaged, StoreError
+from kvchat.locks import SessionLock
+from kvchat.migrations import PAGE_SIZE, open_database
+from kvchat.store import SegmentRecord, Store
+from tests.store_parts import FINGERPRINT, MODEL, Frames, bytes_on_disk, converse, say, segment, talk
 
 SECRET = "periwinkle zanzibarwhistle"
 
@@ -58,6 +65,11 @@ def test_only_the_owner_may_read_the_file(store: Store, path: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.glob("kvchat.db*")} == {0o600}
 
 
+def test_only_the_owner_may_enter_a_folder_that_the_store_made(tmp_path: Path) -> None:
+    Store(tmp_path / "made" / "kvchat.db").close()
+    assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o700
+
+
 def test_deleted_text_is_nowhere_in_the_file_or_its_log(store: Store, path: Path) -> None:
     _, kept = converse(store, "kept", "an ordinary question", "an ordinary answer")
     info, chain = converse(store, "secret plan", SECRET, f"{SECRET} " * 3000, "more")
@@ -96,6 +108,51 @@ def test_deleting_a_session_keeps_what_a_fork_still_needs(store: Store) -> None:
     assert store.segment(crossing[0].id) is None and store.stats()["segments"] == 1 and store.verify() == []
     store.delete("trip-2")
     assert {store.stats()[key] for key in ("sessions", "messages", "segments", "frames")} == {0}
+
+
+def archive(store: Store, parts: tuple[SegmentRecord, Frames], basis: bytes) -> str:
+    record = replace(parts[0], basis=basis)
+    store.put_segment(record, parts[1])
+    return record.id
+
+
+@pytest.mark.parametrize("shed_before", [False, True])
+def test_a_basis_that_was_fitted_to_deleted_text_goes_from_the_forks_too(store: Store, shed_before: bool) -> None:
+    _, chain = converse(store, "trip", "one", "two", "three", "four")
+    _, alone = converse(store, "alone", "five", "six")
+    store.fork("trip", "fork", chain[1].id)
+    store.fork("trip", "whole", chain[3].id)
+    shared, own = (archive(store, segment(chain, *part), b"of all four") for part in ((0, 2), (2, 4)))
+    other = archive(store, segment(alone, 0, 2), b"of another")
+    if shed_before:
+        store.drop_segment(own)
+    store.delete("trip")
+    assert store.segment(shared)  # no text is gone
+    store.delete("whole")
+    assert store.segment(shared) is None and store.segment(other) is not None
+    assert [bytes(row["body"]) for row in store._rows("SELECT body FROM bases")] == [b"of another"]
+    assert store.path(store.session("fork").tip) == chain[:2] and store.verify() == []
+
+
+def test_another_session_that_got_the_name_while_the_user_was_asked_is_not_deleted(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(path)
+    converse(store, "trip", "old")
+
+    def confirm(*_: object, **__: object) -> bool:
+        store.rename("trip", "kept")
+        locks.append(SessionLock(path, converse(store, "trip", "new")[0].id, "trip"))
+        return True
+
+    locks: list[SessionLock] = []
+    monkeypatch.setattr(typer, "confirm", confirm)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert main(["rm", "trip", "--store", str(path)]) == 1
+    assert "another session was named 'trip' meanwhile" in capsys.readouterr().err
+    assert {info.name: info.title for info in store.sessions()} == {"kept": "old", "trip": "new"}
+    locks[0].release()
+    store.close()
 
 
 def test_a_reader_that_keeps_the_bytes_alive_is_reported(store: Store, path: Path) -> None:
@@ -378,3 +435,115 @@ def test_vacuum_mends_the_search_index_and_drops_frames_without_a_segment(path: 
     store.vacuum()
     assert store.verify() == [] and store.search("hello") and not store.search("ghost")
     store.close()
+
+
+def long_sessions(path: Path) -> None:
+    """Two sessions whose messages fill many pages."""
+    store = Store(path)
+    for name in ("old", "new"):
+        converse(store, name, *(f"{name} message {number} {'x' * 300}" for number in range(80)))
+    store.close()
+
+
+def hide_rows(path: Path, text: bytes) -> None:
+    """Have the page of a table that holds `text` say that it has half its rows: a scan then reports no error."""
+    data = bytearray(path.read_bytes())
+    pages = [page for page in range(PAGE_SIZE, len(data), PAGE_SIZE) if data[page] == 0x0D]
+    [page] = [page for page in pages if text in data[page : page + PAGE_SIZE] and b"b2:" in data[page:][:PAGE_SIZE]]
+    data[page + 3 : page + 5] = (int.from_bytes(data[page + 3 : page + 5]) // 2).to_bytes(2)
+    path.write_bytes(data)
+
+
+def test_repair_does_not_take_rows_that_a_page_hides_for_deleted(path: Path) -> None:
+    long_sessions(path)
+    hide_rows(path, b"old message 60 ")
+    before = path.read_bytes()
+    store = Store(path)
+    with pytest.raises(StoreDamaged, match="restore a copy of the database: nothing was changed"):
+        store.repair()
+    with pytest.raises(StoreDamaged, match=r"table messages .the index .* does not have its .* nothing was changed"):
+        store.mend_pages()  # though nobody had looked before
+    store.close()
+    assert path.read_bytes() == before and [file.name for file in path.parent.iterdir()] == ["kvchat.db"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "found"),
+    [
+        ("DELETE FROM messages WHERE depth = 1", "is not there"),
+        ("UPDATE messages SET content = 'Hallo' WHERE depth = 1", "was altered"),
+        ("UPDATE messages SET role = 'nobody' WHERE depth = 1", "CHECK constraint failed"),
+        ("UPDATE sessions SET tip = 'b2:00'", "is not there"),
+    ],
+)
+def test_pages_are_not_mended_with_a_copy_that_lacks_text(path: Path, harm: str, found: str) -> None:
+    store = Store(path)
+    _, chain = converse(store, "trip", "Hello", "Hi", "And?")
+    store.put_segment(*segment(chain, 0, 2))
+    store.close()
+    execute(path, "PRAGMA ignore_check_constraints = ON", harm)
+    store = Store(path)
+    with pytest.raises(StoreDamaged, match=found):
+        store.mend_pages()
+    store.close()
+    assert [file.name for file in path.parent.iterdir()] == ["kvchat.db"]
+
+
+def test_mending_pages_keeps_all_text_and_sound_kv_and_lets_go_of_the_file(store: Store, path: Path) -> None:
+    _, chain = converse(store, "trip", "Hello", "Hi")
+    sound, broken = segment(chain, 0, 2), segment(chain, 1, 2)
+    store.put_segment(*sound)
+    store.put_segment(*broken)
+    execute(path, f"UPDATE segment_messages SET message_id = 'b2:00' WHERE segment_id = '{broken[0].id}'")
+    store.mend_pages()
+    other = Store(path, busy_timeout_s=0)
+    assert other.path(other.session("trip").tip) == chain and other.verify() == []
+    assert other.segment(sound[0].id) is not None and other.segment(broken[0].id) is None
+    other.add_messages(other.session("trip").id, talk(chain[-1], "More"), chain[-1].id)
+    assert len(store.path(store.session("trip").tip)) == 3
+    other.close()
+
+
+def test_while_pages_are_mended_nobody_else_writes(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converse(store, "trip", "Hello", "Hi")
+    fill, refused, modes = salvage._fill, list[str](), set[int]()
+
+    def interrupted(copy: Database, db: Database) -> None:
+        fill(copy, db)
+        modes.update(stat.S_IMODE(file.stat().st_mode) for file in path.parent.glob("kvchat.db-salvage*"))
+        with pytest.raises(StoreError, match="is busy") as caught:
+            Store(path, busy_timeout_s=0)
+        refused.append(str(caught.value))
+
+    monkeypatch.setattr(salvage, "_fill", interrupted)
+    store.mend_pages()
+    assert len(refused) == 1 and modes == {0o600}
+    other = Store(path, busy_timeout_s=0)
+    with pytest.raises(StoreError, match=r"kvchat\.db is busy: another kvchat is writing to it; try again"):
+        store.mend_pages()
+    other.rename("trip", "rome")
+    other.close()
+    assert store.session("rome").num_turns == 1
+
+
+def test_writing_pages_back_does_not_wait_for_ever(path: Path) -> None:
+    Store(path).close()
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    source, target = sqlite3.connect(":memory:"), sqlite3.connect(path, timeout=0)
+    with pytest.raises(sqlite3.OperationalError, match="locked") as caught:
+        source.backup(target, progress=salvage._until(0.0))
+    assert caught.value.sqlite_errorcode == sqlite3.SQLITE_BUSY
+    for connection in (writer, source, target):
+        connection.close()
+
+
+@pytest.mark.parametrize("mends", [Store.mend_pages, Store.vacuum, lambda store: store.delete("trip")])
+def test_what_a_killed_repair_left_is_removed(store: Store, path: Path, mends: Callable[[Store], object]) -> None:
+    converse(store, "trip", "Hello", SECRET)
+    copy = open_database(path.with_name("kvchat.db-salvage"), 10.0)
+    salvage._fill(copy, store._db)
+    assert any(b"periwinkle" in file.read_bytes() for file in path.parent.glob("*salvage*"))
+    mends(store)
+    assert not list(path.parent.glob("*salvage*")) and store.verify() == []
+    copy.close()

@@ -159,6 +159,19 @@ def test_a_rewind_inside_a_segment_is_a_view_of_its_beginning(store: Store) -> N
     assert covered(store, chain[:2]) == [(first, 2)]
 
 
+def test_a_segment_from_a_file_serves_whole_or_not_at_all(store: Store) -> None:
+    _, chain = converse(store, "trip", *WORDS)
+    record, frames = segment(chain, 0, 4)
+    theirs = put(store, (replace(record, from_file=True), frames))
+    found = store.segment(theirs)
+    assert found is not None and found.from_file
+    assert covered(store, chain) == [(theirs, 4)] and covered(store, chain[:4]) == [(theirs, 4)]
+    assert covered(store, chain[:3]) == []
+    assert covered(store, [*chain[:3], say(chain[2], "assistant", "another")]) == []
+    mine = put(store, segment(chain, 0, 3))
+    assert covered(store, chain[:3]) == [(mine, 3)] and covered(store, chain) == [(theirs, 4)]
+
+
 def test_a_gap_is_left_out(store: Store) -> None:
     _, chain = converse(store, "trip", *WORDS)
     middle = put(store, segment(chain, 2, 4))
@@ -225,7 +238,7 @@ def plainly(path: list[str], records: list[SegmentRecord]) -> list[tuple[str, in
                 count += 1
             beyond = count < len(record.messages)
             order = (-count, beyond, record.kind != "sealed", record.end, record.id)
-            if count and (best is None or order < best[0]):
+            if count and not (beyond and record.from_file) and (best is None or order < best[0]):
                 best = order, record.id, count
         if best is not None:
             chosen.append((best[1], best[2]))
@@ -255,7 +268,8 @@ def test_cover_is_what_its_definition_says(
         path = fork if number % 2 else main
         fingerprint = "f2" if foreign else "f1"
         last = min(8, first + size)
-        put(store, segment(path, first, last, kind, fingerprint, str(number), 1, 1))  # type: ignore[arg-type]
+        record, frames = segment(path, first, last, kind, fingerprint, str(number), 1, 1)  # type: ignore[arg-type]
+        put(store, (replace(record, from_file=number % 3 == 0), frames))
     asked = [message.id for message in (fork if on_fork else main)[:length]]
     records = [store.segment(row["id"]) for row in store._rows("SELECT id FROM segments")]
     usable = [record for record in records if record is not None and record.fingerprint == "f1"]

@@ -16,8 +16,8 @@ from kvchat.bench.closeness import Closeness
 from kvchat.bench.history import Subject, drain, ratio, spread, timed
 from kvchat.cache.segment import Ranking
 from kvchat.codecs import CODECS, SegmentHeader, decode_frame, encode_segment, packed_bytes, param_bytes
-from kvchat.codecs.encode import ARCHIVE
 from kvchat.codecs.fit import Part, fit_basis
+from kvchat.codecs.header import ARCHIVE
 from kvchat.compress.compressor import codecs_for
 from kvchat.config import Config
 from kvchat.recode import dense
@@ -103,7 +103,7 @@ def list_sources(subject: Subject) -> list[Source]:
     for record, _ in residence.store.cover([message.id for message in path], residence.fingerprint):
         if record.start >= SAMPLE_TOKENS:
             break
-        ranking = SegmentHeader.from_bytes(record.header, record.basis).ranking
+        ranking = SegmentHeader.of(record).ranking
         part = slice(record.start, record.end)
         keys, values = [layer.keys[0][:, part] for layer in layers], [layer.values[0][:, part] for layer in layers]
         sources.append(Source(record, ranking, keys, values))

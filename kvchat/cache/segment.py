@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+_COUNTED = 1 << 20
+
 
 @dataclass(frozen=True)
 class LayerKV:
@@ -68,6 +70,15 @@ class LayerKV:
         cu_seqlens = torch.arange(heads + 1, dtype=torch.int32) * tokens
         return cls(keys.reshape(-1, dim), values.reshape(-1, dim), positions, cu_seqlens)
 
+    @classmethod
+    def split(cls, counts: npt.NDArray[np.int64], keys: Tensor, values: Tensor, positions: Tensor) -> list[LayerKV]:
+        """Layers of (layers, H) `counts` pairs that lie one after another, as views."""
+        cu_seqlens = torch.zeros(len(counts), counts.shape[1] + 1, dtype=torch.int32)
+        cu_seqlens[:, 1:] = torch.from_numpy(counts.cumsum(axis=1))
+        per_layer = counts.sum(axis=1).tolist()
+        parts = (*(rows.split_with_sizes(per_layer) for rows in (keys, values, positions)), cu_seqlens.unbind())
+        return [cls(*layer) for layer in zip(*parts, strict=True)]
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -103,8 +114,11 @@ class Ranking:
     @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Pairs of every chunk over all layers and heads, (C,)."""
-        sizes: npt.NDArray[np.int64] = np.bincount(self.chunk_of.ravel())
-        return sizes
+        flat, sizes = self.chunk_of.reshape(-1), np.zeros(256, np.int64)
+        # Part by part: numpy counts numbers of 8 bytes, of which it makes a copy.
+        for first in range(0, len(flat), _COUNTED):
+            sizes += np.bincount(flat[first : first + _COUNTED], minlength=256)
+        return np.trim_zeros(sizes, "b")
 
     def counts(self, chunk: int) -> npt.NDArray[np.int64]:
         """Pairs of a chunk, (L, H)."""

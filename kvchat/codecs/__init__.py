@@ -9,12 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvchat.codecs.encode import CODECS, SegmentHeader, decode_frame, encode_segment, packed_bytes, param_bytes
+    from kvchat.codecs.encode import decode_frame, encode_segment, packed_bytes, param_bytes
+    from kvchat.codecs.header import CODECS, SegmentHeader
 
 __all__ = ["CODECS", "SegmentHeader", "decode_frame", "encode_segment", "packed_bytes", "param_bytes"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module("kvchat.codecs.encode"), name)
+        module = "header" if name in ("CODECS", "SegmentHeader") else "encode"
+        return getattr(import_module(f"kvchat.codecs.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,7 +28,7 @@ Letters: L layers, H KV heads, U = L * H units, T tokens, N rows of a frame, E e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal
@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from kvchat.cache.segment import Ranking
-from kvchat.codecs.codec import Codec, FrameRows, Take
+from kvchat.codecs.bits import digit_table, pack_digits
+from kvchat.codecs.codec import Codec, Exact, FrameRows, Take
 from kvchat.codecs.frame import Planes, expect, unpack
 from kvchat.codecs.quant import refuse_what_does_not_fit
 from kvchat.errors import CorruptFrame
@@ -58,6 +59,7 @@ RISE = 5
 NUM_SINKS = 4
 """The conversation's first tokens, which are like no others and to which all attend: their rows are exact."""
 
+# One row of so many may be exact, or the frame's sinks if these are more.
 _MOST_EXACT = 4
 _BADLY = 16.0
 _MOST_BYTES = 256 * 1024 * 1024
@@ -107,6 +109,8 @@ class Basis:
             expected[f"{side}_step"] = (layers, heads), "<f4"
             expected[f"{side}_level"] = (layers, heads, head_dim), "|u1"
         checked = {name: expect(planes, name, shape, dtype) for name, (shape, dtype) in expected.items()}
+        if min(float(checked[f"{side}_step"].min()) for side in ("key", "value")) <= 0:
+            raise CorruptFrame("the basis has steps that are not above zero")
         return cls(checked, blake2b(blob, digest_size=16).hexdigest())
 
     def of_layers(self, first: int, last: int) -> Planes:
@@ -132,8 +136,9 @@ class Archive:
         return {}
 
     def layer_bytes(self, rows: FrameRows, scale_bytes: int) -> npt.NDArray[np.int64]:
-        """The most that a layer can take: a byte a component, a quarter of the rows exact, and the shift."""
-        exact = -(-rows.per_layer // _MOST_EXACT) * (4 + rows.head_dim * rows.dtype.itemsize)
+        """The most that a layer can take: a byte a component, the rows that may be exact, and the shift."""
+        sinks = np.minimum(rows.counts, max(0, NUM_SINKS - self.ranking.start)).sum(axis=1)
+        exact = np.maximum(-(-rows.per_layer // _MOST_EXACT), sinks) * (4 + rows.head_dim * rows.dtype.itemsize)
         layer_bytes: npt.NDArray[np.int64] = rows.per_layer * rows.head_dim + exact + 1
         return layer_bytes
 
@@ -141,10 +146,10 @@ class Archive:
         """None: they are the basis."""
         return {}
 
-    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
+    def read(self, exact: Exact) -> tuple[Planes, Take]:
         """The numbers themselves, coded when they are taken."""
-        refuse_what_does_not_fit(f"{self.side}s", layers)
-        by_row, tokens = torch.stack(list(layers)).flatten(0, 2).cpu(), layers[0].shape[1]
+        refuse_what_does_not_fit(f"{self.side}s", exact.layers)
+        by_row, tokens = exact.by_row.cpu(), exact.tokens
         units = _Units(self.side, self.basis.planes)
         # The rows of a basis are not quite orthogonal, once they are integers: this undoes them exactly.
         project = torch.linalg.pinv(units.rows.double() / ONE).float()
@@ -153,8 +158,8 @@ class Archive:
         def take(rows: npt.NDArray[np.int64]) -> Planes:
             positions, unit = self.ranking.start + rows % tokens, rows // tokens
             frame = _Frame(units, unit, int(shift[chunk_of[rows[0]]]) if len(rows) else 0)
-            exact = by_row[torch.from_numpy(rows)]
-            return frame.code(units.turn(exact.float(), positions, -1), project, exact, positions < NUM_SINKS)
+            taken = by_row[torch.from_numpy(rows)]
+            return frame.code(units.turn(taken.float(), positions, -1), project, taken, positions < NUM_SINKS)
 
         return {}, take
 
@@ -193,7 +198,7 @@ class _Units:
         first = int(positions.min())
         angle = np.arange(first, int(positions.max()) + 1)[:, None] * self.frequency
         index, half = torch.from_numpy(positions - first).long(), len(self.frequency)
-        # numpy's float64 functions run in one thread; rounded to float32, they agree wherever they run.
+        # numpy's float64 functions run in one thread, so their bits do not depend on the number of threads.
         cos = torch.from_numpy(np.cos(angle)).float().index_select(0, index)
         sin = torch.from_numpy(sign * np.sin(angle)).float().index_select(0, index)
         one, other = rows[:, :half], rows[:, half : 2 * half]
@@ -225,10 +230,13 @@ class _Frame:
         error = (self.back(q) - rows).square_().sum(1) / self.step.squeeze(1).square()
         badness = error / torch.from_numpy(_EXPECTED[self.level].sum(0))
         badness[torch.from_numpy(sinks)] = torch.inf
-        worst = badness.argsort(descending=True, stable=True)[: -(-len(badness) // _MOST_EXACT)]
+        most_exact = max(-(-len(badness) // _MOST_EXACT), int(sinks.sum()))
+        worst = badness.argsort(descending=True, stable=True)[:most_exact]
         index = worst[badness[worst] > _BADLY].sort().values
         codes, words = q.T.contiguous().to(torch.int8).numpy(), exact[index].view(_WORDS[exact.dtype.itemsize])
-        planes: Planes = {str(level): _pack(codes[self.level == level], level) for level in self._levels()}
+        planes: Planes = {
+            str(level): pack_digits(codes[self.level == level], *reach(level)) for level in self._levels()
+        }
         planes |= {"shift": np.array([self.shift], np.uint8), "exact": index.numpy().astype("<u4")}
         planes["words"] = words.numpy().view(f"<u{words.itemsize}")
         return {f"{self.units.side}_{name}": plane for name, plane in planes.items()}
@@ -238,9 +246,9 @@ class _Frame:
         q = np.zeros(self.level.shape, np.int8)
         for level in self._levels():
             here = self.level == level
-            count, per_byte = int(np.count_nonzero(here)), reach(level)[1]
+            count, (most, per_byte) = int(np.count_nonzero(here)), reach(level)
             packed = expect(planes, f"{self.units.side}_{level}", (-(-count // per_byte),), "|u1")
-            q[here] = _table(level)[packed].reshape(-1)[:count]
+            q[here] = digit_table(most, per_byte)[packed].reshape(-1)[:count]
         return torch.from_numpy(q).T.float()
 
     def _levels(self) -> list[int]:
@@ -275,23 +283,6 @@ def _runs(counts: npt.NDArray[np.int64]) -> Iterator[tuple[int, slice]]:
         if count:
             yield unit, slice(end, end + count)
         end += count
-
-
-def _pack(q: npt.NDArray[np.int8], level: int) -> npt.NDArray[np.uint8]:
-    """q (n,) as digits of one number a byte, the first the lowest; the last byte is filled up with zeros."""
-    most, per_byte = reach(level)
-    digits = np.full(-(-len(q) // per_byte) * per_byte, most, np.int64)
-    digits[: len(q)] += q
-    packed: npt.NDArray[np.uint8] = (digits.reshape(-1, per_byte) @ (2 * most + 1) ** np.arange(per_byte)).astype("|u1")
-    return packed
-
-
-def _table(level: int) -> npt.NDArray[np.int8]:
-    """What each byte holds, (256, per byte)."""
-    most, per_byte = reach(level)
-    place = (2 * most + 1) ** np.arange(per_byte)
-    table: npt.NDArray[np.int8] = (np.arange(256)[:, None] // place % (2 * most + 1) - most).astype(np.int8)
-    return table
 
 
 # By level: how far q goes, and the square of what is lost, in steps.

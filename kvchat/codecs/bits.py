@@ -1,5 +1,7 @@
 """Codes of 2, 3 or 4 bits, packed tightly, row by row; and their way back to numbers by one look-up a byte.
 
+At the end the same for whole numbers from -most to most, several of which are the digits of one byte.
+
     4 bits  code of channel d in byte d // 2, from bit 4 * (d % 2)
     2 bits  code of channel d in byte d // 4, from bit 2 * (d % 4)
     3 bits  the low two bits of all codes as above, then the high bits: channel d in byte d // 8, bit d % 8
@@ -11,6 +13,8 @@ Letters: N rows, D head_dim, W bytes of a row.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -62,3 +66,18 @@ def _three_bits(packed: Tensor, low_bytes: int) -> Tensor:
     low, high = packed[:, :low_bytes].int(), packed[:, low_bytes:].int()
     nibbles = torch.stack([high & 15, high >> 4], 2).flatten(1)[:, :low_bytes]
     return low.add_(nibbles, alpha=256)
+
+
+def pack_digits(q: npt.NDArray[np.int8], most: int, per_byte: int) -> npt.NDArray[np.uint8]:
+    """q (n,) as digits of one number a byte, the first the lowest; the last byte is filled up with zeros."""
+    digits = np.full(-(-len(q) // per_byte) * per_byte, most, np.int64)
+    digits[: len(q)] += q
+    packed: npt.NDArray[np.uint8] = (digits.reshape(-1, per_byte) @ (2 * most + 1) ** np.arange(per_byte)).astype("|u1")
+    return packed
+
+
+def digit_table(most: int, per_byte: int) -> npt.NDArray[np.int8]:
+    """What each byte holds, (256, per_byte)."""
+    place = (2 * most + 1) ** np.arange(per_byte)
+    table: npt.NDArray[np.int8] = (np.arange(256)[:, None] // place % (2 * most + 1) - most).astype(np.int8)
+    return table

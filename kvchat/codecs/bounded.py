@@ -21,7 +21,7 @@ Letters: L layers, H KV heads, T tokens, N rows of a frame, U units, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kvchat.codecs.channel import padded_groups, row_groups
-from kvchat.codecs.codec import FrameRows, Take
+from kvchat.codecs.codec import Exact, FrameRows, Take
 from kvchat.codecs.frame import Planes, expect
 from kvchat.codecs.quant import blocks, or_one, refuse_what_does_not_fit, round_down_half, to_tensor
 from kvchat.errors import CorruptFrame
@@ -66,10 +66,10 @@ class Bounded:
         """None: a frame stands for itself."""
         return {}
 
-    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
+    def read(self, exact: Exact) -> tuple[Planes, Take]:
         """The numbers themselves: which rows make a unit is known when they are taken."""
-        refuse_what_does_not_fit(f"{self.side}s", layers)
-        by_row, tokens = torch.stack(list(layers)).flatten(0, 2), layers[0].shape[1]
+        refuse_what_does_not_fit(f"{self.side}s", exact.layers)
+        by_row, tokens = exact.by_row, exact.tokens
 
         def take(rows: npt.NDArray[np.int64]) -> Planes:
             counts = np.bincount(rows // tokens)
@@ -151,5 +151,5 @@ def _bytes_together(planes: Planes, name: str, shape: tuple[int, int]) -> npt.ND
     if size not in (2, 4):
         raise CorruptFrame(f"plane {name!r} has numbers of {size} bytes, expected 2 or 4")
     apart = expect(planes, name, (size, *shape), "|u1")
-    together = np.ascontiguousarray(np.moveaxis(apart, 0, -1)).view(f"<f{size}")
-    return together.reshape(shape).astype(np.float32)
+    together = np.ascontiguousarray(np.moveaxis(apart, 0, -1)).view(f"<f{size}").reshape(shape)
+    return expect({name: together}, name, shape, f"<f{size}").astype(np.float32)

@@ -13,7 +13,7 @@ Letters: L layers, H KV heads, T tokens, N rows of a frame, G groups, D head_dim
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvchat.codecs.bits import expand, level_table, pack_codes, row_bytes
-from kvchat.codecs.codec import FrameRows, Take
+from kvchat.codecs.codec import Exact, FrameRows, Take
 from kvchat.codecs.frame import Planes, expect
 from kvchat.codecs.quant import blocks, refuse_what_does_not_fit, scale_and_min, to_tensor
 
@@ -50,10 +50,10 @@ class ChannelKeys:
         """None: a frame stands for itself."""
         return {}
 
-    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
+    def read(self, exact: Exact) -> tuple[Planes, Take]:
         """The keys themselves: which rows make a group is known when they are taken."""
-        refuse_what_does_not_fit("keys", layers)
-        by_row, tokens = torch.stack(list(layers)).flatten(0, 2), layers[0].shape[1]
+        refuse_what_does_not_fit("keys", exact.layers)
+        by_row, tokens = exact.by_row, exact.tokens
 
         def take(rows: npt.NDArray[np.int64]) -> Planes:
             index, real = padded_groups(np.bincount(rows // tokens))

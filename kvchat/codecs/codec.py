@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -16,10 +17,30 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvchat.cache.segment import Ranking
 from kvchat.codecs.frame import Planes
+
+_FRAME_BYTES = 4 * 1024 * 1024
 
 Take = Callable[[npt.NDArray[np.int64]], Planes]
 """Flat row indices into (L, H, T), ascending, to the planes of these rows."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Exact keys or values of a segment: L layers of (H, T, D)."""
+
+    layers: Sequence[Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return int(self.layers[0].shape[1])
+
+    @cached_property
+    def by_row(self) -> Tensor:
+        """(L * H * T, D): one copy for all methods that want it."""
+        return torch.stack(list(self.layers)).flatten(0, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +80,8 @@ class Method(Protocol):
     def param_shapes(self, layers: int, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Float32 planes that serve the whole segment and lie in its header; the first axis is L."""
 
-    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
-        """Parameters and rows of L layers of (H, T, D). Raises CodecError for what it cannot write."""
+    def read(self, exact: Exact) -> tuple[Planes, Take]:
+        """Parameters, and what takes rows. Raises CodecError for what it cannot write."""
 
     def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
         """The rows (N, D); `params` are those of the frame's layers. Raises CorruptFrame."""
@@ -86,3 +107,17 @@ class Codec:
         """Those of both sides."""
         of_keys, of_values = (side.param_shapes(layers, heads, head_dim) for side in (self.keys, self.values))
         return {**of_keys, **of_values}
+
+
+def group_size(ranking: Ranking, codecs: Sequence[Codec], head_dim: int, dtype: torch.dtype) -> int:
+    """The most layers of which no frame exceeds _FRAME_BYTES, at least one; `codecs` is that of each chunk."""
+    of_chunk = [codecs[min(chunk, len(codecs) - 1)] for chunk in range(ranking.num_chunks)]
+    rows = [FrameRows(ranking.counts(chunk), head_dim, dtype) for chunk in range(ranking.num_chunks)]
+    per_layer = np.stack([codec.layer_bytes(one, 4) for codec, one in zip(of_chunk, rows, strict=True)], axis=1)
+    layers = len(per_layer)
+    for groups in range(1, layers):
+        size = -(-layers // groups)
+        frames = np.add.reduceat(per_layer, np.arange(0, layers, size))
+        if frames.max() <= _FRAME_BYTES:
+            return size
+    return 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from math import erf, log2, sqrt
 from typing import NamedTuple
 
@@ -51,16 +51,16 @@ def fit_basis(parts: Iterator[Part], share: float = SHARE) -> bytes:
     Raises:
         CodecError: there is no segment, or its numbers are not finite.
     """
-    first = next(parts, None)
-    if first is None:
+    part = next(parts, None)
+    if part is None:
         raise CodecError("there is no sealed segment to make a basis of")
-    turn = _find_turn(first)
-    keys, values = _Moments(first.keys.shape), _Moments(first.values.shape)
-    every = chain([first], parts)
-    del first  # or two segments would be in memory
-    for part in every:
+    turn = _find_turn(part)
+    keys, values = _Moments(part.keys.shape), _Moments(part.values.shape)
+    while part is not None:
         keys.add(part.keys, part, turn)
         values.add(part.values, part, None)
+        del part  # or two segments would be in memory while the next is read
+        part = next(parts, None)
     spectra: dict[Side, _Spectrum] = {"key": keys.spectrum(), "value": values.spectrum()}
     steps = _steps(spectra, keys.sizes, _code_bits(spectra["key"].rows, keys.sizes, share))
     planes: Planes = {"turn": turn.astype("<f4")}
@@ -110,11 +110,12 @@ class _Moments:
         """Pairs of each unit by the shift of their chunk, (L, H, S)."""
 
     def add(self, rows: Tensor, part: Part, frequency: npt.NDArray[np.float64] | None) -> None:
-        """Count a segment's rows (L, H, T, D) in, RoPE undone by `frequency` (D // 2,)."""
+        """Count a segment's rows (L, H, T, D) on any device in, RoPE undone by `frequency` (D // 2,)."""
         ranking, tokens = part.ranking, rows.shape[2]
         late = torch.arange(ranking.start, ranking.start + tokens) >= min(NUM_SINKS, ranking.start + tokens - 1)
         shift = torch.from_numpy(shifts(ranking)[ranking.chunk_of])
-        for layer, layer_rows in enumerate(rows):
+        for layer, on_device in enumerate(rows):
+            layer_rows = on_device.cpu()
             unturned = layer_rows.double() if frequency is None else unturn(layer_rows, ranking.start, frequency)
             there = part.present[layer] & late
             kept = unturned * there.unsqueeze(2)

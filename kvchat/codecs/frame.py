@@ -100,6 +100,21 @@ def read_head(blob: bytes) -> dict[str, Any]:
     return _read_header(memoryview(blob)[_PREFIX.size : _PREFIX.size + header_length])[0]
 
 
+def plane_bytes(blob: bytes) -> int:
+    """What the planes of a frame take by its header, themselves unread. Raises what `check` raises."""
+    check(blob)
+    header_length = _PREFIX.unpack_from(blob)[3]
+    return sum(plane.nbytes for plane in _read_header(memoryview(blob)[_PREFIX.size : _PREFIX.size + header_length])[1])
+
+
+def plane_shapes(blob: bytes) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each plane of a frame by its header, themselves unread. Raises what `check` raises."""
+    check(blob)
+    header_length = _PREFIX.unpack_from(blob)[3]
+    described = _read_header(memoryview(blob)[_PREFIX.size : _PREFIX.size + header_length])[1]
+    return {plane.name: (plane.dtype, plane.shape) for plane in described}
+
+
 def unpack(blob: bytes, *, limit: int) -> tuple[dict[str, Any], Planes]:
     """Head and planes of a frame whose planes take at most `limit` bytes; raw planes are read-only views of `blob`.
 
@@ -121,12 +136,14 @@ def unpack(blob: bytes, *, limit: int) -> tuple[dict[str, Any], Planes]:
 
 
 def expect(planes: Planes, name: str, shape: tuple[int, ...], *dtypes: str) -> npt.NDArray[Any]:
-    """The plane `name`, or CorruptFrame if it is missing or has another shape or none of the dtypes."""
+    """The plane `name`, or CorruptFrame if it is missing, has another shape, none of the dtypes, or is not finite."""
     plane = planes.get(name)
     if plane is None:
         raise CorruptFrame(f"the frame has no plane {name!r}, only {', '.join(planes) or 'none'}")
     if plane.shape != shape or plane.dtype.str not in dtypes:
         raise CorruptFrame(f"plane {name!r} is {plane.dtype.str} {plane.shape}, expected {'/'.join(dtypes)} {shape}")
+    if plane.dtype.kind == "f" and not np.isfinite(plane).all():
+        raise CorruptFrame(f"plane {name!r} holds numbers that are not finite")
     return plane
 
 

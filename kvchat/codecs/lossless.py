@@ -8,7 +8,7 @@ Letters: L layers, H KV heads, T tokens, N rows of a frame, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.codecs.codec import FrameRows, Take
+from kvchat.codecs.codec import Exact, FrameRows, Take
 from kvchat.codecs.frame import Planes, expect
 
 _INTEGERS: dict[int, tuple[torch.dtype, np.dtype[Any]]] = {
@@ -45,9 +45,9 @@ class Raw:
         """None: every row stands for itself."""
         return {}
 
-    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
+    def read(self, exact: Exact) -> tuple[Planes, Take]:
         """Rows as rotated words, cut into bytes when they are taken."""
-        words = _words(layers)
+        words = _words(exact.by_row)
 
         def take(rows: npt.NDArray[np.int64]) -> Planes:
             taken = words[rows]
@@ -58,16 +58,17 @@ class Raw:
     def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
         """The rows (N, D), bit for bit what was written."""
         _, unsigned = _INTEGERS[rows.dtype.itemsize]
+        of_byte = [expect(planes, f"{self.side}{byte}", rows.shape, "|u1") for byte in range(rows.dtype.itemsize)]
         words = np.zeros(rows.shape, unsigned)
-        for byte in range(words.itemsize):
-            words |= expect(planes, f"{self.side}{byte}", rows.shape, "|u1").astype(unsigned) << 8 * byte
+        for byte, plane in enumerate(of_byte):
+            words |= plane.astype(unsigned) << 8 * byte
         words = (words >> 1) | (words << (8 * words.itemsize - 1))
         return torch.from_numpy(words).view(rows.dtype).to(device)
 
 
-def _words(layers: Sequence[Tensor]) -> npt.NDArray[Any]:
+def _words(rows: Tensor) -> npt.NDArray[Any]:
     """(L*H*T, D) unsigned words, rotated left by one bit."""
-    signed, unsigned = _INTEGERS[layers[0].dtype.itemsize]
-    words = torch.stack(list(layers)).flatten(0, 2).view(signed).cpu().numpy().view(unsigned)
+    signed, unsigned = _INTEGERS[rows.dtype.itemsize]
+    words = rows.view(signed).cpu().numpy().view(unsigned)
     rotated: npt.NDArray[Any] = (words << 1) | (words >> (8 * words.itemsize - 1))
     return rotated

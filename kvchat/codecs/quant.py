@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.codecs.codec import FrameRows, Take
+from kvchat.codecs.codec import Exact, FrameRows, Take
 from kvchat.codecs.frame import Planes, expect
 from kvchat.errors import CodecError
 
@@ -48,12 +48,12 @@ class Keys8:
         """Scale and min of each key channel."""
         return dict.fromkeys(("key_scale", "key_min"), (layers, heads, head_dim))
 
-    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
+    def read(self, exact: Exact) -> tuple[Planes, Take]:
         """The whole segment's codes, of which `take` only picks rows."""
         # By head: small enough for one core's cache, and only one head at a time is held in float32.
-        heads = [head for layer in layers for head in layer]
+        layers, heads = exact.layers, [head for layer in exact.layers for head in layer]
         low, extent = _bounds(heads, 0)
-        _refuse_unless("keys", extent.reshape(len(layers), -1).isfinite().all(1))
+        _refuse_unless("keys", _fits(low, extent, layers[0].dtype).reshape(len(layers), -1).all(1))
         scale = or_one(_round_up_16_bits(extent / _LEVELS))
         shape = (len(layers), len(layers[0]), -1)
         params = {"key_scale": scale.reshape(shape).cpu().numpy(), "key_min": low.reshape(shape).cpu().numpy()}
@@ -88,11 +88,11 @@ class Values8:
         """None: every row stands for itself."""
         return {}
 
-    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
+    def read(self, exact: Exact) -> tuple[Planes, Take]:
         """The whole segment's codes, of which `take` only picks rows."""
-        heads = [head for layer in layers for head in layer]
+        layers, heads = exact.layers, [head for layer in exact.layers for head in layer]
         low, extent = _bounds(heads, 1)
-        _refuse_unless("values", extent.reshape(len(layers), -1).isfinite().all(1))
+        _refuse_unless("values", _fits(low, extent, layers[0].dtype).reshape(len(layers), -1).all(1))
         scale, low = scale_and_min(low, extent, _LEVELS)
         codes = _codes(heads, scale.float(), low.float())
         return {}, _picking({"value": codes, "value_scale": scale, "value_min": low})
@@ -143,6 +143,12 @@ def _bounds(heads: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
     low = torch.stack([head.amin(dim, keepdim=True) for head in heads]).float()
     high = torch.stack([head.amax(dim, keepdim=True) for head in heads]).float()
     return low, high - low
+
+
+def _fits(low: Tensor, extent: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether ranges are finite and stay so when 8 bits are read: scale and min are then off by less than 1/256."""
+    largest = torch.maximum(low.abs(), (low + extent).abs())
+    return (extent * (1 + 2**-7)).isfinite() & (largest * (1 + 2**-7) <= torch.finfo(dtype).max)
 
 
 def refuse_what_does_not_fit(what: str, layers: Sequence[Tensor]) -> None:

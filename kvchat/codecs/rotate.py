@@ -17,7 +17,7 @@ Letters: L layers, H KV heads, T tokens, N rows of a frame, D head_dim, W bytes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kvchat.codecs.bits import expand, level_table, pack_codes, row_bytes
-from kvchat.codecs.codec import FrameRows, Take
+from kvchat.codecs.codec import Exact, FrameRows, Take
 from kvchat.codecs.frame import Planes, expect
 from kvchat.codecs.quant import blocks, or_one, refuse_what_does_not_fit, to_tensor
 
@@ -56,10 +56,10 @@ class RotatedValues:
         """None: every row stands for itself."""
         return {}
 
-    def read(self, layers: Sequence[Tensor]) -> tuple[Planes, Take]:
+    def read(self, exact: Exact) -> tuple[Planes, Take]:
         """The values themselves, quantised when they are taken."""
-        refuse_what_does_not_fit("values", layers)
-        by_row = torch.stack(list(layers)).flatten(0, 2)
+        refuse_what_does_not_fit("values", exact.layers)
+        by_row = exact.by_row
 
         def take(rows: npt.NDArray[np.int64]) -> Planes:
             codes, scale = self._quantise(by_row.index_select(0, torch.from_numpy(rows).to(by_row.device)).float())

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from kvchat.cache.segment import Ranking
+import numpy as np
+import numpy.typing as npt
+
 from kvchat.compress.compressor import chunks_within
 from kvchat.config import CompressConfig
 
 
+class Ranked(Protocol):
+    """What is asked of a `Ranking`: pairs and score of each chunk."""
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """As `Ranking` has them."""
+
+    @property
+    def scores(self) -> tuple[float, ...] | None:
+        """As `Ranking` has them."""
+
+
 def chunks_held(
-    config: CompressConfig, segments: Sequence[tuple[Ranking, int]], stored: Sequence[int], newest: int
+    config: CompressConfig, segments: Sequence[tuple[Ranked, int]], stored: Sequence[int], newest: int
 ) -> list[int]:
     """Chunks that memory holds of segments, each given with the end of its use, when `stored` of each can be had.
 
@@ -26,7 +41,7 @@ def chunks_held(
     return [most if new else next(held) for most, new in zip(stored, recent, strict=True)]
 
 
-def allocate(rankings: Sequence[Ranking], keep_ratio: float, stored: Sequence[int] | None = None) -> list[int]:
+def allocate(rankings: Sequence[Ranked], keep_ratio: float, stored: Sequence[int] | None = None) -> list[int]:
     """Chunks of each segment so that all hold at most `keep_ratio` of their pairs (KVzip's one threshold over all).
 
     Every segment holds its first chunk. Then chunks are taken by falling score, equal ones the better-ranked and then
@@ -34,7 +49,7 @@ def allocate(rankings: Sequence[Ranking], keep_ratio: float, stored: Sequence[in
     that was sealed without chunk scores holds `keep_ratio` of its own. None holds more than `stored` of its chunks
     (None: all can be had); what it cannot take is left to the others.
     """
-    most = [ranking.num_chunks for ranking in rankings] if stored is None else stored
+    most = [len(ranking.sizes) for ranking in rankings] if stored is None else stored
     held = [
         min(chunks_within(ranking.sizes, keep_ratio), count) if ranking.scores is None else 1
         for ranking, count in zip(rankings, most, strict=True)
@@ -50,7 +65,7 @@ def allocate(rankings: Sequence[Ranking], keep_ratio: float, stored: Sequence[in
     return held
 
 
-def _candidates(scored: Sequence[tuple[int, Ranking]], most: Sequence[int]) -> list[tuple[float, int, int]]:
+def _candidates(scored: Sequence[tuple[int, Ranked]], most: Sequence[int]) -> list[tuple[float, int, int]]:
     """(falling score, chunk, segment) of all but the first chunks; scores never rise within a segment."""
     return [
         (-float(score), chunk, index)

@@ -9,7 +9,9 @@
     end              number of blocks before it, and SHA-256 of all bytes before it
 
 Files come from other people. Nothing is believed before it is checked, nothing larger than its limit (`form.py`) is
-read, and never more than one block is in memory. No code is in the file, and none is run. Needs no torch.
+read, and never more than one block is in memory, or one segment where the store has a limit. No code is in the file,
+and none is run. Its KV cannot be checked without computing it: it serves conversations that say the same as the file up
+to a segment's end, and no others. Needs no torch.
 """
 
 from __future__ import annotations

@@ -39,6 +39,11 @@ MAX_TOTALS = {
 """Of the whole file, by the manifest's names."""
 MAX_CHUNKS = 256
 MAX_GROUPS = 4096
+MAX_HEADS = 1 << 14
+"""KV heads of all layers together."""
+MAX_HEAD_DIM = 1024
+MAX_RANKING = 256 << 20
+"""Bytes of a segment's ranking, one for each pair. In the file it is compressed, but it is read whole."""
 MAX_NAME = 1000
 MAX_MODEL = 2000
 
@@ -167,11 +172,23 @@ class End(Block):
             raise CorruptFrame("its end cannot be read")
 
 
-def check_header(blob: bytes, start: int) -> None:
-    """Raise CodecError unless `blob` is an undamaged header of a segment from that token on; the rest needs torch."""
+def check_header(blob: bytes, start: int, end: int) -> None:
+    """Raise CodecError unless `blob` is an undamaged header of a segment of tokens [start, end), no larger than one is.
+
+    Nothing in it is decompressed, and what needs torch is left to whoever uses it.
+    """
     head = frame.read_head(blob)
     if (head.get("kind"), head.get("start")) != ("segment", start):
         raise CorruptFrame(f"the header of the segment at token {start} is that of another")
+    dtype, shape = frame.plane_shapes(blob).get("chunk_of", ("", ()))
+    if dtype != "|u1" or len(shape) != 3 or shape[2] != end - start:
+        raise CorruptFrame(f"the header of the segment at token {start} ranks {shape}, not its {end - start} tokens")
+    heads, head_dim = shape[0] * shape[1], head.get("head_dim")
+    if not _is_count(heads, 1, MAX_HEADS) or not _is_count(head_dim, 1, MAX_HEAD_DIM):
+        raise CorruptFrame(f"the segment at token {start} has {heads} heads of {head_dim!r} numbers: no model has that")
+    ranking, rest = heads * (end - start), 16 * heads * int(head["head_dim"]) + 4 * MAX_CHUNKS
+    if ranking > MAX_RANKING or frame.plane_bytes(blob) > ranking + rest:
+        raise CorruptFrame(f"the header of the segment at token {start} is larger than one may be")
 
 
 def check_rows(blob: bytes, chunk: int, group: int) -> None:

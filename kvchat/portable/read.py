@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Self, cast
 
 import numpy as np
 
 from kvchat.codecs import frame
-from kvchat.errors import CodecError, CorruptFrame, InputError
+from kvchat.errors import CorruptFrame
 from kvchat.fingerprint import fingerprint_id
 from kvchat.portable import form
-from kvchat.portable.form import Description, End, Manifest
+from kvchat.portable.blocks import Blocks, named
+from kvchat.portable.form import Description, Manifest
 from kvchat.records import Kind, Message, Part, Role, SegmentRecord, message_id, segment_id
 
 Frames = Iterator[tuple[int, int, bytes]]
@@ -36,8 +35,8 @@ def read_manifest(path: Path) -> Manifest:
         InputError: it is no portable file, is damaged, is of a newer version, or is too large.
         OSError: it cannot be read.
     """
-    with _named(path), path.open("rb") as stream:
-        return Manifest.from_bytes(_Blocks(stream).next())
+    with named(path), path.open("rb") as stream:
+        return Manifest.from_bytes(Blocks(stream).next())
 
 
 def read(path: Path) -> Generator[Part, None, None]:
@@ -46,64 +45,75 @@ def read(path: Path) -> Generator[Part, None, None]:
     What is wrong with the end shows only there, so keep nothing unless all of it came. Raises what `read_manifest`
     raises.
     """
-    with _named(path), path.open("rb") as stream:
-        blocks = _Blocks(stream)
-        path_so_far = _Path(Manifest.from_bytes(blocks.next()))
-        while len(path_so_far.ids) < path_so_far.manifest.messages:
-            yield path_so_far.take(blocks.next(form.MAX_BATCH))
-        path_so_far.check_complete()
-        segments = _Segments(path_so_far, blocks)
-        for _ in range(path_so_far.manifest.segments):
-            record = segments.next()
-            yield record, _each(path, segments.frames(record))
-            segments.finish()
-        segments.check_complete()
-        blocks.check_end()
+    with Reader(path) as reader:
+        yield from reader.messages()
+        yield from reader.segments()
 
 
-class _Blocks:
-    """The blocks of a file, hashed and counted as they are read."""
+class Reader:
+    """A file that is read once, from its beginning to its end. Use it as a context manager.
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._size = os.fstat(stream.fileno()).st_size
-        self._hasher = hashlib.sha256()
-        self._count = 0
-        start = stream.read(form.START.size)
-        if len(start) < form.START.size or not start.startswith(form.MAGIC):
-            raise CorruptFrame("this is no portable file of kvchat, or only the beginning of one")
-        version = form.START.unpack(start)[1]
-        if version != form.VERSION:
-            raise InputError(f"it has format version {version}, this program reads {form.VERSION}: update kvchat")
-        self._hasher.update(start)
+    Args:
+        path: the file.
+        marks: those of another reader that has read all of it: then every part is the one that was read there, or
+            reading it raises.
 
-    def next(self, limit: int = form.MAX_BLOCK) -> bytes:
-        """The next block, which who asks for it checks. Raises CorruptFrame."""
-        prefix = self._read(form.LENGTH.size)
-        length = form.LENGTH.unpack(prefix)[0]
-        if length > limit:
-            raise CorruptFrame(f"block {self._count + 1} claims {length} bytes, at most {limit} are allowed")
-        body = self._read(length)
-        self._before = self._hasher.hexdigest()
-        self._hasher.update(prefix)
-        self._hasher.update(body)
-        self._count += 1
-        return body
+    Raises what `read_manifest` raises, and so do its methods.
+    """
 
-    def _read(self, length: int) -> bytes:
-        # What is not there is not asked for: reading allocates what it is asked for.
-        data = self._stream.read(length) if length <= self._size - self._stream.tell() else b""
-        if len(data) != length:
-            raise CorruptFrame(f"it is cut short in block {self._count + 1}, at byte {self._size}")
-        return data
+    def __init__(self, path: Path, marks: list[bytes] | None = None) -> None:
+        self.marks: list[bytes] = []
+        """Digests of the file up to the end of each part that was read."""
+        self._file, self._expected = path, marks
+        with ExitStack() as opened, named(path):
+            self._blocks = Blocks(opened.enter_context(path.open("rb")))
+            self._path = _Path(Manifest.from_bytes(self._blocks.next()))
+            self.manifest = self._path.manifest
+            self._opened = opened.pop_all()
 
-    def check_end(self) -> None:
-        """Read the end. Raises CodecError unless it is the end of just this."""
-        end = End.from_bytes(self.next())
-        if (end.blocks, end.digest) != (self._count - 1, self._before):
-            raise CorruptFrame("its end does not agree with what stands before it")
-        if self._stream.read(1):
-            raise CorruptFrame("something follows its end")
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def messages(self) -> Iterator[list[Message]]:
+        """All messages, a block at a time."""
+        with named(self._file):
+            while len(self._path.ids) < self.manifest.messages:
+                batch = self._path.take(self._blocks.next(form.MAX_BATCH))
+                self._mark()
+                yield batch
+            self._path.check_complete()
+
+    def segments(self) -> Iterator[tuple[SegmentRecord, Frames]]:
+        """After the messages: all segments. The frames of each are to be used up before the next is asked for."""
+        with named(self._file):
+            segments = _Segments(self._path, self._blocks)
+            for _ in range(self.manifest.segments):
+                record = segments.next()
+                pending = self._marked(segments.frames(record))
+                yield record, self._each(pending)
+                for _frame in pending:  # those that were not asked for are checked too
+                    pass
+            segments.check_complete()
+            self._blocks.check_end()
+
+    def _marked(self, frames: Frames) -> Frames:
+        yield from frames
+        self._mark()
+
+    def _each(self, frames: Frames) -> Frames:
+        """The frames; what is wrong with one is told with the file's name, wherever they are used."""
+        with named(self._file):
+            yield from frames
+
+    def _mark(self) -> None:
+        """A part was read. Raises CorruptFrame if another stood there before."""
+        number = len(self.marks)
+        self.marks.append(self._blocks.digest())
+        if self._expected is not None and self._expected[number : number + 1] != self.marks[number:]:
+            raise CorruptFrame("it was changed while it was read")
 
 
 class _Path:
@@ -173,13 +183,12 @@ class _Path:
 class _Segments:
     """The segments so far: how far they reach, their frames and bytes, and the last one's basis."""
 
-    def __init__(self, path: _Path, blocks: _Blocks) -> None:
+    def __init__(self, path: _Path, blocks: Blocks) -> None:
         self._path = path
         self._blocks = blocks
         self._fingerprint = fingerprint_id(path.manifest.fingerprint)
         self._reached = self._frames = self._kv_bytes = 0
         self._basis = b""
-        self._pending: Frames = iter(())
 
     def next(self) -> SegmentRecord:
         """The next segment, without frames. Raises CodecError."""
@@ -195,7 +204,7 @@ class _Segments:
         if self._frames > self._path.manifest.frames:
             raise CorruptFrame("it has more frames than its manifest says")
         header = self._counted()
-        form.check_header(header, about.start)
+        form.check_header(header, about.start, about.end)
         if not about.shares_basis:
             self._basis = self._counted() if about.has_basis else b""
             if self._basis:
@@ -220,17 +229,8 @@ class _Segments:
             seal_s=about.seal_s,
             stored_chunks=about.stored_chunks,
             basis=self._basis,
+            from_file=True,
         )
-
-    def frames(self, record: SegmentRecord) -> Frames:
-        """The frames that follow a segment's header."""
-        self._pending = self._read_frames(record)
-        return self._pending
-
-    def finish(self) -> None:
-        """Check the frames that were not asked for too."""
-        for _ in self._pending:
-            pass
 
     def check_complete(self) -> None:
         """Raise CorruptFrame unless the segments are just those that the manifest counts."""
@@ -238,7 +238,8 @@ class _Segments:
         if (self._frames, self._kv_bytes) != (manifest.frames, manifest.kv_bytes):
             raise CorruptFrame("it has fewer frames or bytes of KV than its manifest says")
 
-    def _read_frames(self, record: SegmentRecord) -> Frames:
+    def frames(self, record: SegmentRecord) -> Frames:
+        """The frames that follow a segment's header. Raises CodecError."""
         for chunk in range(record.stored_chunks):
             for group in range(record.num_groups):
                 body = self._counted()
@@ -251,18 +252,3 @@ class _Segments:
         if self._kv_bytes > self._path.manifest.kv_bytes:
             raise CorruptFrame("it has more KV than its manifest says")
         return blob
-
-
-def _each(path: Path, frames: Frames) -> Frames:
-    """The frames; what is wrong with one is told with the file's name, wherever they are used."""
-    with _named(path):
-        yield from frames
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """What is wrong with a file, as one line that names it."""
-    try:
-        yield
-    except (CodecError, InputError) as error:
-        raise InputError(f"{path}: {error}; nothing was taken in") from None

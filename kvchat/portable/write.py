@@ -111,7 +111,7 @@ def _segments(store: Store, path: Sequence[Message], fingerprint: str) -> Iterat
 
 def _checked_size(store: Store, record: SegmentRecord) -> int:
     """Bytes of a segment's header and frames. Raises CodecError if one is damaged, missing or too large."""
-    form.check_header(record.header, record.start)
+    form.check_header(record.header, record.start, record.end)
     if record.basis:
         frame.check(record.basis)
     size = len(record.header)
