@@ -153,7 +153,7 @@ def _told(figures: dict[str, Any]) -> Iterable[str]:
     reasons = {
         few: figures["few_bits"],
         f"in use by {users}, which {_be(len(figures['in_use_by']))} open": figures["in_use"],
-        "not sealed yet": figures["unsealed"],
+        "waiting to be sealed": figures["unsealed"],
     }
     said = [
         f"{'all' if count == figures['segments'] else count} {_be(count)} {reason}"

@@ -127,10 +127,11 @@ def _basis(
     """What the archived segments of a conversation share."""
 
     def parts() -> Iterator[Part]:
-        for record in wanted:
+        # What came from a file serves nobody else, and must not decide how exactly KV is written that does.
+        for record in [record for record in wanted if not record.from_file] or wanted:
             yield read_part(store, record, device)
 
-    return next((record.basis for record in records if record.basis), b"") or fit_basis(parts())
+    return next((one.basis for one in records if one.basis and not one.from_file), b"") or fit_basis(parts())
 
 
 def _renamed(record: SegmentRecord, codec: str, header: SegmentHeader, basis: bytes) -> SegmentRecord:

@@ -156,18 +156,14 @@ class _Sizes:
 def would_hold(config: CompressConfig, records: Sequence[SegmentRecord], end: int) -> list[int]:
     """Chunks that memory would hold of a session's sealed segments, if it were restored up to `end`.
 
-    One of a segment whose header cannot be read, and all that are stored if it is the header of another segment.
+    All that are stored of a segment whose header cannot be read, or is that of another.
     """
     known: dict[int, _Sizes] = {}
-    held = dict[int, int]()
     for index, record in enumerate(records):
         with suppress(CodecError):
-            ranking = SegmentHeader.from_bytes(record.header, record.basis).ranking
-            if (ranking.start, ranking.end, ranking.num_chunks) == (record.start, record.end, record.num_chunks):
-                known[index] = _Sizes(ranking.sizes, ranking.scores)
-            else:
-                held[index] = record.stored_chunks
+            ranking = SegmentHeader.of(record).ranking
+            known[index] = _Sizes(ranking.sizes, ranking.scores)
     segments = [(sizes, records[index].end) for index, sizes in known.items()]
     stored = [records[index].stored_chunks for index in known]
-    held |= zip(known, chunks_held(config, segments, stored, end), strict=True)
-    return [held.get(index, 1) for index in range(len(records))]
+    held = dict(zip(known, chunks_held(config, segments, stored, end), strict=True))
+    return [held.get(index, record.stored_chunks) for index, record in enumerate(records)]

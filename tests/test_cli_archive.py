@@ -201,10 +201,10 @@ def test_what_is_left_is_explained_and_what_is_free_named(database: Path, run: A
     store.put_segment(record, frames)
     store.close()
     first, second = run("archive", "trip").splitlines()
-    assert first.startswith("trip: 3 of 4 segments; ") and second == "1 is not sealed yet"
+    assert first.startswith("trip: 3 of 4 segments; ") and second == "1 is waiting to be sealed"
     free = run("archive", "trip", "--json")["bytes_free"]
     assert free > 0 and first.endswith("; `kvchat vacuum` gives " + first.split("gives ")[1])
-    assert run("archive", "trip").splitlines()[1] == "3 are archived already; 1 is not sealed yet"
+    assert run("archive", "trip").splitlines()[1] == "3 are archived already; 1 is waiting to be sealed"
     run("vacuum")
     assert "vacuum" not in run("archive", "trip")
 

@@ -202,7 +202,7 @@ def test_what_is_opened_while_room_is_made_is_not_written_anew(
     opener: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_chunk = {"compress__rank_chunks": [1.0], "compress__keep_ratio": 1.0}
-    worker, told = opener(**one_chunk), []
+    worker, told = opener(**one_chunk), list[Session]()
     for name, questions in (("cold", QUESTIONS), ("warm", [question[::-1] for question in QUESTIONS])):
         with worker.open(name) as session:
             play(session, questions * 2)

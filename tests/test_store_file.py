@@ -540,10 +540,16 @@ def test_writing_pages_back_does_not_wait_for_ever(path: Path) -> None:
 
 @pytest.mark.parametrize("mends", [Store.mend_pages, Store.vacuum, lambda store: store.delete("trip")])
 def test_what_a_killed_repair_left_is_removed(store: Store, path: Path, mends: Callable[[Store], object]) -> None:
-    converse(store, "trip", "Hello", SECRET)
+    _, chain = converse(store, "trip", "Hello", SECRET)
+    store.put_segment(*segment(chain, 0, 2))
     copy = open_database(path.with_name("kvchat.db-salvage"), 10.0)
     salvage._fill(copy, store._db)
     assert any(b"periwinkle" in file.read_bytes() for file in path.parent.glob("*salvage*"))
+    with copy.conn:
+        copy.execute("CREATE TEMP TABLE stale AS SELECT * FROM segments")
+        copy.execute("UPDATE stale SET id = 'b2:stale'")
+        copy.execute("INSERT INTO segments SELECT * FROM stale")
     mends(store)
+    assert store.segment("b2:stale") is None
     assert not list(path.parent.glob("*salvage*")) and store.verify() == []
     copy.close()
