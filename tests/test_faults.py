@@ -276,6 +276,8 @@ MODES = [(0o555, 0o444), (0o555, 0o644), (0o755, 0o444), (0o755, 0o000), (0o000,
 @pytest.mark.parametrize("number", runs(0.01, 1))
 def test_a_store_that_may_not_be_written(reference: Reference, tmp_path: Path, number: int) -> None:
     """As the owner, or, for root, as nobody: whom all but a folder of another's shuts out anyway."""
+    if os.geteuid() == 0 and not all(folder.stat().st_mode & 0o001 for folder in Path(__file__).parents):
+        pytest.skip("the checkout lies in a folder that only root may enter, and root may write everywhere")
     chance = draw("rights", number)
     folder_mode, file_mode = MODES[number % len(MODES)]
     folder = Path(shutil.copytree(reference.store.parent, tmp_path / "copy"))
