@@ -17,7 +17,7 @@ from typing import NamedTuple
 from kvchat.errors import StoreDamaged
 from kvchat.kv_store import KVStore, short
 from kvchat.migrations import explained
-from kvchat.queries import PATH
+from kvchat.queries import ORPHANS, PATH
 from kvchat.records import message_id, now, pack_ids, place_below, unpack_ids
 from kvchat.salvage import DERIVED, salvage
 
@@ -70,8 +70,7 @@ class Checks(KVStore):
             done.append("the search index was made anew")
         with self._write():
             for table in ("frames", "segment_messages"):
-                orphans = f"DELETE FROM {table} WHERE segment_id NOT IN (SELECT id FROM segments)"
-                if count := self._db.execute(orphans).rowcount:
+                if count := self._db.execute(ORPHANS.format(table=table)).rowcount:
                     done.append(f"{count} rows of {table} without a segment were removed")
         self._path_problems(ends, owners)
         for one in self._damaged_segments(owners, everything):

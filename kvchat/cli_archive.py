@@ -42,9 +42,9 @@ def archive(
         print("\n".join(_told(figures)))
 
 
-def _codecs(text: str) -> list[str]:
+def _codecs(text: str) -> tuple[str, ...]:
     """The codecs of a list with commas. Raises InputError."""
-    from kvchat.config import CODEC_NAMES
+    from kvchat.config import CODEC_NAMES, without_repeats
 
     names = [one.strip() for one in text.split(",")]
     if names != ["archive"] and not all(one in CODEC_NAMES for one in names):
@@ -52,18 +52,10 @@ def _codecs(text: str) -> list[str]:
             f"--codec {text!r} is none; known: {', '.join(CODEC_NAMES)}, one or several of them with commas, or "
             "archive by itself"
         )
-    return _shortened(names)
+    return without_repeats(names)
 
 
-def _shortened(names: Sequence[str]) -> list[str]:
-    """Without repeating the last, which serves all further chunks."""
-    kept = list(names)
-    while kept[-2:] == [kept[-1]] * 2:
-        kept.pop()
-    return kept
-
-
-def _recoded(store: Store, info: SessionInfo, codecs: list[str]) -> dict[str, Any]:
+def _recoded(store: Store, info: SessionInfo, codecs: tuple[str, ...]) -> dict[str, Any]:
     """Recode a session's segments, less those with as few bits, and those that a session which is open shares."""
     from kvchat.recode import recode
     from kvchat.stats import bytes_of
@@ -76,7 +68,7 @@ def _recoded(store: Store, info: SessionInfo, codecs: list[str]) -> dict[str, An
         in_use = {one for shared in opened.values() for one in shared}
         chosen = {one.id for one in sealed} - few - in_use
         # With those that are archived already: the others take over their basis.
-        given = [one for one in sealed if one.id in chosen or [one.codec] == codecs]
+        given = [one for one in sealed if one.id in chosen or one.codec == ",".join(codecs)]
         written = recode(store, given, codecs)
         after = _segments(store, info)
     return {
@@ -102,8 +94,9 @@ def _sharing(
     from kvchat.locks import SessionLock
 
     closed, opened = dict[str, set[str]](), dict[str, set[str]]()
-    for other in store.sessions() if segments else ():
-        if other.id == info.id or other.fingerprint != info.fingerprint:
+    reaching = store.reaching(segments) - {info.id}
+    for other in store.sessions() if reaching else ():
+        if other.id not in reaching or other.fingerprint != info.fingerprint:
             continue
         if shared := segments & {one.id for one in _segments(store, other)}:
             try:
@@ -128,9 +121,10 @@ def _segments(store: Store, info: SessionInfo) -> list[SegmentRecord]:
 def _bits(record: SegmentRecord, codecs: Sequence[str]) -> float:
     """Bits of an element of a segment's stored chunks in these codecs, by rank. Raises CodecError."""
     from kvchat.codecs import SegmentHeader
+    from kvchat.config import without_repeats
     from kvchat.shed import bits
 
-    names = _shortened(codecs)
+    names = without_repeats(codecs)
     if len(names) == 1:
         return bits(names[0])
     sizes = SegmentHeader.from_bytes(record.header, record.basis).ranking.sizes[: record.stored_chunks]

@@ -7,7 +7,7 @@ An unknown key is an error that names the known ones. Nothing else in the packag
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +98,14 @@ CODEC_NAMES = (
 )
 """Names of `kvchat.codecs.CODECS`: k and v with the bits of keys and values, of which keys never have fewer, because
 their errors cost more; or eb with the step of quantisation, in percent of the range of what is quantised together."""
+
+
+def without_repeats(names: Sequence[str]) -> tuple[str, ...]:
+    """Codecs by rank without repeating the last, which serves all further chunks."""
+    kept = list(names)
+    while kept[-2:] == [kept[-1]] * 2:
+        kept.pop()
+    return tuple(kept)
 
 
 class CodecConfig(Section):

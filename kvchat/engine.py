@@ -108,11 +108,25 @@ class Engine:
 
     def greedy(self, cache: SegmentedCache, prompt: Sequence[int], most: int) -> list[int]:
         """The likeliest answer to `prompt`, at most `most` tokens, without its end; the cache is left as it was."""
+        ends = self.model.stop_ids
+        return [
+            token for token in self.answer(cache, prompt, most, likeliest, ends, lambda: False) if token not in ends
+        ]
+
+    def answer(
+        self,
+        cache: SegmentedCache,
+        prompt: Sequence[int],
+        most: int,
+        sample: Callable[[Tensor], int],
+        ends: Collection[int],
+        stop: Stop,
+    ) -> list[int]:
+        """What `decode` yields after `prompt`, at most `most` tokens; the cache is left as it was."""
         with cache.scratch():
             for start in range(0, len(prompt), self.chunk_size):
                 logits = self.forward(cache, prompt[start : start + self.chunk_size])[-1]
-            tokens = islice(self.decode(cache, logits, likeliest, self.model.stop_ids, lambda: False), most)
-            return [token for token in tokens if token not in self.model.stop_ids]
+            return list(islice(self.decode(cache, logits, sample, ends, stop), most))
 
 
 def likeliest(logits: Tensor) -> int:

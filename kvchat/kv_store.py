@@ -95,9 +95,9 @@ class KVStore:
         """
         assert record.id != old
         with self._write("NORMAL"):
-            if self._db.execute("SELECT 1 FROM segments WHERE id = ?", [old]).fetchone() is None:
+            if not self._has(old):
                 return False
-            if self._db.execute("SELECT 1 FROM segments WHERE id = ?", [record.id]).fetchone() is None:
+            if not self._has(record.id):
                 self._insert_segment(record, frames)
             self._db.execute("DELETE FROM segments WHERE id = ?", [old])
         return True
@@ -105,12 +105,15 @@ class KVStore:
     def _place(self, record: SegmentRecord, frames: Iterable[tuple[int, int, bytes]], replaces: Sequence[str]) -> None:
         """In a transaction: write a segment that is not there yet, and drop the open ones that it replaces."""
         assert record.id not in replaces
-        if self._db.execute("SELECT 1 FROM segments WHERE id = ?", [record.id]).fetchone() is None:
+        if not self._has(record.id):
             self._insert_segment(record, frames)
         self._db.execute(
             DROP_REPLACED,
             {"ids": json.dumps(list(replaces)), "messages": json.dumps(list(record.messages))},
         )
+
+    def _has(self, segment_id: str) -> bool:
+        return self._db.execute("SELECT 1 FROM segments WHERE id = ?", [segment_id]).fetchone() is not None
 
     def _insert_segment(self, record: SegmentRecord, frames: Iterable[tuple[int, int, bytes]]) -> None:
         row = {
@@ -123,7 +126,7 @@ class KVStore:
             "scorer": record.scorer,
             "num_chunks": record.num_chunks,
             "num_groups": record.num_groups,
-            "stored_chunks": record.stored_chunks or record.num_chunks,
+            "stored_chunks": record.stored_chunks,
             "nbytes": 0,
             "seal_s": record.seal_s,
             "created": now(),
@@ -142,7 +145,7 @@ class KVStore:
         )
         totals = "SELECT count(*), total(nbytes) FROM frames WHERE segment_id = ?"
         count, nbytes = self._db.execute(totals, [record.id]).fetchone()
-        assert count == (record.stored_chunks or record.num_chunks) * record.num_groups, f"{count} frames"
+        assert count == record.stored_chunks * record.num_groups, f"{count} frames"
         stored = [len(record.header) + int(nbytes), record.id]
         self._db.execute("UPDATE segments SET nbytes = ? WHERE id = ?", stored)
 

@@ -7,9 +7,8 @@ first.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,6 +81,10 @@ class LimitedStore(KVStore):
         sql = "SELECT id, stored_chunks FROM segments WHERE id IN (SELECT value FROM json_each(:ids))"
         return {row["id"]: row["stored_chunks"] for row in self._rows(sql, ids=json.dumps(list(ids)))}
 
+    def reaching(self, ids: Collection[str]) -> set[int]:
+        """The sessions whose paths, or those of their branches, hold the first message of one of these segments."""
+        return {row["session_id"] for row in self._rows(REACHING, ids=json.dumps(list(ids)))}
+
     def _could_fit(self, record: SegmentRecord, frames: Frames, allowed: float) -> bool:
         """Whether the first chunk has room if all other KV goes; if not, none goes for it."""
         first = [frame for frame in frames if frame[0] == 0]
@@ -89,9 +92,8 @@ class LimitedStore(KVStore):
 
     def _own(self, owner: int | None, record: SegmentRecord) -> list[Sacrifice]:
         """What the session that is written to gives for a segment of its own, which is not there yet."""
-        new = replace(record, stored_chunks=record.stored_chunks or record.num_chunks)
-        sessions = self._plan(owner, new)[WRITTEN]
-        return list(sacrifices([[], [], sessions], partial(self._held, placing=new), placing=record.id))
+        sessions = self._plan(owner, record)[WRITTEN]
+        return list(sacrifices([[], [], sessions], partial(self._held, placing=record), placing=record.id))
 
     def _place_within(
         self,
@@ -163,8 +165,7 @@ class LimitedStore(KVStore):
         It would hold other values in memory than the store has; so until that is done nobody opens one.
         """
         assert self.allowance.recode is not None
-        reaching = {row["session_id"] for row in self._rows(REACHING, ids=json.dumps(list(ids)))}
-        with self.allowance.closed(reaching) as closed:
+        with self.allowance.closed(self.reaching(ids)) as closed:
             return self._recode_closed(ids, codec, self.allowance.recode) if closed else None
 
     def _recode_closed(self, ids: Sequence[str], codec: str, recode: Recode) -> dict[str, str]:
@@ -205,12 +206,7 @@ class LimitedStore(KVStore):
 
 def _bytes_of(record: SegmentRecord, frames: Frames) -> int:
     """About what a segment takes in pages, rather more than less: a large body fills pages of its own."""
-    return sum(_paged(len(body)) for body in _bodies(record, frames))
-
-
-def _bodies(record: SegmentRecord, frames: Frames) -> Iterator[bytes]:
-    yield record.header
-    yield from (body for _, _, body in frames)
+    return _paged(len(record.header)) + sum(_paged(len(body)) for _, _, body in frames)
 
 
 def _paged(size: int, page: int = 16_380) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -92,10 +91,7 @@ def answer(conversation: Conversation, stop: Stop) -> tuple[int, ...] | None:
     room = engine.model.context_window - conversation.num_tokens - len(prompt) - NUM_TOKENS
     if not conversation.path or cache.num_seen != conversation.num_tokens or room < 0 or stop():
         return None
-    with cache.scratch():
-        for start in range(0, len(prompt), engine.chunk_size):
-            logits = engine.forward(cache, prompt[start : start + engine.chunk_size])[-1]
-        tokens = tuple(islice(engine.decode(cache, logits, _likeliest, (), stop), NUM_TOKENS))
+    tokens = tuple(engine.answer(cache, prompt, NUM_TOKENS, _likeliest, (), stop))
     return tokens if len(tokens) == NUM_TOKENS else None
 
 
@@ -125,9 +121,7 @@ def _unsaved(residence: Residence) -> str:
     When the session is resumed it is computed again, in sight of sealed KV instead of exact KV, and has no other name.
     The last layer's is enough, for it follows from all that the other layers hold.
     """
-    cache, saved = residence.cache, residence.cache.tail_start
-    for waiting, end in residence.waiting:
-        saved = end if waiting.start == saved else saved
+    cache, saved = residence.cache, residence.num_saved
     if saved >= cache.num_seen:
         return ""
     tail = torch.stack(cache.layers[-1].tail())[:, :, saved - cache.tail_start :]

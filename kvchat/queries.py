@@ -6,6 +6,10 @@ SQLite to the written order: from the few rows of the walk to the indexed table.
 
 from __future__ import annotations
 
+# In thousandths, for SQLite divides integers to integers.
+_STORED_TOKENS = "sum((segments.end_token - segments.start_token) * 1000 * stored_chunks / num_chunks) AS stored_tokens"
+_KV_BYTES = "(SELECT total(nbytes) FROM segments) + (SELECT total(length(body)) FROM bases)"
+
 INFOS = """
 WITH RECURSIVE chosen AS (SELECT * FROM sessions WHERE {where}),
 walk(session_id, id) AS (
@@ -14,8 +18,7 @@ walk(session_id, id) AS (
 touched AS (
     SELECT DISTINCT session_id, segment_id FROM walk CROSS JOIN segment_messages ON message_id = walk.id),
 stored AS (
-    SELECT session_id, sum(nbytes) AS nbytes,
-        sum((end_token - start_token) * 1000 * stored_chunks / num_chunks) AS stored_tokens
+    SELECT session_id, sum(nbytes) AS nbytes, {stored_tokens}
     FROM touched CROSS JOIN segments ON segments.id = segment_id GROUP BY session_id),
 shared AS (
     SELECT session_id, sum(length(body)) AS nbytes FROM (
@@ -30,7 +33,7 @@ FROM chosen LEFT JOIN messages tip ON tip.id = chosen.tip
 LEFT JOIN opening ON opening.session_id = chosen.id LEFT JOIN stored ON stored.session_id = chosen.id
 LEFT JOIN shared ON shared.session_id = chosen.id
 ORDER BY chosen.updated DESC, chosen.id DESC
-"""
+""".replace("{stored_tokens}", _STORED_TOKENS)
 # Those of `listing` are read from indexes, or read a few rows.
 TIPS = """
 SELECT sessions.*, tip.number, tip.turn AS num_turns, tip.end_token AS num_tokens
@@ -40,9 +43,8 @@ EDGES = """
 SELECT child.number AS child, parent.number AS parent
 FROM messages AS child INDEXED BY messages_parent CROSS JOIN messages AS parent ON parent.id = child.parent
 """
-FIRSTS = """
-SELECT messages.number, sum(nbytes) AS nbytes,
-    sum((segments.end_token - segments.start_token) * 1000 * stored_chunks / num_chunks) AS stored_tokens
+FIRSTS = f"""
+SELECT messages.number, sum(nbytes) AS nbytes, {_STORED_TOKENS}
 FROM segments CROSS JOIN segment_messages ON segment_id = segments.id AND ordinal = 0
 CROSS JOIN messages ON messages.id = message_id GROUP BY 1
 """
@@ -122,12 +124,12 @@ SEGMENTS = """
 SELECT segments.*, bases.body AS basis_body FROM segments LEFT JOIN bases ON bases.id = basis
 WHERE segments.id IN (SELECT value FROM json_each(:ids))
 """
-TOTALS = """
+TOTALS = f"""
 SELECT (SELECT count(*) FROM sessions) AS sessions,
     (SELECT count(*) FROM messages) AS messages,
     (SELECT count(*) FROM segments) AS segments,
     (SELECT count(*) FROM frames) AS frames,
-    (SELECT total(nbytes) FROM segments) + (SELECT total(length(body)) FROM bases) AS kv_bytes,
+    {_KV_BYTES} AS kv_bytes,
     (SELECT total(length(CAST(content AS BLOB)) + length(token_ids)) FROM messages) AS text_bytes,
     (SELECT freelist_count * page_size FROM pragma_freelist_count, pragma_page_size) AS free_bytes
 """
@@ -156,9 +158,9 @@ UPDATE segments SET stored_chunks = :chunks,
     nbytes = length(header) + (SELECT total(nbytes) FROM frames WHERE segment_id = :id)
 WHERE id = :id AND stored_chunks > :chunks
 """
-KV_BYTES = """
-SELECT (SELECT total(nbytes) FROM segments) + (SELECT total(length(body)) FROM bases) AS nbytes
-"""
+KV_BYTES = f"SELECT {_KV_BYTES} AS nbytes"
+# Rows that a segment left behind.
+ORPHANS = "DELETE FROM {table} WHERE segment_id NOT IN (SELECT id FROM segments)"
 PAGES = """
 SELECT (page_count - freelist_count) * page_size AS in_use, freelist_count * page_size AS reusable
 FROM pragma_page_count, pragma_freelist_count, pragma_page_size

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sqlite3
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -109,15 +109,11 @@ class SegmentRecord:
     header: bytes
     num_chunks: int
     num_groups: int
+    stored_chunks: int
     nbytes: int = 0
     seal_s: float | None = None
-    stored_chunks: int = 0
     basis: bytes = b""
     from_file: bool = False
-
-
-Part = list[Message] | tuple[SegmentRecord, Iterable[tuple[int, int, bytes]]]
-"""What a session consists of: messages that follow each other, or a segment and its frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +168,16 @@ def place_below(above: Place | None, role: str, num_tokens: int) -> Place:
     """Depth, turn, first and last token of a message, from those of its parent."""
     depth, turn, _, start = above or (-1, 0, 0, 0)
     return depth + 1, turn + (role == "user"), start, start + num_tokens
+
+
+def turn_of(path: Sequence[Message], index: int) -> int:
+    """Number of the turn, from 1, that a message of a path belongs to."""
+    return max(1, sum(message.role == "user" for message in path[: index + 1]))
+
+
+def num_answered(path: Sequence[Message]) -> int:
+    """Messages of a path, less one at its end that waits for its answer."""
+    return len(path) - bool(path and path[-1].role == "user")
 
 
 def message_row(message: Message, place: Place) -> tuple[object, ...]:

@@ -26,6 +26,7 @@ from kvchat.engine import Engine, Stop
 from kvchat.errors import CodecError, StoreDamaged, StoreError, UnknownCodec
 from kvchat.events import Notice, Phase, Progress
 from kvchat.fingerprint import fingerprint_id
+from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver
 from kvchat.sealing import cuts_of, rank_turns, read_header
 from kvchat.store import Message, SegmentRecord, Store
@@ -84,6 +85,14 @@ class Residence:
         """Tokens in the cache that were not computed for the running turn."""
         return self.cache.num_seen - self.num_computed
 
+    @property
+    def num_saved(self) -> int:
+        """Tokens from the first on that have a segment, sealed or waiting; the KV of those after them is unsaved."""
+        saved = self.cache.tail_start
+        for waiting, end in self.waiting:
+            saved = end if waiting.start == saved else saved
+        return saved
+
     def take_load_s(self) -> float:
         """Seconds that restoring took, reported once; it also ends the turn's count of computed tokens."""
         seconds, self._load_s, self.num_computed = self._load_s or 0.0, 0.0, 0
@@ -117,7 +126,7 @@ class Residence:
         """Compute and save what the store did not have, until `stop`."""
         if not self.lacking or self._load_s is None:
             return
-        answered = len(path) - bool(path and path[-1].role == "user")
+        answered = num_answered(path)
         yield from self.catch_up(path, answered, "rebuild", stop)
         if self.cache.num_seen >= self.bounds(path)[answered]:
             self.lacking = False
@@ -185,11 +194,8 @@ class Residence:
     def _wait_again(self, record: SegmentRecord, end: int) -> None:
         """Append an open segment's exact KV, up to position `end`, to the tail. Raises CodecError."""
         header, device = read_header(record, self.engine.model), self.cache.layers[0].device
-        rows = [
-            kv
-            for _, group, blob in self.store.frames(record.id, [0])
-            for kv in decode_frame(header, 0, group, blob, device)
-        ]
+        frames = self.store.frames(record.id, [0])
+        rows = [kv for _, group, blob in frames for kv in decode_frame(header, 0, group, blob, device)]
         used, shape = end - record.start, (self.engine.model.num_key_value_heads, -1, header.head_dim)
         self.cache.append_tail([(kv.keys.view(shape)[:, :used], kv.values.view(shape)[:, :used]) for kv in rows])
         self.waiting.append((record, end))
@@ -304,10 +310,8 @@ class Residence:
 
     def _save_waiting(self, path: Sequence[Message]) -> Steps:
         """Save the finished turns in the tail that no segment has yet, exactly."""
-        bounds, saved = self.bounds(path), self.cache.tail_start
-        for waiting, end in self.waiting:
-            saved = end if waiting.start == saved else saved
-        first, last = bounds.index(saved), bisect_right(bounds, self.cache.num_seen) - 1
+        bounds = self.bounds(path)
+        first, last = bounds.index(self.num_saved), bisect_right(bounds, self.cache.num_seen) - 1
         if first >= last or not self._saver.worth_trying(self.cache.tail_length):
             return
         record = self._saver.record("open", "raw", path[first:last], bounds[first])
@@ -337,9 +341,8 @@ class Residence:
 
         The newest token is that of the newest message that does not wait for its answer.
         """
-        answered = len(path) - bool(path and path[-1].role == "user")
         most = [ranking.num_chunks for ranking, _ in segments] if stored is None else stored
-        return chunks_held(self.config.compress, segments, most, self.bounds(path)[answered])
+        return chunks_held(self.config.compress, segments, most, self.bounds(path)[num_answered(path)])
 
     def hold(self, path: Sequence[Message]) -> None:
         """Shrink and grow the sealed segments to what the budget gives each."""
@@ -363,8 +366,3 @@ class Residence:
         split += [one.start for one, end in self.waiting if one.from_file and one.start < position < end]
         self.tiers.crop(position := min([position, *split]))
         self.waiting = [(record, min(used, position)) for record, used in self.waiting if record.start < position]
-
-
-def turn_of(path: Sequence[Message], index: int) -> int:
-    """Number of the turn, from 1, that a message belongs to."""
-    return max(1, sum(message.role == "user" for message in path[: index + 1]))

@@ -18,6 +18,7 @@ from sqlite_utils import Database
 
 from kvchat.errors import StoreDamaged
 from kvchat.migrations import open_database, transaction
+from kvchat.queries import ORPHANS
 
 Row = tuple[Any, ...]
 
@@ -27,13 +28,12 @@ DERIVED = {"bases": "id", "segments": "id", "segment_messages": "segment_id", "f
 """Tables that can be made again from the text, and the key by which their rows are copied."""
 COUNTED = ("messages", "sessions", "branches")
 """Tables of text that have indexes, by which their rows can be counted too."""
-ORPHANS = (
+LOST = (
     "DELETE FROM segments WHERE id IN (SELECT segment_id FROM segment_messages WHERE message_id NOT IN"
     " (SELECT id FROM messages))",
     "DELETE FROM segments WHERE basis NOT NULL AND basis NOT IN (SELECT id FROM bases)",
-    "DELETE FROM segment_messages WHERE segment_id NOT IN (SELECT id FROM segments)",
-    "DELETE FROM frames WHERE segment_id NOT IN (SELECT id FROM segments)",
 )
+"""Segments that refer to what could not be copied."""
 
 
 def salvage(db: Database, path: Path, busy_timeout_s: float, require_whole: Callable[[Path], None]) -> None:
@@ -104,8 +104,8 @@ def _fill(copy: Database, db: Database) -> None:
             for (value,) in _readable(db, f"SELECT DISTINCT {key} FROM {table} ORDER BY 1")[0]:
                 rows, error = _readable(db, f"SELECT * FROM {table} WHERE {key} = ?", value)
                 _insert(copy, table, [] if error else rows)
-        for orphans in ORPHANS:
-            copy.execute(orphans)
+        for sql in (*LOST, *(ORPHANS.format(table=table) for table in ("segment_messages", "frames"))):
+            copy.execute(sql)
         if lost := copy.execute("PRAGMA foreign_key_check").fetchone():
             raise _lost(lost[0], f"what refers to {lost[2]} is not there")
 

@@ -56,7 +56,7 @@ class Saver:
         ids = tuple(message.id for message in messages)
         from_file = start < self._taken_up_to
         return SegmentRecord(
-            identity, self._fingerprint, start, end, kind, codec, scorer, ids, b"", 0, 0, from_file=from_file
+            identity, self._fingerprint, start, end, kind, codec, scorer, ids, b"", 0, 0, 0, from_file=from_file
         )
 
     def put(
@@ -67,7 +67,7 @@ class Saver:
         `tail_length` is how many tokens wait in memory: at twice as many it is worth trying again.
         """
         chunks, groups = header.ranking.num_chunks, header.num_groups
-        record = replace(record, header=header.to_bytes(), num_chunks=chunks, num_groups=groups)
+        record = replace(record, header=header.to_bytes(), num_chunks=chunks, num_groups=groups, stored_chunks=chunks)
         if not self._store.put_segment(record, frames, replaces, self._session_id):
             refused_before, self._retry_at = self._retry_at, 2 * tail_length
             if not refused_before:

@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from kvchat.fingerprint import fingerprint_id
-from kvchat.residence import Residence, turn_of
+from kvchat.records import turn_of
+from kvchat.residence import Residence
 from kvchat.store import Message, SegmentRecord, SessionInfo, Store
 
 if TYPE_CHECKING:
@@ -45,15 +46,7 @@ def describe(conversation: Conversation) -> dict[str, Any]:
 def describe_stored(store: Store, info: SessionInfo) -> dict[str, Any]:
     """As `describe`, as far as the store knows: nothing of what memory holds."""
     path = store.path(info.tip)
-    bounds, segments = Residence.bounds(path), []
     covered = store.cover([message.id for message in path], fingerprint_id(info.fingerprint))
-    for record, used in covered:
-        first = bounds.index(record.start)
-        turns = [turn_of(path, first), turn_of(path, first + used - 1)]
-        segments.append({"id": record.id, "start": record.start, "end": bounds[first + used], "kind": record.kind})
-        segments[-1] |= {"turns": turns, "codec": record.codec, "num_chunks": record.num_chunks}
-        segments[-1]["stored_chunks"] = record.stored_chunks
-        segments[-1] |= {"bytes_on_disk": record.nbytes, "seal_s": record.seal_s}
     return {
         "name": info.name,
         "model": info.model,
@@ -62,7 +55,7 @@ def describe_stored(store: Store, info: SessionInfo) -> dict[str, Any]:
         "bytes_on_disk": bytes_of(record for record, _ in covered),
         "stored": info.stored,
         "store": store_room(store),
-        "segments": segments,
+        "segments": _stored(path, covered),
     }
 
 
@@ -83,31 +76,39 @@ def list_segments(
     residence: Residence, path: Sequence[Message], covered: Sequence[tuple[SegmentRecord, int]]
 ) -> list[dict[str, Any]]:
     """Each segment of the path, given as `Store.cover` does: tokens, turns, rows, bytes in memory and on disk."""
-    model, bounds = residence.engine.model, residence.bounds(path)
+    model = residence.engine.model
     held = {one.id: one for one in residence.tiers.residents}
     waiting = {record.id for record, _ in residence.waiting}
-    listed = []
-    for record, used in covered:
-        first, one = bounds.index(record.start), held.get(record.id)
-        tokens = bounds[first + used] - record.start
-        dense = tokens * model.pairs_per_token
+    listed = _stored(path, covered)
+    for segment, (record, _) in zip(listed, covered, strict=True):
+        one, dense = held.get(record.id), (segment["end"] - segment["start"]) * model.pairs_per_token
         rows = residence.tiers.rows(one) if one else dense * (record.id in waiting)
         sizes = one.header.ranking.sizes if one else [1] * record.num_chunks
+        segment |= {
+            "chunks_held": one.chunks if one else int(record.id in waiting),
+            "rows_stored": round(dense * float(sum(sizes[: record.stored_chunks]) / sum(sizes))),
+            "rows": rows,
+            "rows_total": dense,
+            "bytes_in_memory": rows * model.bytes_per_pair,
+        }
+    return listed
+
+
+def _stored(path: Sequence[Message], covered: Sequence[tuple[SegmentRecord, int]]) -> list[dict[str, Any]]:
+    """Each segment as far as the store knows it."""
+    bounds, listed = Residence.bounds(path), []
+    for record, used in covered:
+        first = bounds.index(record.start)
         listed.append(
             {
                 "id": record.id,
                 "start": record.start,
-                "end": record.start + tokens,
+                "end": bounds[first + used],
                 "kind": record.kind,
                 "turns": [turn_of(path, first), turn_of(path, first + used - 1)],
                 "codec": record.codec,
-                "chunks_held": one.chunks if one else int(record.id in waiting),
                 "num_chunks": record.num_chunks,
                 "stored_chunks": record.stored_chunks,
-                "rows_stored": round(dense * float(sum(sizes[: record.stored_chunks]) / sum(sizes))),
-                "rows": rows,
-                "rows_total": dense,
-                "bytes_in_memory": rows * model.bytes_per_pair,
                 "bytes_on_disk": record.nbytes,
                 "seal_s": record.seal_s,
             }

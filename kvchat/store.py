@@ -17,7 +17,7 @@ from kvchat.errors import InputError, SessionChanged, SessionExists, SessionNotF
 from kvchat.limited_store import LimitedStore
 from kvchat.listing import find_messages, list_sessions
 from kvchat.migrations import explained
-from kvchat.queries import BASES_OF, INFOS, PATH, PRUNE_BRANCHES, REACHABLE, TOTALS
+from kvchat.queries import BASES_OF, INFOS, ORPHANS, PATH, PRUNE_BRANCHES, REACHABLE, TOTALS
 from kvchat.records import (
     COLUMNS,
     Kind,
@@ -266,7 +266,7 @@ class Store(LimitedStore, Checks):
         """Write the file anew without gaps, and the search index too; bytes before and after."""
         before = self._size()
         with self._write():
-            self._db.execute("DELETE FROM frames WHERE segment_id NOT IN (SELECT id FROM segments)")
+            self._db.execute(ORPHANS.format(table="frames"))
             self._db.execute("INSERT INTO messages_fts(messages_fts) VALUES ('rebuild')")
             remove_leftovers(self.file)
         with explained(self.file):

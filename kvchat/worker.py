@@ -155,7 +155,7 @@ class Worker:
 
     def _opened(self, sessions: Collection[int]) -> set[int]:
         """The sessions that are open here, and those of the given ones that are elsewhere."""
-        mine = self._open.keys() | self._locks.keys()
+        mine = self._locks.keys()
         return mine | held_elsewhere(self._store.file, set(sessions) - mine)
 
     def _make_room(self) -> Iterator[Notice]:
@@ -236,11 +236,11 @@ class Worker:
         rebuild = rebuild or bool(differing)
         vocabulary = 1 << 32 if set(differing) & set(TEXT_FIELDS) else int(loaded.config.vocab_size)
         name = name or manifest.name
-        take_in(self._store, file, manifest, name, loaded.name, kv=not rebuild, vocabulary=vocabulary)
+        info = take_in(self._store, file, manifest, name, loaded.name, kv=not rebuild, vocabulary=vocabulary)
         try:
             return self._open_conversation(name, loaded.name, None, rebuild, create=False)
         except BaseException:
-            self._store.delete(name)
+            self._store.delete(name, info.id)
             raise
 
     def _engine_for(self, named: str, model: str | None) -> Engine:

@@ -33,7 +33,7 @@ from kvchat.codecs.frame import unpack
 from kvchat.codecs.header import ARCHIVE, SegmentHeader
 from kvchat.errors import KVChatError
 from kvchat.store import Store
-from tests.store_parts import converse, segment
+from tests.store_parts import converse, read_all, segment
 
 PREFIX = struct.Struct("<4s16sBI")
 SUM_FROM = 20
@@ -104,7 +104,7 @@ def read_portable(data: bytes) -> None:
     try:
         file.write_bytes(data)
         portable.read_manifest(file)
-        for part in portable.read(file):
+        for part in read_all(file):
             for _ in () if isinstance(part, list) else part[1]:
                 pass
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvchat.codecs.frame import pack
+from kvchat.portable.read import Reader
 from kvchat.store import Kind, Message, Role, SegmentRecord, SessionInfo, Store
 
 MODEL = "tiny"
@@ -71,6 +72,7 @@ def segment(
         header=pack({"of": identity}, {}),
         num_chunks=num_chunks,
         num_groups=num_groups,
+        stored_chunks=num_chunks,
     )
     return record, frames
 
@@ -89,3 +91,10 @@ def copy_of(store: Path, number: int) -> Path:
     source.close()
     target.close()
     return copy
+
+
+def read_all(file: Path) -> Iterator[Any]:
+    """All that a portable file holds: blocks of messages, then segments, each with its frames."""
+    with Reader(file) as reader:
+        yield from reader.messages()
+        yield from reader.segments()

@@ -42,6 +42,7 @@ def put(store: Store, path: Sequence[Message], index: int, codecs: Sequence[str]
         header=header.to_bytes(),
         num_chunks=4,
         num_groups=header.num_groups,
+        stored_chunks=4,
     )
     store.put_segment(record, frames)
     return record.id

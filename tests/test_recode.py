@@ -56,6 +56,7 @@ def segments(store: Store, codec: str = "k8v8", number: int = 2) -> list[Segment
         record = SegmentRecord(
             *(identity, "f1", start, start + 90, "sealed", codec, "random", names, header.to_bytes(), 4),
             num_groups=header.num_groups,
+            stored_chunks=4,
         )
         store.put_segment(record, frames)
         found.append(record.id)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvchat.bench.history import Subject
+from kvchat.evals.measures import divergence
 
 NEXT_TOKENS = 256
 """Tokens behind the coded ones over which the KL is taken, at most."""
@@ -43,7 +44,7 @@ class Closeness:
         """KL(full || decoded) a token over the whole vocabulary, nats; None where no token follows."""
         if not self.ids:
             return None
-        return float((self.full.exp() * (self.full - self._logprobs(decoded))).sum(-1).mean())
+        return divergence(self.full, self._logprobs(decoded)) / len(self.ids)
 
     @torch.inference_mode()
     def _logprobs(self, segments: Sequence[Dense]) -> Tensor:

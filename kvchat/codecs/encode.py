@@ -22,6 +22,7 @@ from kvchat.codecs.codec import Codec, Exact, FrameRows, Method, Take, group_siz
 from kvchat.codecs.frame import Planes, pack, unpack
 from kvchat.codecs.header import ARCHIVE, SegmentHeader, codec_of
 from kvchat.codecs.lossless import Raw
+from kvchat.config import without_repeats
 from kvchat.errors import CorruptFrame
 
 
@@ -41,7 +42,7 @@ def encode_segment(
     """
     assert len(keys) == len(values) == len(ranking.chunk_of) and ranking.chunk_of.size
     assert all(x.shape[:2] == ranking.chunk_of.shape[1:] and x.dtype == keys[0].dtype for x in (*keys, *values))
-    names = _shortest((codecs,) if isinstance(codecs, str) else tuple(codecs), ranking.num_chunks)
+    names = without_repeats(([codecs] if isinstance(codecs, str) else codecs)[: ranking.num_chunks])
     dtype, head_dim = keys[0].dtype, keys[0].shape[2]
     shared = Basis.from_bytes(basis, len(keys), len(keys[0]), head_dim) if names == (ARCHIVE,) else None
     found = [codec_of(name, shared, ranking) for name in names]
@@ -91,15 +92,6 @@ def packed_bytes(header: SegmentHeader, chunk: int) -> int:
 def param_bytes(header: SegmentHeader) -> int:
     """Bytes of the parameters that serve all chunks of the segment."""
     return sum(plane.nbytes for plane in header.params.values())
-
-
-def _shortest(names: tuple[str, ...], num_chunks: int) -> tuple[str, ...]:
-    """The names of `num_chunks` chunks, without repeating the last."""
-    assert names
-    kept = names[:num_chunks]
-    while len(kept) > 1 and kept[-1] == kept[-2]:
-        kept = kept[:-1]
-    return kept
 
 
 def _read(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from kvchat.portable.form import Manifest
 from kvchat.portable.intake import take_in
-from kvchat.portable.read import is_portable, read, read_manifest
+from kvchat.portable.read import is_portable, read_manifest
 from kvchat.portable.write import write
 
-__all__ = ["Manifest", "is_portable", "read", "read_manifest", "take_in", "write"]
+__all__ = ["Manifest", "is_portable", "read_manifest", "take_in", "write"]

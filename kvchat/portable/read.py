@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self, cast
@@ -15,7 +15,7 @@ from kvchat.fingerprint import fingerprint_id
 from kvchat.portable import form
 from kvchat.portable.blocks import Blocks, named
 from kvchat.portable.form import Description, Manifest
-from kvchat.records import Kind, Message, Part, Role, SegmentRecord, message_id, segment_id
+from kvchat.records import Kind, Message, Role, SegmentRecord, message_id, segment_id
 
 Frames = Iterator[tuple[int, int, bytes]]
 
@@ -37,17 +37,6 @@ def read_manifest(path: Path) -> Manifest:
     """
     with named(path), path.open("rb") as stream:
         return Manifest.from_bytes(Blocks(stream).next())
-
-
-def read(path: Path) -> Generator[Part, None, None]:
-    """All that the file holds, in the path's order; each part is to be used up before the next is asked for.
-
-    What is wrong with the end shows only there, so keep nothing unless all of it came. Raises what `read_manifest`
-    raises.
-    """
-    with Reader(path) as reader:
-        yield from reader.messages()
-        yield from reader.segments()
 
 
 class Reader:
