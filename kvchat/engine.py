@@ -5,7 +5,9 @@ Letters: V vocabulary, q tokens of one forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
+from functools import partial
 from itertools import islice
 
 import torch
@@ -16,6 +18,9 @@ from kvchat.model import Model
 
 Stop = Callable[[], bool]
 """Asked between forward passes whether to stop."""
+
+Sample = Callable[[Tensor], Tensor]
+"""Logits (V,) to the next token, (1,) int64 on the same device."""
 
 
 class Engine:
@@ -43,10 +48,10 @@ class Engine:
         output: Tensor = self.model.network(**self._inputs(cache, ids), logits_to_keep=logits).logits
         return output[0]
 
-    def _inputs(self, cache: SegmentedCache, ids: Sequence[int]) -> dict[str, object]:
+    def _inputs(self, cache: SegmentedCache, ids: Sequence[int] | Tensor) -> dict[str, object]:
         device = self.model.device
         return {
-            "input_ids": torch.tensor([list(ids)], device=device),
+            "input_ids": ids[None] if isinstance(ids, Tensor) else torch.tensor([list(ids)], device=device),
             # From the logical length, never from the number of rows.
             "position_ids": torch.arange(cache.num_seen, cache.num_seen + len(ids), device=device)[None],
             "past_key_values": cache,
@@ -69,18 +74,32 @@ class Engine:
         return logits
 
     def decode(
-        self, cache: SegmentedCache, logits: Tensor, sample: Callable[[Tensor], int], ends: Collection[int], stop: Stop
-    ) -> Iterator[int]:
+        self, cache: SegmentedCache, logits: Tensor, sample: Sample, ends: Collection[int], stop: Stop
+    ) -> Generator[int, None, None]:
         """Yield token after token, the one that ends the answer included.
 
-        The last token yielded has no KV yet: it is computed when the turn is closed.
+        The last token yielded has no KV yet: it is computed when the turn is closed. A device computes one step
+        further than is yielded, so that it never waits for who reads; closing the generator takes that step back.
         """
-        while True:
-            token = sample(logits)
-            yield token
-            if token in ends or stop():
-                return
-            logits = self.forward(cache, [token])[-1]
+        ahead, length = self.model.device.type == "cuda", cache.num_seen
+        token = sample(logits)
+        try:
+            while True:
+                read = _reader(token)
+                following = self._step(cache, token) if ahead else None
+                yield (value := read())
+                if value in ends or stop():
+                    return
+                token = sample(self._step(cache, token) if following is None else following)
+                length += 1
+        finally:
+            cache.crop(length)
+
+    @torch.inference_mode()
+    def _step(self, cache: SegmentedCache, token: Tensor) -> Tensor:
+        """Append one token (1,); its logits (V,)."""
+        output: Tensor = self.model.network(**self._inputs(cache, token), logits_to_keep=1).logits
+        return output[0, -1]
 
     @torch.inference_mode()
     def observe(self, cache: SegmentedCache, ids: Sequence[int], tap: Tap) -> None:
@@ -118,7 +137,7 @@ class Engine:
         cache: SegmentedCache,
         prompt: Sequence[int],
         most: int,
-        sample: Callable[[Tensor], int],
+        sample: Sample,
         ends: Collection[int],
         stop: Stop,
     ) -> list[int]:
@@ -126,9 +145,25 @@ class Engine:
         with cache.scratch():
             for start in range(0, len(prompt), self.chunk_size):
                 logits = self.forward(cache, prompt[start : start + self.chunk_size])[-1]
-            return list(islice(self.decode(cache, logits, sample, ends, stop), most))
+            with closing(self.decode(cache, logits, sample, ends, stop)) as tokens:
+                return list(islice(tokens, most))
 
 
-def likeliest(logits: Tensor) -> int:
-    """Greedy sampling of (V,) logits."""
-    return int(logits.argmax())
+def _reader(token: Tensor) -> Callable[[], int]:
+    """What gives the token's number once the device has drawn it, without waiting for what is queued behind."""
+    if token.device.type != "cuda":
+        return partial(int, token)
+    arrived, copy = torch.Event("cuda"), torch.empty(1, dtype=torch.int64, pin_memory=True)
+    copy.copy_(token, non_blocking=True)
+    arrived.record()
+
+    def read() -> int:
+        arrived.synchronize()
+        return int(copy)
+
+    return read
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Greedy sampling of (V,) logits: (1,) int64."""
+    return logits.argmax()[None]

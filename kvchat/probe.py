@@ -95,7 +95,7 @@ def answer(conversation: Conversation, stop: Stop) -> tuple[int, ...] | None:
     return tokens if len(tokens) == NUM_TOKENS else None
 
 
-def _likeliest(logits: Tensor) -> int:
+def _likeliest(logits: Tensor) -> Tensor:
     if not bool(logits.isfinite().all()):
         raise CodecError("with its KV the network computes numbers that are not finite")
     return likeliest(logits)

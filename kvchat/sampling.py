@@ -40,8 +40,8 @@ class Sampler:
         else:
             self._random.manual_seed(settings.seed)
 
-    def __call__(self, logits: Tensor) -> int:
-        """Next token from the logits (vocabulary,) of the last position."""
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Next token, (1,) int64 where the logits (vocabulary,) of the last position lie; nobody waits for it here."""
         scores = logits.float()[None]
         if self._processors:
             scores = self._processors(self._ids, scores)
@@ -51,7 +51,7 @@ class Sampler:
             token = torch.multinomial(scores.softmax(-1), 1, generator=self._random)
         if self._ids is not None:
             self._ids = torch.cat([self._ids, token], dim=1)
-        return int(token)
+        return token[0]
 
 
 def _processors(settings: GenerateConfig) -> LogitsProcessorList:

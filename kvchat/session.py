@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, cast, get_args
@@ -114,21 +115,20 @@ class Conversation:
         """Generate into `draft`; returns why it ended."""
         model = self.engine.model
         most = min(settings.max_new_tokens, self._room(len(prompt)))
-        reason: FinishReason = "interrupted"
-        stream = self._template.stream()
-        sample = Sampler(settings, prompt, model.device)
-        for token in self.engine.decode(self.residence.cache, logits, sample, model.stop_ids, stop):
-            draft.times.append(time.perf_counter())
-            if token in model.stop_ids:
-                reason = "stop"
-                break
-            draft.ids.append(token)
-            if text := stream.step(token):
-                draft.first_text = draft.first_text or draft.times[-1]
-                yield Delta(text)
-            if len(draft.ids) >= most:
-                reason = "length" if most == settings.max_new_tokens else "context"
-                break
+        reason, stream, sample = INTERRUPTED, self._template.stream(), Sampler(settings, prompt, model.device)
+        with closing(self.engine.decode(self.residence.cache, logits, sample, model.stop_ids, stop)) as tokens:
+            for token in tokens:
+                draft.times.append(time.perf_counter())
+                if token in model.stop_ids:
+                    reason = "stop"
+                    break
+                draft.ids.append(token)
+                if text := stream.step(token):
+                    draft.first_text = draft.first_text or draft.times[-1]
+                    yield Delta(text)
+                if len(draft.ids) >= most:
+                    reason = "length" if most == settings.max_new_tokens else "context"
+                    break
         if rest := stream.flush():
             yield Delta(rest)
         return reason

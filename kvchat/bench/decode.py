@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -54,10 +55,11 @@ def token_s(conversation: Conversation, first: int, count: int) -> float:
         logits = engine.forward(cache, [first])[-1]
         gaps: list[float] = []
         last = time.perf_counter()
-        for _ in engine.decode(cache, logits, likeliest, (), lambda: len(gaps) >= count):
-            now = time.perf_counter()
-            gaps.append(now - last)
-            last = now
+        with closing(engine.decode(cache, logits, likeliest, (), lambda: len(gaps) >= count)) as tokens:
+            for _ in tokens:
+                now = time.perf_counter()
+                gaps.append(now - last)
+                last = now
     return median(gaps[1:])
 
 

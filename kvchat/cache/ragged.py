@@ -1,7 +1,8 @@
 """The cache of one conversation: per layer, sealed rows (ragged, packed) and the open tail (dense, causal).
 
-This is the only file on transformers' cache API. `SegmentedCache` is handed to the network as `past_key_values` and,
-once more, as the keyword `segmented_cache`, which transformers passes through to the registered attention function.
+With `tail.py` this is all that touches transformers' cache API. `SegmentedCache` is handed to the network as
+`past_key_values` and, once more, as the keyword `segmented_cache`, which transformers passes through to the registered
+attention function.
 
 Sealed rows of a layer stand in one canonical order: head, then segment, then rank chunk, then time. So the order in
 which pieces come and go leaves no trace, and dropping chunks gives the same tensors as never having attached them.
@@ -17,9 +18,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from kvchat.cache.segment import LayerKV
+from kvchat.cache.tail import Tail
 
 
 class Tap(Protocol):
@@ -32,10 +34,6 @@ class Tap(Protocol):
         """Called once a layer: `query` (H * G, q, D), and the whole tail, (H, T, D), the last q of them its own."""
 
 
-TAIL_STEP = 256
-"""Tokens by which the tail's room grows at least."""
-
-
 class Piece(NamedTuple):
     """One rank chunk of one segment; sorts in canonical order."""
 
@@ -44,79 +42,13 @@ class Piece(NamedTuple):
     chunk: int
 
 
-class RaggedLayer(CacheLayerMixin):  # type: ignore[misc]
+class RaggedLayer(Tail):
     """One layer: `sealed` is unchanged during a turn, the tail grows in place. Nothing is re-packed per token."""
 
-    is_sliding = False
-
     def __init__(self, num_key_value_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.dtype, self.device = dtype, device
-        self.tail_length = 0
-        self.tail_start = 0
-        self.keys = self.values = torch.empty(num_key_value_heads, 0, head_dim, dtype=dtype, device=device)
+        super().__init__(num_key_value_heads, head_dim, dtype, device)
         self.counts: dict[Piece, list[int]] = {}
         self.sealed = LayerKV.dense(self.keys, self.values, 0)
-        self.is_initialized = True
-
-    # -- what transformers calls -------------------------------------------------------------------------------------
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is lazy here."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append (1, H, q, D) to the tail; returns the whole tail, (1, H, T, D) views."""
-        self.append_tail(key_states[0], value_states[0])
-        keys, values = self.tail()
-        return keys[None], values[None]
-
-    def get_seq_length(self) -> int:
-        """The logical length, which positions are counted by, never the number of rows."""
-        return self.tail_start + self.tail_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset for a mask that is never built: the attention function knows what each query sees."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The name of `get_max_length` before transformers 5.2x."""
-        return -1
-
-    # -- the tail ----------------------------------------------------------------------------------------------------
-
-    def tail(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the open tail, (H, T, D) views."""
-        return self.keys[:, : self.tail_length], self.values[:, : self.tail_length]
-
-    def append_tail(self, keys: Tensor, values: Tensor) -> None:
-        """Append (H, q, D)."""
-        end = self.tail_length + keys.shape[1]
-        if end > self.keys.shape[1]:
-            self._grow(end)
-        self.keys[:, self.tail_length : end] = keys
-        self.values[:, self.tail_length : end] = values
-        self.tail_length = end
-
-    def _grow(self, tokens: int) -> None:
-        room = max(tokens + TAIL_STEP, self.keys.shape[1] * 3 // 2)
-        old = self.tail()
-        heads, _, dim = self.keys.shape
-        self.keys = torch.empty(heads, room, dim, dtype=self.dtype, device=self.device)
-        self.values = torch.empty_like(self.keys)
-        self.keys[:, : self.tail_length], self.values[:, : self.tail_length] = old
-
-    def drop_tail(self, tokens: int) -> None:
-        """Take the first `tokens` of the tail away, for they are sealed or belong to no one; memory is freed."""
-        keys, values = (part[:, tokens:].clone() for part in self.tail())
-        self.keys, self.values = keys, values
-        self.tail_start += tokens
-        self.tail_length -= tokens
 
     # -- sealed rows -------------------------------------------------------------------------------------------------
 
