@@ -11,14 +11,17 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from kvchat.cipher import Key, database_errors, error_code
 from kvchat.errors import StoreDamaged
 from kvchat.kv_store import KVStore, short
 from kvchat.migrations import explained
 from kvchat.queries import ORPHANS, PATH
 from kvchat.records import message_id, now, pack_ids, place_below, unpack_ids
+from kvchat.recrypt import salvage_encrypted
 from kvchat.salvage import DERIVED, salvage
 
 MEND = "`kvchat verify --repair` mends it"
@@ -85,8 +88,15 @@ class Checks(KVStore):
             StoreDamaged: text lay in them; nothing was changed.
             StoreError: another process has the file open.
         """
-        with explained(self.file):
-            salvage(self._db, self.file, self._busy_timeout_s, _require_whole)
+        if self._key is None:
+            with explained(self.file):
+                salvage(self._db, self.file, self._busy_timeout_s, _require_whole)
+        else:
+            self._db.close()
+            try:
+                salvage_encrypted(self.file, self._key, partial(_require_whole, key=self._key))
+            finally:
+                self._reopen()
         return [f"{self.file} was written anew without its damaged pages; KV that lay in them is made again"]
 
     def probe(self, session_id: int) -> tuple[str, tuple[int, ...]] | None:
@@ -110,14 +120,17 @@ class Checks(KVStore):
             found = [row[0] for row in self._rows(f"PRAGMA integrity_check{table}")]
         except StoreDamaged as error:
             return [str(error.__cause__)]
-        return [" ".join(problem.split()) for problem in found if problem != "ok"][:20]
+        problems = [" ".join(problem.split()) for problem in found if problem != "ok"][:20]
+        if problems and self._key is not None:
+            self._reopen()
+        return problems
 
     def _index_problems(self) -> list[str]:
         with self._write():
             try:
                 self._db.execute("INSERT INTO messages_fts(messages_fts, rank) VALUES ('integrity-check', 1)")
-            except sqlite3.DatabaseError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
+            except database_errors() as error:
+                if error_code(error) & 0xFF != sqlite3.SQLITE_CORRUPT:
                     raise
                 return [f"the search index does not agree with the text; {MEND}"]
         return []
@@ -163,9 +176,9 @@ class Checks(KVStore):
                 yield Damaged(record.id, label, problems)
 
 
-def _require_whole(copy: Path) -> None:
+def _require_whole(copy: Path, key: Key | None = None) -> None:
     """Raise StoreDamaged unless all messages of all sessions in a copy are there, as they were written."""
     branches = "SELECT name, branches.tip FROM branches JOIN sessions ON id = session_id"
-    with closing(Checks(copy)) as checks:
+    with closing(Checks(copy, key=key)) as checks:
         for row in checks._rows(f"SELECT name, tip FROM sessions UNION ALL {branches}"):
             checks.require_sound(row["name"], row["tip"])

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from kvchat import cli_archive, cli_eval, cli_import, cli_store, cli_verify
+from kvchat import cli_archive, cli_crypt, cli_eval, cli_import, cli_store, cli_verify
+from kvchat.cipher import database_errors
 from kvchat.errors import InputError, KVChatError, SessionBusy, SessionExists
 from kvchat.flags import Json, ModelFlags, WorkerFactory, command
 
@@ -65,7 +65,7 @@ def _one_line(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, sqlite3.Error):
+    if isinstance(error, database_errors()):
         return f"the store cannot be used: {error}"
     kind = type(error).__name__
     return f"internal error: {kind}: {error} (set KVCHAT_DEBUG=1 for the traceback)"
@@ -121,7 +121,7 @@ def _chat(
         return
     from kvchat import tui
 
-    tui.run(flags.worker, flags.settings(), name, system=system, model=flags.model, rebuild=flags.rebuild)
+    tui.run(flags.connect(), flags.settings(), name, system=system, model=flags.model, rebuild=flags.rebuild)
 
 
 def _new_name(flags: ModelFlags, name: str | None) -> str:
@@ -246,6 +246,7 @@ app.add_typer(cli_import.app)
 app.add_typer(cli_store.app)
 app.add_typer(cli_verify.app)
 app.add_typer(cli_archive.app)
+app.add_typer(cli_crypt.app)
 app.add_typer(cli_eval.app, name="eval")
 
 if __name__ == "__main__":

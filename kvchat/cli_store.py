@@ -34,7 +34,7 @@ def open_store(flags: StoreFlags) -> Iterator[Store]:
     path, limits = settings.store_path, Allowance(settings.store.disk_budget, settings.store.min_free)
     if not path.exists():
         raise StoreError(f"there is no store at {path} yet; `kvchat chat` begins one")
-    store = Store(path, allowance=limits)
+    store = Store(path, allowance=limits, key=flags.key)
     try:
         yield store
     finally:
@@ -226,12 +226,20 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
     """Write a conversation as text that other programs read, or as one file with its KV for another machine."""
-    from kvchat import plain, transcript
-    from kvchat.files import written
+    from kvchat import plain
 
     if format == "kvchat":
         _export_session(flags, name, output, force)
-        return
+    else:
+        _export_text(flags, name, format, output, force)
+    if flags.key:
+        plain.say("the store is encrypted; what was written here is not")
+
+
+def _export_text(flags: StoreFlags, name: str, format: str, output: Path | None, force: bool) -> None:
+    from kvchat import plain, transcript
+    from kvchat.files import written
+
     with open_store(flags) as store:
         messages = spoken(store.path(store.session(name).tip))
     text = transcript.write([{"role": message.role, "content": message.content} for message in messages], format, name)

@@ -11,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from kvchat.cipher import database_errors
 from kvchat.config import Config, default_folder
 from kvchat.errors import KVChatError
+from kvchat.keys import find_key
 from kvchat.plain import format_room, size
 from kvchat.shed import Allowance, free_bytes
 
@@ -101,18 +103,22 @@ def _store(config: Config) -> list[Row]:
     if not path.exists():
         return [_row("store", "ok", f"{path}: not there yet, the first session creates it")]
     try:
-        store = Store(path, allowance=Allowance(limits.disk_budget, limits.min_free))
+        key = find_key(path)
+        store = Store(path, allowance=Allowance(limits.disk_budget, limits.min_free), key=key)
         try:
             sessions, room = len(store.sessions()), store.room()
         finally:
             store.close()
-    except (KVChatError, sqlite3.Error, OSError) as error:
+    except (KVChatError, OSError) as error:
+        return [_row("store", "fail", str(error))]
+    except database_errors() as error:
         return [_row("store", "fail", str(error))]
     reached = room.in_use > REACHED * room.allowed
     given = f"; {room.limit} is reached: KV of cold sessions gives way" if reached else ""
     figures = format_room(room.in_use, room.disk_budget, room.free, room.min_free) + given
     return [
         _row("store", "ok", f"{path}: {sessions} sessions, {size(path.stat().st_size)}"),
+        _row("encryption", "ok", f"SQLCipher, opened with {key.source}" if key else "none; `kvchat encrypt` does it"),
         _row("room", "warn" if reached else "ok", figures),
     ]
 

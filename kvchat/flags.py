@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,20 +20,21 @@ import typer
 from kvchat.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kvchat.cipher import Key
     from kvchat.config import Config
     from kvchat.events import Listener
     from kvchat.worker import Worker
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-WorkerFactory = Callable[["Config", "Listener"], "Worker"]
+WorkerFactory = Callable[["Config", "Listener", "Key | None"], "Worker"]
 
 
-def real_worker(config: Config, listener: Listener) -> Worker:
+def real_worker(config: Config, listener: Listener, key: Key | None) -> Worker:
     """The worker that runs the model; importing it takes seconds, so only commands that need it do."""
     from kvchat.worker import Worker
 
-    return Worker(config, listener)
+    return Worker(config, listener, key=key)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,17 @@ class StoreFlags:
 
         return Config.load(self.config, self._overrides())
 
+    @cached_property
+    def key(self) -> Key | None:
+        """What the store is opened with, asked for once if it must be; None if it is not encrypted.
+
+        Raises:
+            StoreError: there is no key.
+        """
+        from kvchat.keys import find_key
+
+        return find_key(self.settings().store_path)
+
     def _overrides(self) -> dict[str, Any]:
         overrides = dict(_assignment(text) for text in self.set or ())
         return overrides | ({"store.path": str(self.store)} if self.store else {})
@@ -69,9 +82,10 @@ class ModelFlags(StoreFlags):
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Compute the saved KV again from the text.")] = False
     factory: WorkerFactory = field(default=real_worker, repr=False)
 
-    def worker(self, listener: Listener) -> Worker:
-        """A new worker with these settings; close it."""
-        return self.factory(self.settings(), listener)
+    def connect(self) -> Callable[[Listener], Worker]:
+        """What makes a new worker with these settings; the store's key is asked for now. Close the worker."""
+        config, key = self.settings(), self.key
+        return lambda listener: self.factory(config, listener, key)
 
     def _overrides(self) -> dict[str, Any]:
         given = {"model.name": self.model, "model.device": self.device}

@@ -6,7 +6,6 @@ A segment is derived from its messages and may go at any time; who asks for it t
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,21 +14,41 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Literal
 
+from kvchat.cipher import Key, row_class
 from kvchat.codecs import frame
 from kvchat.errors import CodecError, CorruptFrame, StoreDamaged, StoreError
 from kvchat.migrations import explained, open_database, transaction
 from kvchat.queries import CANDIDATES, DROP_REPLACED, SEGMENTS
-from kvchat.records import SegmentRecord, now, segment_of
+from kvchat.records import Row, SegmentRecord, now, segment_of
+from kvchat.salvage import remove_leftovers
 
 
 class KVStore:
     """Segments and frames in the database at `path`: the part of `LimitedStore` that knows no limit."""
 
-    def __init__(self, path: Path, busy_timeout_s: float = 10.0) -> None:
+    def __init__(self, path: Path, busy_timeout_s: float = 10.0, key: Key | None = None) -> None:
         self.file = path
-        self._db = open_database(path, busy_timeout_s)
+        self._key = key
+        self._db = open_database(path, busy_timeout_s, key)
+        self._row = row_class(self._db.conn)
+        remove_leftovers(path)  # who made a copy would have kept this connection out
         self._busy_timeout_s = busy_timeout_s
         self._patience = f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}"
+
+    def _reopen(self) -> None:
+        """SQLCipher reads nothing more on a connection that has met a damaged page."""
+        self._db.close()
+        self._db = open_database(self.file, self._busy_timeout_s, self._key)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            with explained(self.file):
+                yield
+        except StoreDamaged:
+            if self._key is not None and not self._db.conn.in_transaction:
+                self._reopen()
+            raise
 
     def close(self) -> None:
         """End the connection; the last one to close folds the log into the file."""
@@ -217,23 +236,23 @@ class KVStore:
         for chunk in range(record.stored_chunks):
             yield f"chunk {chunk}", (body for _, _, body in self.frames(record.id, [chunk]))
 
-    def _readable(self, sql: str, segment_id: str, **values: object) -> list[sqlite3.Row]:
+    def _readable(self, sql: str, segment_id: str, **values: object) -> list[Row]:
         """Rows of one segment; damage in the file is then only this segment's. Raises CorruptFrame."""
         try:
             return self._rows(sql, id=segment_id, **values)
         except StoreDamaged as error:
             raise CorruptFrame(f"segment {short(segment_id)} cannot be read: {error.__cause__}") from error
 
-    def _rows(self, sql: str, **values: object) -> list[sqlite3.Row]:
-        with explained(self.file):
+    def _rows(self, sql: str, **values: object) -> list[Row]:
+        with self._explained():
             cursor = self._db.execute(sql, values)
-            cursor.row_factory = sqlite3.Row
-            rows: list[sqlite3.Row] = cursor.fetchall()
+            cursor.row_factory = self._row
+            rows: list[Row] = cursor.fetchall()
         return rows
 
     @contextmanager
     def _write(self, synchronous: Literal["FULL", "NORMAL"] = "FULL") -> Iterator[None]:
-        with explained(self.file), transaction(self._db, synchronous):
+        with self._explained(), transaction(self._db, synchronous):
             yield
 
     def _shrink(self) -> None:
@@ -266,7 +285,7 @@ class _Candidate:
     order: tuple[int, int, bool, bool, int, str]
 
 
-def _candidate(rows: Sequence[sqlite3.Row]) -> _Candidate | None:
+def _candidate(rows: Sequence[Row]) -> _Candidate | None:
     """From a segment's messages on the path, in the segment's order; None if it is not to be used there."""
     place = rows[0]["place"]
     count = sum(row["ordinal"] == i and row["place"] == place + i for i, row in enumerate(rows))

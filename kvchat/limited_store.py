@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvchat.cipher import Key
 from kvchat.errors import CodecError, StoreError
 from kvchat.kv_store import KVStore
 from kvchat.queries import EDGES, ENDS, HOLDINGS, KV_BYTES, PAGES, REACHING, THINNED
@@ -25,8 +26,15 @@ Frames = Iterable[tuple[int, int, bytes]]
 class LimitedStore(KVStore):
     """Segments and frames that keep to an allowance. Use it as part of `kvchat.store.Store`."""
 
-    def __init__(self, path: Path, busy_timeout_s: float = 10.0, allowance: Allowance | None = None) -> None:
-        super().__init__(path, busy_timeout_s)
+    def __init__(
+        self,
+        path: Path,
+        busy_timeout_s: float = 10.0,
+        allowance: Allowance | None = None,
+        *,
+        key: Key | None = None,
+    ) -> None:
+        super().__init__(path, busy_timeout_s, key)
         self.allowance = allowance or Allowance()
 
     def put_segment(

@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sqlite_utils import Database, Migrations
 
+from kvchat.cipher import SMALLEST, Key, connect, database_errors, error_code
 from kvchat.errors import StoreDamaged, StoreError
 
 FORMAT = 1
@@ -148,11 +149,11 @@ def m002_partial_segments_and_probes(db: Database) -> None:
     db.executescript(PARTIAL)
 
 
-def open_database(path: Path, busy_timeout_s: float) -> Database:
-    """The database at `path`, made with its folder if there is none, in the newest schema.
+def open_database(path: Path, busy_timeout_s: float, key: Key | None = None) -> Database:
+    """The database at `path`, made with its folder if there is none, in the newest schema; encrypted if `key` is given.
 
     Raises:
-        StoreError: damaged, not kvchat's, of a newer kvchat, busy, or in a place that cannot be written.
+        StoreError: damaged, not kvchat's, of a newer kvchat, busy, in a place that cannot be written, or the key wrong.
     """
     try:
         # Conversations are private; the log takes over the file's mode.
@@ -160,17 +161,31 @@ def open_database(path: Path, busy_timeout_s: float) -> Database:
         if not path.exists():
             path.touch(mode=0o600)
         # SQLite takes a file of a few bytes for an empty one, and would write over it.
-        if path.is_file() and 0 < path.stat().st_size < 512:
+        if path.is_file() and 0 < path.stat().st_size < SMALLEST:
             raise StoreDamaged(_DAMAGED.format(path=path, error="file is not a database"))
+        inode = path.stat().st_ino
     except OSError as error:
         raise StoreError(f"{path} cannot be made ({error.strerror}); choose another file with --store") from None
-    with explained(path):
-        db = Database(sqlite3.connect(path, timeout=busy_timeout_s), execute_plugins=False)
-        try:
-            _prepare(db, path)
-        except BaseException:
-            db.close()
+    try:
+        with explained(path):
+            return _opened(path, busy_timeout_s, key)
+    except StoreError:
+        if path.stat().st_ino == inode:
             raise
+        raise StoreError(f"{path} was encrypted or decrypted by another kvchat meanwhile; try again") from None
+
+
+def _opened(path: Path, busy_timeout_s: float, key: Key | None) -> Database:
+    if key is None:
+        connection: Any = sqlite3.connect(path, timeout=busy_timeout_s)
+    else:
+        connection = connect(path, busy_timeout_s, key, PAGE_SIZE)
+    db = Database(connection, execute_plugins=False)
+    try:
+        _prepare(db, path, MMAP_SIZE if key is None else 0)
+    except BaseException:
+        db.close()
+        raise
     return db
 
 
@@ -194,13 +209,12 @@ def explained(path: Path) -> Iterator[None]:
 
     Raises:
         StoreDamaged: the file is damaged.
-        StoreError: in place of another sqlite3.DatabaseError that the user can do something about.
+        StoreError: in place of another error of SQLite or SQLCipher that the user can do something about.
     """
     try:
         yield
-    except sqlite3.DatabaseError as error:
-        # Misuse of the module carries no code: a mistake of this program, shown as it is.
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+    except database_errors() as error:
+        code = error_code(error)
         text = EXPLANATIONS.get(code, EXPLANATIONS.get(code & 0xFF))
         if text is None:
             raise
@@ -208,7 +222,10 @@ def explained(path: Path) -> Iterator[None]:
         raise kind(text.format(path=path, error=error)) from error
 
 
-_DAMAGED = "{path} is damaged ({error}); restore a copy, or move it away and start anew: nothing was changed"
+_DAMAGED = (
+    "{path} is damaged ({error}, or encrypted with another key); restore a copy, or move it away and start anew: "
+    "nothing was changed"
+)
 _DAMAGED_PAGES = "{path} is damaged ({error}); `kvchat verify --repair` saves what it can, else restore a copy"
 _BUSY = "{path} is busy: another kvchat is writing to it; try again when that is done"
 _READ_ONLY = "{path} cannot be written ({error}); allow writing to it and its folder, or choose another with --store"
@@ -226,7 +243,7 @@ EXPLANATIONS = {
 }
 
 
-def _prepare(db: Database, path: Path) -> None:
+def _prepare(db: Database, path: Path, mmap_size: int) -> None:
     tables = db.table_names()
     _refuse_foreign(db, path, tables)
     if not tables:
@@ -234,7 +251,7 @@ def _prepare(db: Database, path: Path) -> None:
         db.execute(f"PRAGMA page_size = {PAGE_SIZE}")
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")
     _enable_wal(db)
-    for setting in ("foreign_keys = ON", "secure_delete = ON", f"mmap_size = {MMAP_SIZE}"):
+    for setting in ("foreign_keys = ON", "secure_delete = ON", f"mmap_size = {mmap_size}"):
         db.execute(f"PRAGMA {setting}").fetchall()
     db.execute(f"PRAGMA journal_size_limit = {JOURNAL_SIZE_LIMIT}").fetchall()
     if MIGRATIONS.pending(db):
@@ -259,7 +276,7 @@ def _enable_wal(db: Database) -> None:
         try:
             db.enable_wal()
             return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or not patience:
+        except database_errors() as error:
+            if error_code(error) & 0xFF != sqlite3.SQLITE_BUSY or not patience:
                 raise
             time.sleep(0.02)

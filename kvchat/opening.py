@@ -11,6 +11,7 @@ from typing import Any
 from kvchat.config import Config
 from kvchat.events import Listener
 from kvchat.handle import AsyncSession, Session
+from kvchat.keys import find_key
 from kvchat.worker import Worker
 
 
@@ -24,6 +25,7 @@ def open_session(
     rebuild: bool = False,
     listener: Listener | None = None,
     settings: Mapping[str, Any] | None = None,
+    passphrase: str | None = None,
 ) -> Session:
     """Resume the session `name` or begin it; it owns its model, and closing it frees both. Raises KVChatError.
 
@@ -35,9 +37,12 @@ def open_session(
         rebuild: compute saved KV again, also with another model.
         listener: called, in another thread, with progress that belongs to no turn.
         settings: dotted settings on top of the file, as in {"compress.keep_ratio": 0.3}.
+        passphrase: of the store, if it is encrypted, or to make a new one encrypted; None = the variable
+            KVCHAT_PASSPHRASE, the keyring, or a prompt.
     """
     overrides = dict(settings or {}) | ({"store.path": str(store)} if store else {})
-    worker = Worker(Config.load(Path(config) if config else None, overrides), listener)
+    loaded = Config.load(Path(config) if config else None, overrides)
+    worker = Worker(loaded, listener, key=find_key(loaded.store_path, passphrase))
     try:
         session = worker.open(name, model=model, system=system, rebuild=rebuild)
     except BaseException:

@@ -94,7 +94,7 @@ class Status:
 def working(flags: ModelFlags) -> Iterator[tuple[Worker, Status]]:
     """A worker and the display of its progress; closed at the end."""
     status = Status()
-    worker = flags.worker(status)
+    worker = flags.connect()(status)
     try:
         yield worker, status
     finally:

@@ -12,15 +12,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sqlite_utils import Database
 
+from kvchat.cipher import database_errors, error_code
 from kvchat.errors import StoreDamaged
 from kvchat.migrations import open_database, transaction
 from kvchat.queries import ORPHANS
 
 Row = tuple[Any, ...]
+
+
+class Source(Protocol):
+    """What is read: a database, or what reads one."""
+
+    def execute(self, sql: str, values: Any = (), /) -> Any:
+        """An iterable of rows."""
+
 
 TEXT = ("meta", "messages", "sessions", "branches", "sqlite_sequence")
 """Tables that nothing can be made again from."""
@@ -40,7 +49,7 @@ def salvage(db: Database, path: Path, busy_timeout_s: float, require_whole: Call
     """Write the database anew without its damaged pages; KV that lay in them is lost.
 
     Args:
-        db: the only connection to `path`.
+        db: the only connection to `path`, which is not encrypted.
         path: the database.
         busy_timeout_s: how long to wait for other processes.
         require_whole: given the copy before it is written over the database; raises StoreDamaged if text is missing.
@@ -49,22 +58,32 @@ def salvage(db: Database, path: Path, busy_timeout_s: float, require_whole: Call
         StoreDamaged: text cannot be read, or not all of it; nothing was changed.
         sqlite3.OperationalError: SQLITE_BUSY: another process has the database open.
     """
-    beside = path.with_name(f"{path.name}-salvage")
+    beside = copy_beside(path)
     with _alone(db):
         remove_leftovers(path)
         try:
             with closing(open_database(beside, busy_timeout_s)) as copy:
-                _fill(copy, db)
+                fill(copy, db)
                 require_whole(beside)
                 copy.conn.backup(db.conn, progress=_until(time.monotonic() + busy_timeout_s))
         finally:
             remove_leftovers(path)
 
 
+def copy_beside(path: Path) -> Path:
+    """Where the copy of a database is made, with which it is then written over or replaced."""
+    file = path.resolve()
+    return file.with_name(f"{file.name}-salvage")
+
+
 def remove_leftovers(path: Path) -> None:
-    """Remove the copy that a repair left when it was killed: it holds all text. For who may write to the database."""
-    for suffix in ("", "-wal", "-shm"):
-        path.with_name(f"{path.name}-salvage{suffix}").unlink(missing_ok=True)
+    """Remove the copy that was left by a process that was killed: it holds all text. For who has the database open.
+
+    A copy is made only by who keeps all others out.
+    """
+    copy = copy_beside(path)
+    for suffix in ("", "-wal", "-shm", "-journal", "-damaged", "-damaged-wal", "-damaged-shm"):
+        copy.with_name(copy.name + suffix).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -92,8 +111,8 @@ def _until(deadline: float) -> Callable[[int, int, int], None]:
     return check
 
 
-def _fill(copy: Database, db: Database) -> None:
-    """Copy all that can be read, the rows of a key whole or not at all."""
+def fill(copy: Database, db: Source) -> None:
+    """Copy all that can be read, the rows of a key whole or not at all. Raises StoreDamaged: text is missing."""
     copy.execute("PRAGMA foreign_keys = OFF")
     with transaction(copy, "NORMAL"):
         for table in TEXT:
@@ -110,12 +129,12 @@ def _fill(copy: Database, db: Database) -> None:
             raise _lost(lost[0], f"what refers to {lost[2]} is not there")
 
 
-def _text(db: Database, table: str) -> list[Row]:
+def _text(db: Source, table: str) -> list[Row]:
     """All rows of a table. A scan can leave rows out and report nothing, so each index must know of as many."""
     rows, error = _readable(db, f"SELECT * FROM {table} NOT INDEXED ORDER BY 1")
     if error:
         raise _lost(table, str(error)) from error
-    for (index,) in db.execute(f"SELECT name FROM pragma_index_list('{table}')").fetchall() if table in COUNTED else ():
+    for (index,) in list(db.execute(f"SELECT name FROM pragma_index_list('{table}')")) if table in COUNTED else ():
         found, error = _readable(db, f'SELECT count(*) FROM {table} INDEXED BY "{index}"')
         if error or found != [(len(rows),)]:
             raise _lost(table, f"the index {index} does not have its {len(rows)} rows") from error
@@ -134,18 +153,20 @@ def _insert(copy: Database, table: str, rows: list[Row]) -> None:
     sql = f"INSERT OR {otherwise} INTO {table} VALUES ({', '.join('?' for _ in rows[0])})"
     try:
         copy.conn.executemany(sql, rows)
-    except sqlite3.IntegrityError as error:
+    except database_errors() as error:
+        if error_code(error) & 0xFF != sqlite3.SQLITE_CONSTRAINT:
+            raise
         raise _lost(table, str(error)) from error
 
 
-def _readable(db: Database, sql: str, *values: object) -> tuple[list[Row], sqlite3.DatabaseError | None]:
+def _readable(db: Source, sql: str, *values: object) -> tuple[list[Row], Exception | None]:
     """The rows up to the first damaged page, and what SQLite says of that page."""
     rows: list[Row] = []
     try:
         for row in db.execute(sql, values):
             rows.append(row)
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
+    except database_errors() as error:
+        if error_code(error) & 0xFF != sqlite3.SQLITE_CORRUPT:
             raise
         return rows, error
     return rows, None

@@ -7,7 +7,7 @@ that.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from kvchat import probe
+from kvchat.cipher import Key
 from kvchat.config import Config, ModelConfig
 from kvchat.download import BUILTIN, is_here
 from kvchat.engine import Engine, Stop
@@ -30,7 +31,7 @@ from kvchat.recode import recode
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.shed import Allowance
-from kvchat.store import SearchHit, SegmentRecord, SessionInfo, Store
+from kvchat.store import SearchHit, SessionInfo, Store
 from kvchat.tiers import would_hold
 
 Loader = Callable[[ModelConfig, Listener], Model]
@@ -47,13 +48,15 @@ class Worker:
     Args:
         config: all settings.
         listener: called in the worker's thread with the progress of work that belongs to no turn.
-        loader: what loads a model.
+        loader, key: what loads a model, and what the store is encrypted with.
 
     Raises:
         StoreError: the database cannot be used.
     """
 
-    def __init__(self, config: Config, listener: Listener | None = None, loader: Loader = load) -> None:
+    def __init__(
+        self, config: Config, listener: Listener | None = None, loader: Loader = load, *, key: Key | None = None
+    ) -> None:
         self.config = config
         self.failure: Exception | None = None
         """What went wrong in the background, for no session in particular."""
@@ -66,7 +69,7 @@ class Worker:
         # The thread ends with the process: whatever is still to be saved must be saved before.
         atexit.register(self.close)
         try:
-            self._store = self.jobs.call(self._open_store)
+            self._store = self.jobs.call(lambda: self._open_store(key))
         except BaseException:
             self.close()
             raise
@@ -92,7 +95,6 @@ class Worker:
             SessionBusy: another process, or another worker, has it open.
         """
         conversation = self.jobs.call(lambda: self._open_conversation(name, model, system, rebuild, create))
-
         # Restoring overlaps with the user's typing; a turn sent before it is done waits for it.
         self.jobs.put(lambda: self.jobs.in_background(conversation.restore, conversation))
         return Session(self, conversation)
@@ -144,14 +146,11 @@ class Worker:
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 
-    def _open_store(self) -> Store:
-        limits, held = self.config.store, partial(would_hold, self.config.compress)
-        closed = partial(kept_closed, self.config.store_path)
-        allowance = Allowance(limits.disk_budget, limits.min_free, held, self._recode, self._opened, closed)
-        return Store(self.config.store_path, allowance=allowance)
-
-    def _recode(self, records: Sequence[SegmentRecord], codec: str) -> None:
-        recode(self._store, records, codec)
+    def _open_store(self, key: Key | None) -> Store:
+        limits, path, held = self.config.store, self.config.store_path, partial(would_hold, self.config.compress)
+        again, closed = lambda *what: recode(self._store, *what), partial(kept_closed, path)
+        allowance = Allowance(limits.disk_budget, limits.min_free, held, again, self._opened, closed)
+        return Store(path, allowance=allowance, key=key)
 
     def _opened(self, sessions: Collection[int]) -> set[int]:
         """The sessions that are open here, and those of the given ones that are elsewhere."""

@@ -98,7 +98,7 @@ class FakeWorker:
         self.deleted: list[str] = []
         self.closed = False
 
-    def __call__(self, config: Config, listener: Listener) -> FakeWorker:
+    def __call__(self, config: Config, listener: Listener, key: Any = None) -> FakeWorker:
         self.config = config
         return self
 

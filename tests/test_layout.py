@@ -14,11 +14,11 @@ PACKAGE = Path(kvchat.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    *("errors", "locks", "terminal", "events", "config", "transcript", "files", "fingerprint"),
-    *("cache", "attention", "compress", "codecs"),
+    *("errors", "locks", "terminal", "events", "config", "transcript", "files", "fingerprint", "cipher", "keys"),
+    *("cache", "codecs", "attention", "compress"),
     *("template", "supported", "convert", "download", "model", "sampling", "engine"),
-    *("records", "migrations", "queries", "listing", "shed", "kv_store", "limited_store", "salvage", "checks"),
-    *("store", "portable", "recode", "tiers", "sealing", "saving", "residence"),
+    *("records", "migrations", "queries", "listing", "shed", "salvage", "kv_store", "limited_store"),
+    *("recrypt", "checks", "store", "portable", "recode", "tiers", "sealing", "saving", "residence"),
     *(
         "stats",
         "session",
@@ -35,6 +35,7 @@ ORDER = [
         "doctor",
         "cli_store",
         "cli_archive",
+        "cli_crypt",
         "cli_verify",
         "cli_import",
         "cli_eval",

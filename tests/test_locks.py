@@ -151,7 +151,7 @@ def test_a_session_is_open_in_one_process_only_until_that_is_killed(
 def test_stats_of_a_session_that_is_open_elsewhere_show_what_the_store_holds(
     store: Path, other: Other, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def worker(config: Config, listener: object) -> Worker:
+    def worker(config: Config, listener: object, key: object) -> Worker:
         return start(config.store_path)
 
     flags = ["--store", str(store)]

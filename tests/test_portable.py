@@ -641,7 +641,7 @@ class Machine:
         self.store, self._model, self._capsys = folder / "s.db", model, capsys
         self.asked: list[str] = []
 
-    def worker(self, config: Config | None = None, listener: Any = None) -> Worker:
+    def worker(self, config: Config | None = None, listener: Any = None, key: Any = None) -> Worker:
         def load(model: Any, _: Any) -> Model:
             self.asked.append(model.name)
             return self._model()

@@ -67,7 +67,7 @@ def verify(path: Path, capsys: pytest.CaptureFixture[str], *flags: str, code: in
     """What `kvchat verify` prints."""
     settings = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
 
-    def tiny_worker(config: Config, listener: Any) -> Worker:
+    def tiny_worker(config: Config, listener: Any, key: Any) -> Worker:
         return Worker(config, listener, lambda *_: make_model())
 
     assert main(["verify", *flags, "--store", str(path), *settings], tiny_worker) == code, capsys.readouterr().err

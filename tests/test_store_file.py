@@ -506,7 +506,7 @@ def test_mending_pages_keeps_all_text_and_sound_kv_and_lets_go_of_the_file(store
 
 def test_while_pages_are_mended_nobody_else_writes(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converse(store, "trip", "Hello", "Hi")
-    fill, refused, modes = salvage._fill, list[str](), set[int]()
+    fill, refused, modes = salvage.fill, list[str](), set[int]()
 
     def interrupted(copy: Database, db: Database) -> None:
         fill(copy, db)
@@ -515,7 +515,7 @@ def test_while_pages_are_mended_nobody_else_writes(store: Store, path: Path, mon
             Store(path, busy_timeout_s=0)
         refused.append(str(caught.value))
 
-    monkeypatch.setattr(salvage, "_fill", interrupted)
+    monkeypatch.setattr(salvage, "fill", interrupted)
     store.mend_pages()
     assert len(refused) == 1 and modes == {0o600}
     other = Store(path, busy_timeout_s=0)
@@ -543,7 +543,7 @@ def test_what_a_killed_repair_left_is_removed(store: Store, path: Path, mends: C
     _, chain = converse(store, "trip", "Hello", SECRET)
     store.put_segment(*segment(chain, 0, 2))
     copy = open_database(path.with_name("kvchat.db-salvage"), 10.0)
-    salvage._fill(copy, store._db)
+    salvage.fill(copy, store._db)
     assert any(b"periwinkle" in file.read_bytes() for file in path.parent.glob("*salvage*"))
     with copy.conn:
         copy.execute("CREATE TEMP TABLE stale AS SELECT * FROM segments")
