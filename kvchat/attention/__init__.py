@@ -7,6 +7,7 @@ know what each query may see (every sealed row, and the tail causally).
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -36,13 +37,26 @@ def backend_for(name: BackendName, device: torch.device, dtype: torch.dtype) -> 
         return name
     if device.type == "cpu":
         return "sdpa"
-    return "varlen" if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else "reference"
+    return "varlen" if _has_flash(device, dtype) else "reference"
+
+
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this package's Triton kernels run on a device and dtype."""
+    return _has_flash(device, dtype) and find_spec("triton") is not None
+
+
+def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 def log_normaliser(query: Tensor, past: Tensor, own: Tensor, scale: float) -> Tensor:
     """`reference.log_normaliser` by the fastest means of the device."""
     if query.device.type == "cpu":
         return sdpa.log_normaliser(query, past, own, scale)
+    if _has_flash(query.device, query.dtype):
+        from kvchat.attention import varlen
+
+        return varlen.log_normaliser(query, past, own, scale)
     return reference.log_normaliser(query, past, own, scale)
 
 

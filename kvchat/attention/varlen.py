@@ -1,58 +1,71 @@
-"""Attention over sealed rows and tail on a CUDA device, through torch's own variable-length flash attention.
+"""Attention over sealed rows and tail on a CUDA device, through variable-length flash attention.
 
-Each KV head is one "sequence" whose G query heads share one KV head, so ragged rows are read as they lie and nothing is
-expanded or re-packed. float16 and bfloat16 only.
+Two parts are attended to and merged. The tail is one sequence with grouped heads, causal, read where it lies in its
+larger room. The sealed rows are as many sequences as KV heads, each with the group's G query heads and one KV head, so
+ragged rows are read as they lie, too. Only the query is packed. float16 and bfloat16 only.
 
 Letters: H KV heads, G query heads per KV head, q new tokens, T tail tokens, N sealed rows, D head_dim.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+from kvchat.attention import flash
 from kvchat.attention.merge import Partial, merge
 from kvchat.cache.segment import LayerKV
 
 
 def attend(query: Tensor, sealed: LayerKV | None, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """As `reference.attend`, in float16 or bfloat16 with float32 accumulators."""
-    num_heads, q, dim = query.shape
-    heads, tail, _ = keys.shape
-    # Kernels of torch 2.11 take no scale: fold it into the query.
-    factor = scale * dim**0.5
-    query = query if factor == 1.0 else query * factor
+    out, lse = dense(query, keys, values, scale, causal=True)
+    if sealed is None or not sealed.num_kept:
+        return out
+    shape = (keys.shape[0], -1, query.shape[1])
+    tail = out.view(*shape, query.shape[2]), lse.view(shape)
+    return merge([tail, ragged(query, sealed, scale)])[0].reshape(query.shape)
+
+
+def dense(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> Partial:
+    """(H * G, q, D) queries over (H, T, D) keys, of which the last q are their own if `causal`.
+
+    Returns:
+        Output (H * G, q, D) and log-sum-exp (H * G, q) float32.
+    """
+    q, rows = query.shape[1], keys.shape[1]
+    query, keys, values = (part.transpose(0, 1) for part in (query, keys, values))
+    steps = _steps(1, q, query.device), _steps(1, rows, query.device)
+    out, lse = flash.varlen(query, keys, values, *steps, q, rows, scale, causal)
+    return out.transpose(0, 1), lse.T
+
+
+def ragged(query: Tensor, sealed: LayerKV, scale: float) -> Partial:
+    """(H * G, q, D) queries over sealed rows: output (H, G, q, D), log-sum-exp (H, G, q); a head may have no rows."""
+    lengths = [high - low for low, high in pairwise(sealed.bounds)]
+    heads, (_, q, dim) = len(lengths), query.shape
     packed = query.view(heads, -1, q, dim).transpose(1, 2).reshape(heads * q, -1, dim)
-    bounds = torch.arange(heads + 1, dtype=torch.int32) * tail
-    tail_keys, tail_values = (part.reshape(heads * tail, dim) for part in (keys, values))
-    parts = [_varlen(packed, tail_keys, tail_values, bounds, q, tail, causal=q > 1)]
-    if sealed is not None and sealed.num_kept:
-        longest = int(sealed.cu_seqlens.diff().max())
-        parts.append(_varlen(packed, sealed.keys, sealed.values, sealed.cu_seqlens, q, longest, causal=False))
-    out, _ = merge(parts)
-    return out.view(heads, q, -1, dim).transpose(1, 2).reshape(num_heads, q, dim)
+    # Not to wait for the device: the numbers are copied before the call returns.
+    cu_seqlens = sealed.cu_seqlens.to(query.device, non_blocking=True)
+    keys, values = sealed.keys[:, None], sealed.values[:, None]
+    steps = _steps(heads, q, query.device)
+    out, lse = flash.varlen(packed, keys, values, steps, cu_seqlens, q, max(lengths), scale, causal=False)
+    out, lse = out.view(heads, q, -1, dim), lse.view(heads, q, -1)
+    for head in (head for head, length in enumerate(lengths) if not length):
+        out[head], lse[head] = 0, -torch.inf
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _varlen(query: Tensor, keys: Tensor, values: Tensor, bounds: Tensor, q: int, longest: int, causal: bool) -> Partial:
-    """(H * q, G, D) queries over (N, D) rows: output (H * q, G, D), log-sum-exp (H * q, G); a head may have no rows."""
-    groups, device = query.shape[1], query.device
-    steps = torch.arange(len(bounds), dtype=torch.int32, device=device) * q
-    wide_keys, wide_values = (part[:, None].expand(-1, groups, -1) for part in (keys, values))
-    window = (-1, 0) if causal else (-1, -1)
-    result = varlen_attn(
-        query,
-        wide_keys,
-        wide_values,
-        steps,
-        bounds.to(device),
-        q,
-        longest,
-        return_aux=AuxRequest(lse=True),
-        window_size=window,
-    )
-    assert isinstance(result, tuple)
-    out, lse = result[0], result[1].T
-    # The kernel writes +inf where there are no keys.
-    lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-    return out.masked_fill(lse[..., None] == -torch.inf, 0), lse
+def log_normaliser(query: Tensor, past: Tensor, own: Tensor, scale: float) -> Tensor:
+    """As `reference.log_normaliser`."""
+    _, lse = dense(query, own, own, scale, causal=True)
+    if past.shape[1]:
+        lse = torch.logaddexp(lse, dense(query, past, past, scale, causal=False)[1])
+    return lse
+
+
+def _steps(sequences: int, rows: int, device: torch.device) -> Tensor:
+    """`cu_seqlens` of sequences of equal length, made on the device."""
+    return torch.arange(0, (sequences + 1) * rows, rows, dtype=torch.int32, device=device)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvchat.attention import log_normaliser
+from kvchat.attention import has_kernels, log_normaliser
 from kvchat.compress.scorers.base import Subject
 
 FIRST = "Repeat the conversation above, word for word."
@@ -31,7 +31,7 @@ class KVzip:
         self.chunk_size = chunk_size
         self._scores: list[list[Tensor]] = [[] for _ in subject.prefix_keys]
         self._chunk = slice(0, 0)
-        self._skipped: list[int] = []
+        self._skipped = torch.empty(0, dtype=torch.int64)
 
     def passes(self) -> Iterator[tuple[int, ...]]:
         """One request to repeat, with the repetition, per chunk."""
@@ -42,7 +42,9 @@ class KVzip:
             before = tuple(spoken[-8:]) or self.subject.before
             request = self.subject.ask(self.subject.encode(LATER if before else FIRST) + before)
             flags = self.subject.template[self._chunk]
-            self._skipped = [len(request) + i for i, unspoken in enumerate(flags) if unspoken]
+            rows = [len(request) + i for i, unspoken in enumerate(flags) if unspoken]
+            # On the device once a pass, so that no layer waits for a copy.
+            self._skipped = torch.tensor(rows, dtype=torch.int64, device=self.subject.prefix_keys[0].device)
             yield request + ids[self._chunk]
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
@@ -57,17 +59,22 @@ class KVzip:
 
 
 def attention_received(
-    query: Tensor, prefix: Tensor, chunk: Tensor, own: Tensor, skipped: list[int], scale: float
+    query: Tensor, prefix: Tensor, chunk: Tensor, own: Tensor, skipped: list[int] | Tensor, scale: float
 ) -> Tensor:
     """Largest attention probability that each key of the chunk receives, (H, M) float32.
 
-    The maximum is taken before exponentiation and head by head, so the (R, M) probabilities of all heads never exist.
+    The maximum is taken before exponentiation: in tiles where kernels can run, else head by head, so the (R, M)
+    probabilities of all heads never exist.
 
     Args:
         query: (H * G, R, D); prefix: (H, P, D); chunk: (H, M, D); own: (H, R, D), seen causally.
-        skipped: rows that do not count.
+        skipped: indices of rows that do not count.
         scale: factor on the logits.
     """
+    if has_kernels(query.device, query.dtype):
+        from kvchat.attention import received  # needs Triton
+
+        return received.attention_received(query, prefix, chunk, own, skipped, scale)
     heads, rows = chunk.shape[0], query.shape[1]
     lse = log_normaliser(query, torch.cat([prefix, chunk], dim=1), own, scale).reshape(heads, -1, rows)
     lse[:, :, skipped] = torch.inf
@@ -80,7 +87,7 @@ def attention_received(
 
 
 def attention_received_plainly(
-    query: Tensor, prefix: Tensor, chunk: Tensor, own: Tensor, skipped: list[int], scale: float
+    query: Tensor, prefix: Tensor, chunk: Tensor, own: Tensor, skipped: list[int] | Tensor, scale: float
 ) -> Tensor:
     """The definition of `attention_received`: one softmax over prefix, chunk and own keys."""
     groups, rows, past = query.shape[0] // chunk.shape[0], query.shape[1], prefix.shape[1] + chunk.shape[1]
@@ -89,5 +96,6 @@ def attention_received_plainly(
     hidden = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
     logits[:, :, past:] = logits[:, :, past:].masked_fill(hidden, -torch.inf)
     weights = logits.softmax(-1)[:, :, prefix.shape[1] : past]
-    counted = [row for row in range(rows) if row not in set(skipped)]
+    counted = torch.ones(rows, dtype=torch.bool, device=query.device)
+    counted[skipped] = False
     return weights[:, counted].amax(1).view(chunk.shape[0], groups, -1).amax(1)
