@@ -57,6 +57,18 @@ def decode_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes, dev
 
     Raises CorruptFrame if the bytes are damaged or are not this frame of this segment.
     """
+    codec, rows, planes, params = open_frame(header, chunk, group, blob)
+    keys, values = (method.decode(planes, params, rows, device) for method in (codec.keys, codec.values))
+    for method, decoded in ((codec.keys, keys), (codec.values, values)):
+        # `raw` writes whatever there is; the others refuse what is not finite, so they cannot have written it.
+        if not isinstance(method, Raw) and len(decoded) and not bool(torch.stack(decoded.aminmax()).isfinite().all()):
+            name = header.codec(chunk)
+            raise CorruptFrame(f"chunk {chunk} of layer group {group} in {name} decodes to numbers that are not finite")
+    return LayerKV.split(rows.counts, keys, values, torch.from_numpy(rows.positions).to(keys.device))
+
+
+def open_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> tuple[Codec, FrameRows, Planes, Planes]:
+    """A frame's codec, which rows it holds, its planes, and the parameters of its layers. Raises CorruptFrame."""
     assert 0 <= chunk < header.ranking.num_chunks and 0 <= group < header.num_groups, (chunk, group)
     name, codec = header.codec(chunk), header.method(chunk)
     first, last = header.layers(group)
@@ -70,12 +82,7 @@ def decode_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes, dev
     params = {name: plane[first:last] for name, plane in header.params.items()}
     if header.basis:
         params = header.basis.of_layers(first, last)
-    keys, values = (method.decode(planes, params, rows, device) for method in (codec.keys, codec.values))
-    for method, decoded in ((codec.keys, keys), (codec.values, values)):
-        # `raw` writes whatever there is; the others refuse what is not finite, so they cannot have written it.
-        if not isinstance(method, Raw) and len(decoded) and not bool(torch.stack(decoded.aminmax()).isfinite().all()):
-            raise CorruptFrame(f"chunk {chunk} of layer group {group} in {name} decodes to numbers that are not finite")
-    return LayerKV.split(counts, keys, values, torch.from_numpy(positions).to(keys.device))
+    return codec, rows, planes, params
 
 
 def packed_bytes(header: SegmentHeader, chunk: int) -> int:

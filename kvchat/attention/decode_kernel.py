@@ -1,0 +1,289 @@
+"""Triton kernels of `ragged_decode`: split-KV attention of one new token over rows as they were encoded.
+
+Letters: H KV heads, G query heads per KV head, D head_dim.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvchat.attention.decode_codes import (
+    HEADS,
+    byte_codes,
+    columns,
+    dot,
+    every,
+    four_parts,
+    levels,
+    nibble_codes,
+    scaled,
+    two_parts,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+SUBNORMAL = tl.constexpr(16777216.0)
+
+
+@triton.jit
+def _softmax(logits, m, scale, SOFTCAP: tl.constexpr, inside):
+    """One step of the running softmax in base 2: weights of a tile, the new maximum, the factor on what was before."""
+    if SOFTCAP > 0:
+        power = tl.exp2(logits * (scale * 2.0 * LOG2E / SOFTCAP))
+        logits = 1.0 - 2.0 / (power + 1.0)
+        factor = SOFTCAP * LOG2E
+    else:
+        factor = scale * LOG2E
+    logits = tl.where(inside[None, :], logits, float("-inf"))
+    top = tl.maximum(m, tl.max(logits, 1) * factor)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    return tl.exp2(logits * factor - safe[:, None]), top, tl.exp2(m - safe)
+
+
+@triton.jit
+def _store(out, lse, slot, head, column, acc, m, total, G: tl.constexpr, D: tl.constexpr):
+    """Write one part of a partial result, (16, W) at channels `column`."""
+    inside = (head < G)[:, None] & (column < D)[None, :]
+    at = out + (slot * G + head)[:, None].to(tl.int64) * D + column[None, :]
+    tl.store(at, acc, mask=inside)
+    tl.store(
+        lse + slot * G + head,
+        tl.where(total > 0, m + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf")),
+        mask=head < G,
+    )
+
+
+@triton.jit
+def _tail(
+    query, keys, values, length, out, lse, slot, head, kv_head, part, stride, scale,
+    G: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One share of one head's tail."""
+    column, row = tl.arange(0, PAD), tl.arange(0, TILE)
+    total_rows = tl.load(length)
+    share = tl.cdiv(tl.cdiv(total_rows, SPLITS), TILE) * TILE
+    first = part * share
+    last = tl.minimum(first + share, total_rows)
+    here = (head < G)[:, None] & (column < D)[None, :]
+    q = tl.load(query + (kv_head * G + head)[:, None] * D + column[None, :], mask=here, other=0.0)
+    keys += kv_head.to(tl.int64) * stride
+    values += kv_head.to(tl.int64) * stride
+    m = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, PAD), tl.float32)
+    for start in tl.range(first, last, TILE, num_stages=STAGES):
+        inside = start + row < last
+        at = (start + row) * D
+        k = tl.load(keys + at[None, :] + column[:, None], mask=inside[None, :] & (column < D)[:, None], other=0.0)
+        v = tl.load(values + at[:, None] + column[None, :], mask=inside[:, None] & (column < D)[None, :], other=0.0)
+        logits = dot(q, k, tl.zeros((HEADS, TILE), tl.float32), WIDE)
+        p, m, decay = _softmax(logits, m, scale, SOFTCAP, inside)
+        total = total * decay + tl.sum(p, 1)
+        acc = dot(p.to(v.dtype), v, acc * decay[:, None], WIDE)
+    _store(out, lse, slot, head, column, acc / tl.where(total > 0, total, 1.0)[:, None], m, total, G, D)
+
+
+@triton.jit
+def attend_rows(
+    query, addresses, boosts, programs, tiles, tail_keys, tail_values, tail_length, out, lse,
+    num_programs, first_slot, tail_slot, tail_stride, scale,
+    FORM: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, SCALE: tl.constexpr,
+    VALUE_SCALE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr, SPLITS: tl.constexpr, TAIL_TILE: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Partial results of one form's programs and, after these, of the tail's shares. Grid: programs, heads / 16."""
+    program = tl.program_id(0)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    if program >= num_programs:
+        share = program - num_programs
+        _tail(
+            query, tail_keys, tail_values, tail_length, out, lse, tail_slot + share, head, share // SPLITS,
+            share % SPLITS, tail_stride, scale, G, D, PAD, SPLITS, TAIL_TILE, TAIL_STAGES, SOFTCAP, WIDE,
+        )  # fmt: skip
+    else:
+        first = tl.load(programs + program * 3)
+        last = tl.load(programs + program * 3 + 1)
+        kv_head = tl.load(programs + program * 3 + 2)
+        if first < last:
+            _sealed(
+                query + kv_head * G * D, addresses + FORM * 6, boosts + FORM, tiles, first, last, out, lse,
+                first_slot + program, head, scale, KEY_BITS, VALUE_BITS, SCALE, VALUE_SCALE, G, D, PAD, TILE, STAGES,
+                SOFTCAP, PACKED, WIDE,
+            )  # fmt: skip
+
+
+@triton.jit
+def _sealed(
+    query, addresses, boosts, tiles, first, last, out, lse, slot, head, scale,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, SCALE: tl.constexpr, VALUE_SCALE: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Running softmax of one head's queries over tiles `first` to `last`."""
+    KEY_PARTS: tl.constexpr = 16 // KEY_BITS
+    VALUE_PARTS: tl.constexpr = 16 // VALUE_BITS
+    KW: tl.constexpr = PAD // KEY_PARTS
+    VW: tl.constexpr = PAD // VALUE_PARTS
+    DTYPE: tl.constexpr = query.dtype.element_ty
+    KEY_WORD: tl.constexpr = DTYPE if KEY_BITS == 16 else tl.uint16
+    VALUE_WORD: tl.constexpr = DTYPE if VALUE_BITS == 16 else tl.uint16
+    # Tensors lie elsewhere after every seal, and a captured graph does not: so their addresses are data.
+    keys = tl.multiple_of(tl.load(addresses).to(tl.pointer_type(KEY_WORD)), 16)
+    values = tl.multiple_of(tl.load(addresses + 1).to(tl.pointer_type(VALUE_WORD)), 16)
+    key_scale = tl.multiple_of(tl.load(addresses + 2).to(tl.pointer_type(SCALE)), 16)
+    key_min = tl.multiple_of(tl.load(addresses + 3).to(tl.pointer_type(SCALE)), 16)
+    value_scale = tl.load(addresses + 4).to(tl.pointer_type(VALUE_SCALE))
+    value_min = tl.load(addresses + 5).to(tl.pointer_type(VALUE_SCALE))
+    boost = tl.load(boosts)
+
+    row, kw, vw, column = tl.arange(0, TILE), tl.arange(0, KW), tl.arange(0, VW), tl.arange(0, PAD)
+    k_here, v_here = kw < D // KEY_PARTS, vw < D // VALUE_PARTS
+    q_here = (head < G)[:, None] & (column < D)[None, :]
+    q0 = tl.load(query + head[:, None] * D + column[None, :], mask=q_here, other=0.0)
+    if KEY_BITS < 16:
+        whole = q0.to(tl.float16)
+        q0 = every(whole, 0, KEY_PARTS, PAD, WIDE)
+        q1 = every(whole, 1, KEY_PARTS, PAD, WIDE)
+    if KEY_BITS == 4:
+        q1 = q1 * 0.0625
+        q2 = every(whole, 2, KEY_PARTS, PAD, WIDE)
+        q3 = every(whole, 3, KEY_PARTS, PAD, WIDE) * 0.0625
+
+    m = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    offset = tl.zeros((HEADS,), tl.float32)
+    a0 = tl.zeros((HEADS, VW), tl.float32)
+    a1 = tl.zeros((HEADS, VW), tl.float32)
+    a2 = tl.zeros((HEADS, VW), tl.float32)
+    a3 = tl.zeros((HEADS, VW), tl.float32)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        start = tl.load(tiles + tile * 3).to(tl.int64)
+        inside = row < tl.load(tiles + tile * 3 + 1)
+        at = keys + start * (D // KEY_PARTS) + (kw[:, None] + row[None, :] * (D // KEY_PARTS))
+        k = tl.load(at, mask=inside[None, :] & k_here[:, None], other=0)
+        at = values + start * (D // VALUE_PARTS) + (vw[None, :] + row[:, None] * (D // VALUE_PARTS))
+        v = tl.load(at, mask=inside[:, None] & v_here[None, :], other=0)
+
+        zero = tl.zeros((HEADS, TILE), tl.float32)
+        if KEY_BITS == 16:
+            logits = dot(q0, k, zero, WIDE)
+        else:
+            unit = tl.load(tiles + tile * 3 + 2).to(tl.int64) * D
+            if KEY_BITS == 8:
+                s0, s1 = two_parts(key_scale + unit, KW, D)
+                l0, l1 = two_parts(key_min + unit, KW, D)
+                k0, k1 = byte_codes(k, PACKED)
+                s0, c0 = scaled(q0, s0, l0, 128.0)
+                s1, c1 = scaled(q1, s1, l1, 128.0)
+                logits = dot(s1, k1, dot(s0, k0, zero, WIDE), WIDE)
+                constant = tl.sum(c0 + c1, 1)[:, None]
+            else:
+                s0, s1, s2, s3 = four_parts(key_scale + unit, KW, D)
+                l0, l1, l2, l3 = four_parts(key_min + unit, KW, D)
+                k0, k1, k2, k3 = nibble_codes(k, PACKED)
+                if tl.float16 == SCALE:
+                    s0, s1, s2, s3 = q0 * s0[None, :], q1 * s1[None, :], q2 * s2[None, :], q3 * s3[None, :]
+                    constant = dot(q1, columns(l1, KW, TILE), zero, WIDE)
+                    constant = dot(q3, columns(l3, KW, TILE), constant, WIDE) * 16.0
+                    constant = dot(q0, columns(l0, KW, TILE), constant, WIDE)
+                    constant = dot(q2, columns(l2, KW, TILE), constant, WIDE)
+                else:
+                    s0, c0 = scaled(q0, s0, l0, 8.0)
+                    s1, c1 = scaled(q1, s1, l1, 8.0)
+                    s2, c2 = scaled(q2, s2, l2, 8.0)
+                    s3, c3 = scaled(q3, s3, l3, 8.0)
+                    constant = tl.sum((c0 + c2) + (c1 + c3) * 16.0, 1)[:, None]
+                logits = dot(s1, k1, dot(s0, k0, zero, WIDE), WIDE)
+                logits = dot(s3, k3, dot(s2, k2, logits, WIDE), WIDE)
+            logits = logits * SUBNORMAL + constant
+        p, m, decay = _softmax(logits, m, scale, SOFTCAP, inside)
+        total = total * decay + tl.sum(p, 1)
+
+        if VALUE_BITS == 16:
+            a0 = dot(p.to(DTYPE), v, a0 * decay[:, None], WIDE)
+        else:
+            by_row = tl.load(value_scale + start + row, mask=inside, other=0.0).to(tl.float32) * boost
+            weights = (p * by_row[None, :]).to(tl.float16)
+            if VALUE_BITS == 8:
+                low = tl.load(value_min + start + row, mask=inside, other=0.0).to(tl.float32)
+                offset = offset * decay + tl.sum(p * low[None, :], 1)
+                v0, v1 = byte_codes(v, PACKED)
+            else:
+                v0, v1, v2, v3 = levels(v, PACKED)
+                a2 = dot(weights, v2, a2 * decay[:, None], WIDE)
+                a3 = dot(weights, v3, a3 * decay[:, None], WIDE)
+            a0 = dot(weights, v0, a0 * decay[:, None], WIDE)
+            a1 = dot(weights, v1, a1 * decay[:, None], WIDE)
+
+    share = 1.0 / tl.where(total > 0, total, 1.0)
+    factor = share if VALUE_BITS == 16 else share * (SUBNORMAL / boost)
+    add = (offset * share)[:, None]
+    column = vw * VALUE_PARTS
+    _store(out, lse, slot, head, column, a0 * factor[:, None] + add, m, total, G, D)
+    if VALUE_BITS < 16:
+        _store(out, lse, slot, head, column + 1, a1 * factor[:, None] + add, m, total, G, D)
+    if VALUE_BITS == 4:
+        _store(out, lse, slot, head, column + 2, a2 * factor[:, None], m, total, G, D)
+        _store(out, lse, slot, head, column + 3, a3 * factor[:, None], m, total, G, D)
+
+
+@triton.jit
+def _gather(out, lse, first, count, head, m, total, acc, other, column, G: tl.constexpr, D: tl.constexpr,
+            SLOTS: tl.constexpr):  # fmt: skip
+    """Add slots `first` to `first + count` of one query head to a running sum `acc`; `other` only decays."""
+    for start in tl.range(0, count, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        part = tl.load(lse + (first + slot) * G + head, mask=slot < count, other=float("-inf"))
+        top = tl.maximum(m, tl.max(part, 0))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        weight, decay = tl.exp2(part - safe), tl.exp2(m - safe)
+        at = out + ((first + slot) * G + head)[:, None].to(tl.int64) * D + column[None, :]
+        rows = tl.load(at, mask=(weight > 0)[:, None] & (column < D)[None, :], other=0.0)
+        acc = acc * decay + tl.sum(rows * weight[:, None], 0)
+        other = other * decay
+        total = total * decay + tl.sum(weight, 0)
+        m = top
+    return m, total, acc, other
+
+
+@triton.jit
+def combine(
+    out, lse, spans, back, result, result_lse, tail_slot,
+    FORMS: tl.constexpr, ROTATED: tl.constexpr, G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr,
+    SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Join the partial results of one query head; what is rotated is rotated back once. Grid: query heads.
+
+    `spans` (FORMS, H, 2): first slot and number of slots. Bit i of ROTATED: form i holds rotated values.
+    `back` (D, D): a rotated row @ back, in the fixed point of `codecs.rotate`, is the row.
+    """
+    head = tl.program_id(0)
+    kv_head, member = head // G, head % G
+    column = tl.arange(0, PAD)
+    m = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    plain = tl.zeros((PAD,), tl.float32)
+    rotated = tl.zeros((PAD,), tl.float32)
+    first = tail_slot + kv_head * SPLITS
+    m, total, plain, rotated = _gather(out, lse, first, SPLITS, member, m, total, plain, rotated, column, G, D, SLOTS)
+    for form in tl.static_range(FORMS):
+        span = spans + (form * H + kv_head) * 2
+        first, count = tl.load(span), tl.load(span + 1)
+        if (ROTATED >> form) & 1:
+            m, total, rotated, plain = _gather(
+                out, lse, first, count, member, m, total, rotated, plain, column, G, D, SLOTS
+            )
+        else:
+            m, total, plain, rotated = _gather(
+                out, lse, first, count, member, m, total, plain, rotated, column, G, D, SLOTS
+            )
+    if ROTATED:
+        here = (column < D)[:, None] & (column < D)[None, :]
+        matrix = tl.load(back + column[:, None] * D + column[None, :], mask=here, other=0.0)
+        plain += tl.sum(rotated[:, None] * matrix, 0)
+    tl.store(result + head * D + column, (plain / total).to(result.dtype.element_ty), mask=column < D)
+    tl.store(result_lse + head, (m + tl.log2(total)) / LOG2E)

@@ -1,0 +1,216 @@
+"""Decoding one token over a ragged cache on a CUDA device: rows lie as they were encoded, split along keys.
+
+One launch for each form of rows, the first of which serves the tail too, then one that joins the partial results of
+each query head (the scheme of Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Key scales are
+folded into the query and value scales into the weights, so that nothing is dequantised number by number; rotated values
+are rotated back once, after the sum. `run` neither allocates nor waits for the device, and reads everything that a seal
+changes from buffers of its own: a CUDA graph that holds it stays valid.
+
+Letters: H KV heads, G query heads per KV head, C room of the tail, D head_dim, P programs of a form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from kvchat.attention.decode_kernel import attend_rows, combine
+from kvchat.attention.worklist import WorkList
+from kvchat.cache.coded import GROUP, CodedKV, Form
+from kvchat.codecs.coded import back_rotation
+
+Part = tuple[CodedKV, WorkList]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How one form is launched.
+
+    tile      rows a step; 32 where keys have 4 bits
+    warps     of a program
+    stages    tiles that are under way at once
+    programs  P
+    packed    two words an instruction through inline assembly, where there are codes
+    registers at most so many a thread, or as many as the compiler likes
+    """
+
+    tile: int
+    warps: int
+    stages: int
+    programs: int
+    packed: bool = True
+    registers: int | None = None
+
+    @property
+    def tail_tile(self) -> int:
+        """Rows a step in the tail: few enough for the buffers of one warp."""
+        return 16 if self.warps == 1 else 32
+
+    @classmethod
+    def of(cls, form: Form, multiprocessors: int) -> Tuning:
+        """Defaults."""
+        if form.key_bits == 4:
+            return cls(GROUP, 1, 3, 8 * multiprocessors)
+        return cls(64 if form == Form(16, 16) else 128, 4, 3, 2 * multiprocessors)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of all layers: H, G, D, the factor on the logits and their soft cap (0: none)."""
+
+    kv_heads: int
+    groups: int
+    head_dim: int
+    scale: float
+    softcap: float = 0.0
+
+
+@dataclass
+class DecodePlan:
+    """What the kernels read and write for one layer: tables that a seal overwrites in place, and partial results.
+
+    forms        every form that `update` may ever bring, with its tuning; an absent one costs a launch
+    tail_splits  programs of each head's tail
+    max_tiles    tiles of a form that the tables have room for
+    """
+
+    shape: Shape
+    forms: Mapping[Form, Tuning]
+    device: torch.device
+    tail_splits: int = 8
+    max_tiles: int = 4096
+    held: list[CodedKV] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        # Kernels run on a CPU in Triton's interpreter alone.
+        self.interpreted = self.device.type == "cpu"
+        assert self.shape.head_dim % 4 == 0 and 64 <= self.shape.head_dim <= 256
+        assert all(tuning.programs >= self.shape.kv_heads for tuning in self.forms.values())
+        if not self.forms:
+            self.forms = {Form(16, 16): Tuning(64, 4, 3, self.shape.kv_heads)}
+        heads, groups, dim = self.shape.kv_heads, self.shape.groups, self.shape.head_dim
+        self._firsts = np.cumsum([0] + [tuning.programs for tuning in self.forms.values()])
+        slots = int(self._firsts[-1]) + heads * self.tail_splits
+        self._scales = dict.fromkeys(self.forms, (torch.float32, torch.float32))
+        self._out = torch.empty(slots, groups, dim, device=self.device)
+        self._lse = torch.empty(slots, groups, device=self.device)
+        self._no_lse = torch.empty(heads * groups, device=self.device)
+        self._addresses = torch.zeros(len(self.forms), 6, dtype=torch.int64, device=self.device)
+        self._boosts = torch.ones(len(self.forms), device=self.device)
+        self._spans = torch.zeros(len(self.forms), heads, 2, dtype=torch.int32, device=self.device)
+        self._programs = [self._ints(tuning.programs) for tuning in self.forms.values()]
+        self._tiles = [self._ints(self.max_tiles) for _ in self.forms]
+        self._back = back_rotation(dim, self.device)
+
+    def work(self, part: CodedKV) -> WorkList:
+        """The work list that `update` wants for a part."""
+        tuning = self.forms[part.form]
+        return WorkList.build(part, tuning.programs, tuning.tile)
+
+    def _ints(self, rows: int) -> Tensor:
+        return torch.zeros(rows, 3, dtype=torch.int32, device=self.device)
+
+    def update(self, parts: Sequence[Part]) -> bool:
+        """Read these rows from now on, at most one part of a form; for a seal, not for a token.
+
+        Returns whether graphs captured before stay valid: not if a table had to grow or scales changed their dtype.
+        """
+        given = {part.form: (part, work) for part, work in parts}
+        assert len(given) == len(parts) and given.keys() <= self.forms.keys(), (given.keys(), self.forms.keys())
+        # The kernel reads addresses, which keep nothing alive.
+        self.held = [part for part, _ in parts]
+        same = True
+        for index, form in enumerate(self.forms):
+            if form in given:
+                same &= self._place(index, *given[form])
+            else:
+                self._programs[index].zero_()
+                self._spans[index].zero_()
+        return same
+
+    def _place(self, index: int, part: CodedKV, work: WorkList) -> bool:
+        """Write one part's tables."""
+        assert part.keys.device.type == self.device.type and part.head_dim == self.shape.head_dim
+        assert work.tile == self.forms[part.form].tile and len(work.programs) == len(self._programs[index])
+        tensors = (part.keys, part.values, part.key_scale, part.key_min, part.value_scale, part.value_min)
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors[:4]), "rows must begin at multiples of 16 bytes"
+        self._addresses[index].copy_(torch.tensor([tensor.data_ptr() for tensor in tensors]))
+        if part.form.value_bits < 16 and part.num_rows:
+            # The most that float16 holds of weight times scale, by a power of two: smaller products keep their bits.
+            largest = part.value_scale.max().float().clamp_min(1e-30)
+            self._boosts[index].copy_(torch.exp2(torch.floor(torch.log2(32768 / largest))))
+        self._programs[index].copy_(torch.from_numpy(work.programs))
+        spans = work.spans + np.array([self._firsts[index], 0], np.int32)
+        self._spans[index].copy_(torch.from_numpy(spans.astype(np.int32)))
+        same = len(work.tiles) <= len(self._tiles[index])
+        if not same:
+            self._tiles[index] = self._ints(2 * len(work.tiles))
+        self._tiles[index][: len(work.tiles)].copy_(torch.from_numpy(work.tiles))
+        scales = (part.key_scale.dtype, part.value_scale.dtype)
+        same &= scales == self._scales[part.form]
+        self._scales[part.form] = scales
+        return same
+
+    def run(
+        self, query: Tensor, keys: Tensor, values: Tensor, length: Tensor, out: Tensor, lse: Tensor | None = None
+    ) -> None:
+        """Attention of one new token into `out`; log-sum-exp of its logits into `lse`.
+
+        query, out   (H * G, D), contiguous, bfloat16 or float16
+        keys, values the tail's buffers, (H, C, D) of that dtype, rows contiguous
+        length       (1,) int32 on the device: rows of the tail that count, the new token's own among them
+        lse          (H * G,) float32
+        """
+        shape, pad = self.shape, triton.next_power_of_2(self.shape.head_dim)
+        assert query.is_contiguous() and out.is_contiguous() and keys.stride() == values.stride()
+        assert keys.stride()[1:] == (shape.head_dim, 1)
+        tail_slot = int(self._firsts[-1])
+        for index, (form, tuning) in enumerate(self.forms.items()):
+            tail = shape.kv_heads * self.tail_splits if index == 0 else 0
+            scale, value_scale = (_TRITON[dtype] for dtype in self._scales[form])
+            attend_rows[(tuning.programs + tail, triton.cdiv(shape.groups, 16))](
+                query, self._addresses, self._boosts, self._programs[index], self._tiles[index], keys, values, length,
+                self._out, self._lse, tuning.programs, int(self._firsts[index]), tail_slot, keys.stride(0), shape.scale,
+                FORM=index, KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, SCALE=scale, VALUE_SCALE=value_scale,
+                G=shape.groups, D=shape.head_dim, PAD=pad, TILE=tuning.tile, STAGES=tuning.stages,
+                SPLITS=self.tail_splits, TAIL_TILE=tuning.tail_tile, TAIL_STAGES=2, SOFTCAP=shape.softcap,
+                PACKED=tuning.packed and not self.interpreted, WIDE=self.interpreted, num_warps=tuning.warps,
+                **({} if tuning.registers is None else {"maxnreg": tuning.registers}),
+            )  # fmt: skip
+        rotated = sum(1 << index for index, form in enumerate(self.forms) if form.value_bits == 4)
+        combine[(shape.kv_heads * shape.groups,)](
+            self._out, self._lse, self._spans, self._back, out, self._no_lse if lse is None else lse, tail_slot,
+            FORMS=len(self.forms), ROTATED=rotated, G=shape.groups, H=shape.kv_heads, D=shape.head_dim, PAD=pad,
+            SPLITS=self.tail_splits, SLOTS=32, num_warps=8 if pad <= 128 else 16,
+        )  # fmt: skip
+
+
+_TRITON = {torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def ragged_decode(
+    query: Tensor,
+    parts: Sequence[Part],
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    tail_length: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """One `DecodePlan.run` with a plan of its own: output (H * G, D) and log-sum-exp (H * G,) float32."""
+    heads, _, dim = tail_keys.shape
+    forms = {
+        part.form: Tuning(work.tile, 1 if work.tile == GROUP else 4, 3, len(work.programs)) for part, work in parts
+    }
+    shape = Shape(heads, len(query) // heads, dim, scale, softcap)
+    plan = DecodePlan(shape, forms, query.device)
+    plan.update(parts)
+    out, lse = torch.empty_like(query), torch.empty(len(query), device=query.device)
+    plan.run(query, tail_keys, tail_values, tail_length, out, lse)
+    return out, lse
