@@ -175,7 +175,7 @@ def _run(task: str, flags: GridFlags, files: Sequence[Path], prepare: Callable[[
     if flags.plot:
         require_matplotlib()
     try:
-        engine = Engine(load(config.model, status), config.model.prefill_chunk_size)
+        engine = Engine(load(config.model, status), config.model.prefill_chunk_size, config.model.residence)
         if flags.tokens:
             cases = [shortened(engine, case, flags.tokens) for case in cases]
         runner = Grid(task, engine, config, results, status, flags.step)

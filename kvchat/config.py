@@ -40,6 +40,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = "auto"
     attention: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
+    residence: Literal["auto", "encoded", "decoded"] = "auto"
+    """How sealed KV lies in memory: as its codec wrote it and attention reads it, or as plain numbers; auto = encoded
+    where a kernel reads it (CUDA with Triton)."""
     prefill_chunk_size: int = Field(default=1024, ge=16)
     """Tokens of one forward pass while prefilling; progress and stop are seen between passes."""
 

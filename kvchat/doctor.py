@@ -66,7 +66,9 @@ def _sqlite() -> Row:
 
 def _device(config: Config) -> list[Row]:
     """Device, dtype and attention backend, as a session would use them."""
-    from kvchat.attention import backend_for
+    import torch
+
+    from kvchat.attention import backend_for, has_kernels
     from kvchat.model import choose_device, choose_dtype
 
     try:
@@ -80,7 +82,18 @@ def _device(config: Config) -> list[Row]:
         _row("device", "ok", str(device)),
         _row("dtype", "ok", str(dtype).removeprefix("torch.")),
         _row("attention", "warn" if slow else "ok", f"{backend}, which is slow" if slow else backend),
+        _decoding(device.type, dtype == torch.float32, has_kernels(device, dtype)),
     ]
+
+
+def _decoding(device: str, wide: bool, kernels: bool) -> Row:
+    """How tokens are computed one by one, and why not faster."""
+    if device != "cuda":
+        return _row("decoding", "ok", "a pass a token, over decoded KV")
+    if kernels:
+        return _row("decoding", "ok", f"as a CUDA graph, over KV as it was encoded (triton {version('triton')})")
+    reason = "its kernels are for bfloat16 and float16" if wide else "triton is not installed"
+    return _row("decoding", "warn", f"a pass a token, several times slower than it could be: {reason}")
 
 
 def _model(config: Config) -> Row:

@@ -5,16 +5,24 @@ Letters: V vocabulary, q tokens of one forward pass.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
+from typing import TYPE_CHECKING, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from kvchat.attention import reads_encoded
 from kvchat.cache.ragged import SegmentedCache, Tap
+from kvchat.codecs.coded import decoded
 from kvchat.model import Model
+
+if TYPE_CHECKING:
+    from kvchat.step import DecodeStep
 
 Stop = Callable[[], bool]
 """Asked between forward passes whether to stop."""
@@ -29,17 +37,32 @@ class Engine:
     Args:
         model: the loaded model.
         chunk_size: tokens of one forward pass while prefilling.
+        residence: how sealed rows lie in memory; "auto" is encoded where a kernel reads them so.
     """
 
-    def __init__(self, model: Model, chunk_size: int) -> None:
+    def __init__(self, model: Model, chunk_size: int, residence: Literal["auto", "encoded", "decoded"] = "auto"):
         self.model = model
         self.chunk_size = chunk_size
+        self.captures = reads_encoded(model.device, model.dtype, model.head_dim)
+        self.encoded = self.captures if residence == "auto" else residence == "encoded"
+        self.problem = ""
+        """Why decoding is slower than it could be."""
+        self._told = False
+        self._steps: WeakKeyDictionary[SegmentedCache, DecodeStep] = WeakKeyDictionary()
+
+    def warnings(self) -> list[str]:
+        """What a user should know, said once."""
+        told, self._told = self._told, bool(self.problem)
+        if told or not self.problem:
+            return []
+        return [f"decoding runs without a CUDA graph, several times slower than it could: {self.problem}"]
 
     def new_cache(self) -> SegmentedCache:
         """An empty cache of the network's geometry."""
         model = self.model
         return SegmentedCache(
-            model.num_hidden_layers, model.num_key_value_heads, model.head_dim, model.dtype, model.device
+            *(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, model.dtype, model.device),
+            decode=decoded if self.encoded else None,
         )
 
     @torch.inference_mode()
@@ -81,19 +104,37 @@ class Engine:
         The last token yielded has no KV yet: it is computed when the turn is closed. A device computes one step
         further than is yielded, so that it never waits for who reads; closing the generator takes that step back.
         """
-        ahead, length = self.model.device.type == "cuda", cache.num_seen
-        token = sample(logits)
+        length = cache.num_seen
+        token, step = sample(logits), None
         try:
             while True:
                 read = _reader(token)
-                following = self._step(cache, token) if ahead else None
+                following = step(token) if step else None
                 yield (value := read())
                 if value in ends or stop():
                     return
-                token = sample(self._step(cache, token) if following is None else following)
+                if following is None:
+                    step = self._fixed_step(cache)
+                    following = step(token) if step else self._step(cache, token)
+                token = sample(following)
                 length += 1
         finally:
             cache.crop(length)
+
+    def _fixed_step(self, cache: SegmentedCache) -> Callable[[Tensor], Tensor] | None:
+        """Steps from fixed buffers, on a device that has them; None: a forward pass a token."""
+        if not self.captures or self.problem:
+            return None
+        from kvchat.step import DecodeStep  # needs Triton
+
+        if cache not in self._steps:
+            self._steps[cache] = DecodeStep(self.model, capture=True)
+        try:
+            self._steps[cache].begin(cache)
+        except RuntimeError as error:
+            self.problem = textwrap.shorten(str(error), 200)
+            return None
+        return partial(self._steps[cache].run, cache)
 
     @torch.inference_mode()
     def _step(self, cache: SegmentedCache, token: Tensor) -> Tensor:

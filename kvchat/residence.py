@@ -257,7 +257,7 @@ class Residence:
 
     def tell(self) -> Steps:
         """Say what went wrong where nobody could be told."""
-        told, self.notices = self.notices, []
+        told, self.notices = [*self.notices, *map(Notice, self.engine.warnings())], []
         yield from told
 
     def _seal(self, path: Sequence[Message], last: int) -> Steps:

@@ -89,7 +89,7 @@ def list_segments(
             "rows_stored": round(dense * float(sum(sizes[: record.stored_chunks]) / sum(sizes))),
             "rows": rows,
             "rows_total": dense,
-            "bytes_in_memory": rows * model.bytes_per_pair,
+            "bytes_in_memory": residence.cache.nbytes(one.start) if one else rows * model.bytes_per_pair,
         }
     return listed
 

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvchat.cache.coded import CodedKV
+from kvchat.cache.pack import before
 from kvchat.cache.ragged import Piece, SegmentedCache
-from kvchat.cache.segment import LayerKV
-from kvchat.codecs import SegmentHeader, decode_frame
+from kvchat.codecs import SegmentHeader, coded_frame, decode_frame
 from kvchat.compress.allocate import chunks_held
 from kvchat.config import CompressConfig
 from kvchat.errors import CodecError
@@ -48,17 +49,17 @@ class Resident:
 class Loading:
     """Rank chunks of a segment on their way into memory, decoded on the pool's threads."""
 
-    def __init__(self, resident: Resident, decoding: Sequence[tuple[int, Callable[[], list[LayerKV]]]]) -> None:
+    def __init__(self, resident: Resident, decoding: Sequence[tuple[int, Callable[[], list[CodedKV]]]]) -> None:
         self.resident = resident
         self._decoding = decoding
 
-    def pieces(self) -> dict[Piece, list[LayerKV]]:
-        """Rows before the resident's end, a LayerKV a layer; waits for them. Raises CodecError."""
-        resident, pieces = self.resident, dict[Piece, list[LayerKV]]()
+    def pieces(self) -> dict[Piece, list[CodedKV]]:
+        """Rows before the resident's end, a CodedKV a layer; waits for them. Raises CodecError."""
+        resident, pieces = self.resident, dict[Piece, list[CodedKV]]()
         for chunk, rows in self._decoding:
             pieces.setdefault(Piece(resident.start, chunk), []).extend(rows())
         if resident.end < resident.header.ranking.end:
-            return {piece: [rows.before(resident.end) for rows in layers] for piece, layers in pieces.items()}
+            return {piece: [before(rows, resident.end) for rows in layers] for piece, layers in pieces.items()}
         return pieces
 
 
@@ -90,13 +91,14 @@ class Tiers:
 
     def _decoding(
         self, header: SegmentHeader, chunk: int, group: int, blob: bytes, device: torch.device
-    ) -> Callable[[], list[LayerKV]]:
+    ) -> Callable[[], list[CodedKV]]:
+        read = partial(_read, header, chunk, group, blob, device, self.cache.encoded)
         try:
-            return self._pool.submit(decode_frame, header, chunk, group, blob, device).result
+            return self._pool.submit(read).result
         except RuntimeError:  # the interpreter is ending, and its pools with it
-            return partial(decode_frame, header, chunk, group, blob, device)
+            return read
 
-    def add(self, loaded: Mapping[Resident, Mapping[Piece, Sequence[LayerKV]]], tail: int = 0) -> None:
+    def add(self, loaded: Mapping[Resident, Mapping[Piece, Sequence[CodedKV]]], tail: int = 0) -> None:
         """Attach loaded segments, all at once, in place of the first `tail` tokens of the tail."""
         if not loaded:
             return
@@ -118,7 +120,7 @@ class Tiers:
         }
         if dropped:
             self.cache.keep([piece for piece in self.cache.pieces if piece not in dropped])
-        self.residents, damaged, pieces = shrunk, list[Resident](), dict[Piece, list[LayerKV]]()
+        self.residents, damaged, pieces = shrunk, list[Resident](), dict[Piece, list[CodedKV]]()
         grown = list(shrunk)
         for index, one in enumerate(shrunk):
             if (chunks := wanted.get(one.id, one.chunks)) > one.chunks:
@@ -143,6 +145,16 @@ class Tiers:
         """Pairs in memory."""
         held = (Piece(resident.start, chunk) for chunk in range(resident.chunks))
         return sum(self.cache.rows(piece) for piece in held)
+
+
+def _read(
+    header: SegmentHeader, chunk: int, group: int, blob: bytes, device: torch.device, encoded: bool
+) -> list[CodedKV]:
+    """The rows of a frame, a CodedKV a layer. Raises CorruptFrame."""
+    if encoded:
+        return [rows.to(device) for rows in coded_frame(header, chunk, group, blob)]
+    start = header.ranking.start
+    return [CodedKV.plain(rows, start, chunk) for rows in decode_frame(header, chunk, group, blob, device)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -281,7 +281,7 @@ class Worker:
         name = name or BUILTIN
         if name not in self._engines:
             settings = self.config.model.model_copy(update={"name": name})
-            engine = Engine(self._load(settings, self.jobs.tell), settings.prefill_chunk_size)
+            engine = Engine(self._load(settings, self.jobs.tell), settings.prefill_chunk_size, settings.residence)
             self._engines[name] = self._engines.setdefault(engine.model.name, engine)
         return self._engines[name]
 

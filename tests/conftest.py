@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels then run on a CPU
 
 from kvchat.config import ModelConfig
 from kvchat.model import Model, load
@@ -14,6 +20,25 @@ from tests.tiny import make_model
 # Two processes with more threads than there are cores wait for each other's at every barrier, for minutes.
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loops_in_the_interpreter() -> Iterator[None]:
+    """Let the interpreter of Triton 3.6 loop to a bound that is an argument, with numpy 2.4 or newer too."""
+    if not find_spec("triton"):
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
+        yield
 
 
 @pytest.fixture(scope="session")

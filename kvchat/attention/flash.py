@@ -48,9 +48,8 @@ def varlen(
     """
     kernel = flash_attn_4(torch.cuda.get_device_capability(query.device)[0]) if max_seqlen_q >= LAUNCH_ROWS else None
     if kernel is None or query.shape[-1] not in (64, 96, 128):
-        # A maximum of 1 would make the kernel split keys and fold heads into rows: at least 2 keeps it to one way.
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(query, keys, values, cu_seqlens_q, cu_seqlens_k, max(max_seqlen_q, 2), max_seqlen_k),
+            *(query, keys, values, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
             *(0.0, causal, False),
             scale=scale,
         )

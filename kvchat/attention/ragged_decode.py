@@ -23,7 +23,7 @@ from torch import Tensor
 from kvchat.attention.decode_kernel import attend_rows, combine
 from kvchat.attention.worklist import WorkList
 from kvchat.cache.coded import GROUP, CodedKV, Form
-from kvchat.codecs.coded import back_rotation
+from kvchat.codecs.rotate import back_rotation
 
 Part = tuple[CodedKV, WorkList]
 
@@ -62,12 +62,11 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of all layers: H, G, D, the factor on the logits and their soft cap (0: none)."""
+    """Of all layers: H, G, D, and the soft cap of the logits (0: none)."""
 
     kv_heads: int
     groups: int
     head_dim: int
-    scale: float
     softcap: float = 0.0
 
 
@@ -158,13 +157,21 @@ class DecodePlan:
         return same
 
     def run(
-        self, query: Tensor, keys: Tensor, values: Tensor, length: Tensor, out: Tensor, lse: Tensor | None = None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        length: Tensor,
+        out: Tensor,
+        scale: float,
+        lse: Tensor | None = None,
     ) -> None:
         """Attention of one new token into `out`; log-sum-exp of its logits into `lse`.
 
         query, out   (H * G, D), contiguous, bfloat16 or float16
         keys, values the tail's buffers, (H, C, D) of that dtype, rows contiguous
         length       (1,) int32 on the device: rows of the tail that count, the new token's own among them
+        scale        factor on the logits
         lse          (H * G,) float32
         """
         shape, pad = self.shape, triton.next_power_of_2(self.shape.head_dim)
@@ -173,11 +180,12 @@ class DecodePlan:
         tail_slot = int(self._firsts[-1])
         for index, (form, tuning) in enumerate(self.forms.items()):
             tail = shape.kv_heads * self.tail_splits if index == 0 else 0
-            scale, value_scale = (_TRITON[dtype] for dtype in self._scales[form])
+            key_scale, value_scale = (_TRITON[dtype] for dtype in self._scales[form])
             attend_rows[(tuning.programs + tail, triton.cdiv(shape.groups, 16))](
                 query, self._addresses, self._boosts, self._programs[index], self._tiles[index], keys, values, length,
-                self._out, self._lse, tuning.programs, int(self._firsts[index]), tail_slot, keys.stride(0), shape.scale,
-                FORM=index, KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, SCALE=scale, VALUE_SCALE=value_scale,
+                self._out, self._lse, tuning.programs, int(self._firsts[index]), tail_slot, keys.stride(0), scale,
+                FORM=index, KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, SCALE=key_scale,
+                VALUE_SCALE=value_scale,
                 G=shape.groups, D=shape.head_dim, PAD=pad, TILE=tuning.tile, STAGES=tuning.stages,
                 SPLITS=self.tail_splits, TAIL_TILE=tuning.tail_tile, TAIL_STAGES=2, SOFTCAP=shape.softcap,
                 PACKED=tuning.packed and not self.interpreted, WIDE=self.interpreted, num_warps=tuning.warps,
@@ -208,9 +216,9 @@ def ragged_decode(
     forms = {
         part.form: Tuning(work.tile, 1 if work.tile == GROUP else 4, 3, len(work.programs)) for part, work in parts
     }
-    shape = Shape(heads, len(query) // heads, dim, scale, softcap)
+    shape = Shape(heads, len(query) // heads, dim, softcap)
     plan = DecodePlan(shape, forms, query.device)
     plan.update(parts)
     out, lse = torch.empty_like(query), torch.empty(len(query), device=query.device)
-    plan.run(query, tail_keys, tail_values, tail_length, out, lse)
+    plan.run(query, tail_keys, tail_values, tail_length, out, scale, lse)
     return out, lse

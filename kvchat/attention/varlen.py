@@ -18,6 +18,9 @@ from kvchat.attention import flash
 from kvchat.attention.merge import Partial, merge
 from kvchat.cache.segment import LayerKV
 
+WANTED_BLOCKS = 264
+"""Two for each multiprocessor of the devices that this was measured on."""
+
 
 def attend(query: Tensor, sealed: LayerKV | None, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """As `reference.attend`, in float16 or bfloat16 with float32 accumulators."""
@@ -44,18 +47,35 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: boo
 
 def ragged(query: Tensor, sealed: LayerKV, scale: float) -> Partial:
     """(H * G, q, D) queries over sealed rows: output (H, G, q, D), log-sum-exp (H, G, q); a head may have no rows."""
-    lengths = [high - low for low, high in pairwise(sealed.bounds)]
-    heads, (_, q, dim) = len(lengths), query.shape
-    packed = query.view(heads, -1, q, dim).transpose(1, 2).reshape(heads * q, -1, dim)
+    heads, (num_heads, q, dim) = len(sealed.bounds) - 1, query.shape
+    parts = _parts(num_heads, q)
+    packed = query.view(heads, 1, -1, q, dim).transpose(2, 3).expand(-1, parts, -1, -1, -1)
+    bounds = [[low + (high - low) * i // parts for i in range(parts)] for low, high in pairwise(sealed.bounds)]
+    flat = [*(low for lows in bounds for low in lows), sealed.bounds[-1]]
+    longest = max(high - low for low, high in pairwise(flat))
     # Not to wait for the device: the numbers are copied before the call returns.
-    cu_seqlens = sealed.cu_seqlens.to(query.device, non_blocking=True)
+    cu_seqlens = torch.tensor(flat, dtype=torch.int32).to(query.device, non_blocking=True)
     keys, values = sealed.keys[:, None], sealed.values[:, None]
-    steps = _steps(heads, q, query.device)
-    out, lse = flash.varlen(packed, keys, values, steps, cu_seqlens, q, max(lengths), scale, causal=False)
-    out, lse = out.view(heads, q, -1, dim), lse.view(heads, q, -1)
-    for head in (head for head, length in enumerate(lengths) if not length):
-        out[head], lse[head] = 0, -torch.inf
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    steps = _steps(heads * parts, q, query.device), cu_seqlens
+    out, lse = flash.varlen(packed.flatten(0, 2), keys, values, *steps, q, longest, scale, causal=False)
+    out, lse = out.view(heads, parts, q, -1, dim).transpose(2, 3), lse.view(heads, parts, q, -1).transpose(2, 3)
+    # The kernel writes plus infinity where there are no keys.
+    lse = lse.masked_fill(lse == torch.inf, -torch.inf)
+    out = out.masked_fill(lse[..., None] == -torch.inf, 0)
+    if parts == 1:
+        return out[:, 0], lse[:, 0]
+    whole = lse.logsumexp(1)
+    weights = (lse - whole[:, None]).exp().nan_to_num(0.0)
+    return (out * weights[..., None]).sum(1).to(query.dtype), whole
+
+
+def _parts(num_heads: int, q: int) -> int:
+    """Into how many parts to cut every head's rows, so that a short prompt too occupies the device.
+
+    The kernel starts a block for 128 rows of each query head; for one row it cuts the keys itself.
+    """
+    blocks = num_heads * -(-q // 128)
+    return 1 if q == 1 else max(1, min(16, WANTED_BLOCKS // blocks))
 
 
 def log_normaliser(query: Tensor, past: Tensor, own: Tensor, scale: float) -> Tensor:

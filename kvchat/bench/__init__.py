@@ -72,7 +72,7 @@ def run(
     """
     if kind not in (*KINDS, "all"):
         raise InputError(f"there is no benchmark {kind!r}; known: all, {', '.join(KINDS)}")
-    engine = Engine(load(config.model, listener), config.model.prefill_chunk_size)
+    engine = Engine(load(config.model, listener), config.model.prefill_chunk_size, config.model.residence)
     with tempfile.TemporaryDirectory(prefix="kvchat-bench-") as folder:
         config = ranked(config, Path(folder) / "bench.db")
         with prepared(config, engine, listener, tokens, messages) as (conversation, pool):

@@ -32,7 +32,7 @@ def main() -> None:
     """Answer one request."""
     request = json.load(sys.stdin)
     config = Config(**request["config"])
-    engine = Engine(load(config.model), config.model.prefill_chunk_size)
+    engine = Engine(load(config.model), config.model.prefill_chunk_size, config.model.residence)
     with ThreadPoolExecutor(2) as pool:
         if request["kind"] == "memory":
             answer = measure_memory(config, engine, pool)

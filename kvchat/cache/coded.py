@@ -5,7 +5,7 @@ Letters: H KV heads, N rows, D head_dim, U units of key scales, R runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvchat.cache.segment import LayerKV
+
 GROUP = 32
 """Rows of a run that share a key scale in 4 bits."""
+HEAD, FIRST, ROWS, UNIT, START, CHUNK = range(6)
+"""Columns of runs."""
 
 
 class Form(NamedTuple):
@@ -23,6 +27,9 @@ class Form(NamedTuple):
 
     key_bits: int
     value_bits: int
+
+
+PLAIN = Form(16, 16)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class CodedKV:
                             for each 32 rows of a run; 16 bits (0, D)
     value_scale, value_min  (N,) float16 or float32: 8 bits both, 4 bits the scale alone; else (0,)
     positions               (N,) int32, where each pair stood in the conversation
-    runs                    (R, 4) int64 on the CPU: head, first row, rows, first unit
+    runs                    (R, 6) int64 on the CPU: head, first row, rows, first unit, start of the segment, rank chunk
     """
 
     form: Form
@@ -53,9 +60,31 @@ class CodedKV:
         for rows, bits in ((self.keys, self.form.key_bits), (self.values, self.form.value_bits)):
             width = self.head_dim // 2 if bits == 4 else self.head_dim
             assert rows.shape == (self.num_rows, width) and rows.dtype == (self.dtype if bits == 16 else torch.uint8)
-            assert rows.is_contiguous()
         assert self.key_scale.shape == self.key_min.shape and self.key_scale.dtype == self.key_min.dtype
-        assert int(self.runs[:, 2].sum()) == self.num_rows
+        assert int(self.runs[:, ROWS].sum()) == self.num_rows
+
+    @classmethod
+    def plain(cls, rows: LayerKV, start: int, chunk: int) -> CodedKV:
+        """One rank chunk of rows that are numbers as they are."""
+        bounds = np.array(rows.bounds)
+        fixed = np.broadcast_to([0, start, chunk], (len(bounds) - 1, 3))
+        runs = np.column_stack([np.arange(len(bounds) - 1), bounds[:-1], np.diff(bounds), fixed])
+        unit, number = rows.keys.new_empty(0, rows.keys.shape[1]), rows.keys.new_empty(0)
+        planes = (rows.keys, rows.values, unit, unit, number, number, rows.positions)
+        return cls(PLAIN, rows.keys.dtype, len(bounds) - 1, *planes, runs)
+
+    @property
+    def planes(self) -> tuple[Tensor, ...]:
+        """All that takes memory, but for positions."""
+        return self.keys, self.values, self.key_scale, self.key_min, self.value_scale, self.value_min
+
+    def nbytes(self, start: int) -> int:
+        """Bytes that the rows of the segment at `start` take, with their scales, without their positions."""
+        runs = self.runs[self.runs[:, START] == start]
+        by_row = [part for part in (self.keys, self.values, self.value_scale, self.value_min) if len(part)]
+        per_row = sum(math.prod(part.shape[1:]) * part.itemsize for part in by_row)
+        units = {16: 0, 8: len(set(runs[:, HEAD])), 4: int((-(-runs[:, ROWS] // GROUP)).sum())}[self.form.key_bits]
+        return int(runs[:, ROWS].sum()) * per_row + 2 * units * self.head_dim * self.key_scale.itemsize
 
     @property
     def num_rows(self) -> int:
@@ -70,7 +99,7 @@ class CodedKV:
     @property
     def cu_seqlens(self) -> npt.NDArray[np.int64]:
         """Head h owns rows cu_seqlens[h] : cu_seqlens[h + 1]; (H + 1,)."""
-        counts = np.bincount(self.runs[:, 0], weights=self.runs[:, 2], minlength=self.num_heads)
+        counts = np.bincount(self.runs[:, HEAD], weights=self.runs[:, ROWS], minlength=self.num_heads)
         return np.concatenate([[0], counts.cumsum()]).astype(np.int64)
 
     def to(self, device: torch.device) -> CodedKV:
@@ -79,41 +108,7 @@ class CodedKV:
         moved = {name: getattr(self, name).to(device) for name in names}
         return CodedKV(self.form, self.dtype, self.num_heads, **moved, runs=self.runs)
 
-
-def join(pieces: Sequence[CodedKV]) -> CodedKV:
-    """Pieces of one form, in canonical order, as one: by head, then by piece. Equal key scales are kept once."""
-    first = pieces[0]
-    assert all(piece.form == first.form and piece.num_heads == first.num_heads for piece in pieces)
-    row_base = np.cumsum([0] + [piece.num_rows for piece in pieces])[:-1]
-    unit_base, kept = _unit_bases(pieces)
-    moved = np.zeros((len(pieces), 4), np.int64)
-    moved[:, 1], moved[:, 3] = row_base, unit_base
-    runs = np.concatenate([piece.runs + by for piece, by in zip(pieces, moved, strict=True)])
-    runs = runs[np.argsort(runs[:, 0], kind="stable")]
-    ends = runs[:, 2].cumsum()
-    index = torch.from_numpy(np.repeat(runs[:, 1] - (ends - runs[:, 2]), runs[:, 2]) + np.arange(ends[-1:].sum()))
-    runs[:, 1] = ends - runs[:, 2]
-
-    def rows(name: str) -> Tensor:
-        whole = torch.cat([getattr(piece, name) for piece in pieces])
-        return whole[index.to(whole.device)] if len(whole) else whole
-
-    scale, low = (torch.cat([getattr(piece, name) for piece in kept]) for name in ("key_scale", "key_min"))
-    by_row = {name: rows(name) for name in ("keys", "values", "value_scale", "value_min", "positions")}
-    return CodedKV(first.form, first.dtype, first.num_heads, key_scale=scale, key_min=low, **by_row, runs=runs)
-
-
-def _unit_bases(pieces: Sequence[CodedKV]) -> tuple[list[int], list[CodedKV]]:
-    """Where the units of each piece begin, and the pieces whose units are kept: chunks of a segment share theirs."""
-    seen: dict[tuple[int, int], int] = {}
-    bases: list[int] = []
-    kept: list[CodedKV] = []
-    total = 0
-    for piece in pieces:
-        key = (piece.key_scale.data_ptr(), len(piece.key_scale))
-        if key not in seen or key[1] == 0:
-            seen[key] = total
-            total += len(piece.key_scale)
-            kept.append(piece)
-        bases.append(seen[key])
-    return bases, kept
+    def rows(self) -> LayerKV:
+        """Plain rows, as they lie."""
+        assert self.form == PLAIN
+        return LayerKV(self.keys, self.values, self.positions, torch.from_numpy(self.cu_seqlens).int())

@@ -12,16 +12,22 @@ Letters: H KV heads, T tokens, N sealed rows of a layer, D head_dim, q new token
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvchat.cache.coded import CHUNK, PLAIN, ROWS, START, CodedKV, Form
+from kvchat.cache.pack import Runs, before, merged, pack
 from kvchat.cache.segment import LayerKV
 from kvchat.cache.tail import Tail
+
+Decode = Callable[[CodedKV], LayerKV]
+"""Rows in any form to plain numbers, for passes over many tokens."""
 
 
 class Tap(Protocol):
@@ -34,6 +40,13 @@ class Tap(Protocol):
         """Called once a layer: `query` (H * G, q, D), and the whole tail, (H, T, D), the last q of them its own."""
 
 
+class Step(Protocol):
+    """Reads the cache for one new token, of which only the device knows the number."""
+
+    def attend(self, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Attention in layer `index`: (H * G, 1, D) queries over sealed rows and the tail, (H, room, D)."""
+
+
 class Piece(NamedTuple):
     """One rank chunk of one segment; sorts in canonical order."""
 
@@ -43,26 +56,53 @@ class Piece(NamedTuple):
 
 
 class RaggedLayer(Tail):
-    """One layer: `sealed` is unchanged during a turn, the tail grows in place. Nothing is re-packed per token."""
+    """One layer: sealed rows are unchanged during a turn, the tail grows in place. Nothing is re-packed per token."""
 
-    def __init__(self, num_key_value_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_key_value_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        decode: Decode | None = None,
+    ) -> None:
         super().__init__(num_key_value_heads, head_dim, dtype, device)
-        self.counts: dict[Piece, list[int]] = {}
-        self.sealed = LayerKV.dense(self.keys, self.values, 0)
+        self._decode = decode
+        self._nothing = LayerKV.dense(self.keys, self.values, 0)
+        self.forms: tuple[CodedKV, ...] = ()
+        """Sealed rows, those of each form packed together."""
+        self._plain: LayerKV | None = self._nothing
 
-    # -- sealed rows -------------------------------------------------------------------------------------------------
+    @property
+    def sealed(self) -> LayerKV:
+        """Sealed rows as plain numbers: as they lie, or decoded for who asks."""
+        if self._plain is not None:
+            return self._plain
+        assert self._decode is not None
+        return merged(self.forms, [self._decode(form) for form in self.forms])
 
-    def attach(self, pieces: Mapping[Piece, LayerKV]) -> None:
+    @property
+    def counts(self) -> dict[Piece, list[int]]:
+        """Rows of each attached piece, per head."""
+        counts: dict[Piece, list[int]] = {}
+        for form in self.forms:
+            for head, _, rows, _, start, chunk in form.runs.tolist():
+                counts.setdefault(Piece(start, chunk), [0] * len(self.keys))[head] = rows
+        return counts
+
+    def attach(self, pieces: Sequence[CodedKV]) -> None:
         """Add rows; a piece that is there already is an error of ours."""
-        assert not self.counts.keys() & pieces.keys()
-        sources = dict.fromkeys(self.counts, self.sealed) | dict(pieces)
-        new_counts = {piece: rows.cu_seqlens.diff().tolist() for piece, rows in pieces.items()}
-        self._pack(sources, self._offsets() | {p: rows.cu_seqlens.tolist() for p, rows in pieces.items()}, new_counts)
+        assert not self.counts.keys() & {
+            Piece(*one) for rows in pieces for one in rows.runs[:, [START, CHUNK]].tolist()
+        }
+        self._set([(rows, rows.runs) for rows in (*self.forms, *pieces)])
 
     def keep(self, pieces: Collection[Piece]) -> None:
         """Drop every sealed piece that is not named; its memory is freed."""
-        if len(pieces) < len(self.counts):
-            self._pack(dict.fromkeys(pieces, self.sealed), self._offsets(), {})
+        named = set(pieces)
+        kept = [(form, form.runs[[piece in named for piece in _pieces(form)]]) for form in self.forms]
+        if any(len(runs) < len(form.runs) for form, runs in kept):
+            self._set(kept)
 
     def crop(self, position: int) -> None:
         """Forget every token from `position` on, in the tail and inside sealed segments."""
@@ -70,67 +110,46 @@ class RaggedLayer(Tail):
             self.tail_length = min(self.tail_length, position - self.tail_start)
             return
         self.drop_tail(self.tail_length)
-        old, offsets = self.sealed, self._offsets()
-        self.sealed = old.before(position)
-        # Rows of a piece stand in time order, so what remains of each run is its beginning.
-        remain = (old.positions < position).cpu().cumsum(0)
-        self.counts = {
-            piece: [_between(remain, low, low + n) for low, n in zip(offsets[piece], held, strict=True)]
-            for piece, held in self.counts.items()
-            if piece.start < position
-        }
+        cropped = [before(form, position) for form in self.forms]
+        self._set([(form, form.runs) for form in cropped])
         self.tail_start = position
 
-    def _offsets(self) -> dict[Piece, list[int]]:
-        """Where each attached piece's rows begin in `sealed`, per head."""
-        offsets: dict[Piece, list[int]] = {piece: [] for piece in self.counts}
-        for head, low in enumerate(self.sealed.bounds[:-1]):
-            for piece in sorted(self.counts):
-                offsets[piece].append(low)
-                low += self.counts[piece][head]
-        return offsets
-
-    def _pack(
-        self, sources: Mapping[Piece, LayerKV], offsets: Mapping[Piece, Sequence[int]], added: Mapping[Piece, list[int]]
-    ) -> None:
-        """Rebuild `sealed` from the given pieces in canonical order: one concatenation of as few slices as can be."""
-        counts = {piece: added.get(piece) or self.counts[piece] for piece in sorted(sources)}
-        slices: list[tuple[LayerKV, int, int]] = []
-        cu_seqlens = [0]
-        for head in range(len(self.sealed.cu_seqlens) - 1):
-            for piece, held in counts.items():
-                low, high = offsets[piece][head], offsets[piece][head] + held[head]
-                if slices and slices[-1][0] is sources[piece] and slices[-1][2] == low:
-                    slices[-1] = (sources[piece], slices[-1][1], high)
-                elif high > low:
-                    slices.append((sources[piece], low, high))
-            cu_seqlens.append(sum(high - low for _, low, high in slices))
-        self.counts = counts
-        self.sealed = LayerKV(
-            self._concat([rows.keys[low:high] for rows, low, high in slices], self.sealed.keys),
-            self._concat([rows.values[low:high] for rows, low, high in slices], self.sealed.values),
-            self._concat([rows.positions[low:high] for rows, low, high in slices], self.sealed.positions),
-            torch.tensor(cu_seqlens, dtype=torch.int32),
-        )
-
-    @staticmethod
-    def _concat(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-        return torch.cat(list(parts)) if parts else like.new_empty(0, *like.shape[1:])
+    def _set(self, chosen: Sequence[tuple[CodedKV, Runs]]) -> None:
+        """Hold these runs and nothing else, what has one form packed together."""
+        forms: dict[Form, list[tuple[CodedKV, Runs]]] = {}
+        for rows, runs in chosen:
+            if len(runs):
+                forms.setdefault(rows.form, []).append((rows, runs))
+        self.forms = tuple(pack(*zip(*forms[form], strict=True)) for form in sorted(forms, reverse=True))
+        if not self.forms:
+            self._plain = self._nothing
+        else:
+            self._plain = self.forms[0].rows() if forms.keys() == {PLAIN} else None
 
 
-def _between(cumulative: Tensor, low: int, high: int) -> int:
-    """The sum of elements [low, high) of what `cumulative` is the running sum of."""
-    return int(cumulative[high - 1] - (cumulative[low - 1] if low else 0)) if high > low else 0
+def _pieces(rows: CodedKV) -> list[Piece]:
+    """The piece of every run."""
+    return [Piece(start, chunk) for start, chunk in rows.runs[:, [START, CHUNK]].tolist()]
 
 
 class SegmentedCache(Cache):  # type: ignore[misc]
     """All layers of one conversation. `num_seen` counts tokens and gives positions; rows are fewer after eviction."""
 
     def __init__(
-        self, num_layers: int, num_key_value_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_layers: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        decode: Decode | None = None,
     ):
-        super().__init__(layers=[RaggedLayer(num_key_value_heads, head_dim, dtype, device) for _ in range(num_layers)])
+        shape = (num_key_value_heads, head_dim, dtype, device, decode)
+        super().__init__(layers=[RaggedLayer(*shape) for _ in range(num_layers)])
+        self.encoded = decode is not None
+        """Whether rows may be attached in another form than as plain numbers."""
         self.tap: Tap | None = None
+        self.step: Step | None = None
 
     @property
     def num_seen(self) -> int:
@@ -150,13 +169,17 @@ class SegmentedCache(Cache):  # type: ignore[misc]
     @property
     def num_sealed_rows(self) -> int:
         """KV pairs that sealed segments hold, over all layers and heads."""
-        return sum(layer.sealed.num_kept for layer in self.layers)
+        return sum(len(form.positions) for layer in self.layers for form in layer.forms)
 
     @property
     def sealed_bytes(self) -> int:
-        """Bytes of the storages behind sealed keys and values."""
-        tensors = [part for layer in self.layers for part in (layer.sealed.keys, layer.sealed.values)]
-        return sum(part.untyped_storage().nbytes() for part in tensors)
+        """Bytes of the storages behind sealed keys and values, with their scales."""
+        tensors = [plane for layer in self.layers for form in layer.forms for plane in form.planes]
+        return sum(plane.untyped_storage().nbytes() for plane in tensors)
+
+    def nbytes(self, start: int) -> int:
+        """Bytes that the segment at `start` takes as its rows lie."""
+        return sum(form.nbytes(start) for layer in self.layers for form in layer.forms)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -165,13 +188,15 @@ class SegmentedCache(Cache):  # type: ignore[misc]
 
     def rows(self, piece: Piece) -> int:
         """Rows that a piece holds over all layers and heads."""
-        return sum(sum(layer.counts[piece]) for layer in self.layers)
+        runs = np.concatenate([form.runs for layer in self.layers for form in layer.forms])
+        return int(runs[(runs[:, [START, CHUNK]] == piece).all(1), ROWS].sum())
 
-    def attach(self, pieces: Mapping[Piece, Sequence[LayerKV]], end: int) -> None:
-        """Add sealed pieces (a LayerKV a layer) of tokens before `end`, to which an empty tail moves on."""
+    def attach(self, pieces: Mapping[Piece, Sequence[LayerKV | CodedKV]], end: int) -> None:
+        """Add sealed pieces (rows of every layer) of tokens before `end`, to which an empty tail moves on."""
         assert self.tail_length == 0 or end <= self.tail_start
         for index, layer in enumerate(self.layers):
-            layer.attach({piece: rows[index] for piece, rows in pieces.items()})
+            given = ((piece, rows[index]) for piece, rows in pieces.items())
+            layer.attach([CodedKV.plain(rows, *piece) if isinstance(rows, LayerKV) else rows for piece, rows in given])
             layer.tail_start = max(layer.tail_start, end)
 
     def keep(self, pieces: Collection[Piece]) -> None:
@@ -195,6 +220,19 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         """Append saved exact KV, a pair of (H, T, D) a layer."""
         for layer, (keys, values) in zip(self.layers, rows, strict=True):
             layer.append_tail(keys, values)
+
+    @contextmanager
+    def stepping(self, step: Step, row: Tensor) -> Iterator[None]:
+        """Inside, a forward pass of one token writes to `row` (1,) of the tail's room, and `step` reads the cache."""
+        self.step = step
+        for layer in self.layers:
+            layer.row = row
+        try:
+            yield
+        finally:
+            self.step = None
+            for layer in self.layers:
+                layer.row = None
 
     @contextmanager
     def scratch(self, tap: Tap | None = None) -> Iterator[None]:

@@ -103,6 +103,8 @@ class Tail(CacheLayerMixin):  # type: ignore[misc]
         self.values = torch.empty_like(self.keys)
         self.keys[:, : self.tail_length], self.values[:, : self.tail_length] = old
 
+    # Rows written during a forward pass are inference tensors, which nothing outside inference mode may write to.
+    @torch.inference_mode()
     def drop_tail(self, tokens: int) -> None:
         """Take the first `tokens` of the tail away, for they are sealed or belong to no one; memory is freed."""
         keys, values = (part[:, tokens:].clone() for part in self.tail())

@@ -9,14 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvchat.codecs.coded import coded_frame, decoded
     from kvchat.codecs.encode import decode_frame, encode_segment, packed_bytes, param_bytes
     from kvchat.codecs.header import CODECS, SegmentHeader
 
-__all__ = ["CODECS", "SegmentHeader", "decode_frame", "encode_segment", "packed_bytes", "param_bytes"]
+_PLACES = {"CODECS": "header", "SegmentHeader": "header", "coded_frame": "coded", "decoded": "coded"}
+
+__all__ = [
+    "CODECS",
+    "SegmentHeader",
+    "coded_frame",
+    "decode_frame",
+    "decoded",
+    "encode_segment",
+    "packed_bytes",
+    "param_bytes",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        module = "header" if name in ("CODECS", "SegmentHeader") else "encode"
-        return getattr(import_module(f"kvchat.codecs.{module}"), name)
+        return getattr(import_module(f"kvchat.codecs.{_PLACES.get(name, 'encode')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,6 @@ Letters: H KV heads, N rows, D head_dim.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -13,22 +12,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.cache.coded import CodedKV, Form
+from kvchat.cache.coded import FIRST, ROWS, UNIT, CodedKV, Form
 from kvchat.cache.segment import LayerKV
-from kvchat.codecs.bits import row_bytes
+from kvchat.codecs.bits import expand, level_table, row_bytes
 from kvchat.codecs.channel import GROUP, ChannelKeys, row_groups
 from kvchat.codecs.codec import FrameRows, Method
 from kvchat.codecs.encode import open_frame
 from kvchat.codecs.frame import Planes, expect
 from kvchat.codecs.header import SegmentHeader
-from kvchat.codecs.quant import Keys8, Values8
-from kvchat.codecs.rotate import RotatedValues, _fixed_point, rotation
+from kvchat.codecs.quant import Keys8, Values8, blocks
+from kvchat.codecs.rotate import RotatedValues
 
 _CPU = torch.device("cpu")
 
 
 def coded_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> list[CodedKV]:
-    """As `encode.decode_frame`, on the CPU, but what has 8 or 4 bits stays encoded: views of the frame's bytes.
+    """As `encode.decode_frame`, on the CPU, but what has 8 or 4 bits stays encoded.
 
     Keys and values of other methods are decoded. Raises CorruptFrame.
     """
@@ -40,45 +39,64 @@ def coded_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> l
     last = rows.per_layer.cumsum()
     units = _units(form, rows.counts)
     last_unit = units.sum(1).cumsum()
-    layers = []
+    layers, place = [], [header.ranking.start, chunk]
     for i, counts in enumerate(rows.counts):
         part = slice(int(last[i] - rows.per_layer[i]), int(last[i]))
         of = slice(int(last_unit[i] - units[i].sum()), int(last_unit[i]))
-        runs = np.stack(
-            [np.arange(len(counts)), counts.cumsum() - counts, counts, units[i].cumsum() - units[i]], axis=1
-        )
+        first_unit, fixed = units[i].cumsum() - units[i], np.broadcast_to(place, (len(counts), 2))
+        runs = np.column_stack([np.arange(len(counts)), counts.cumsum() - counts, counts, first_unit, fixed])
         layers.append(
             CodedKV(
                 form, rows.dtype, len(counts), keys[part], values[part], key_scale[of], key_min[of],
-                value_scale[part], value_min[part], torch.from_numpy(rows.positions[part]), runs[counts > 0],
+                value_scale[part], value_min[part], torch.from_numpy(rows.positions[part]), runs,
             )
         )  # fmt: skip
     return layers
 
 
 def decoded(part: CodedKV) -> LayerKV:
-    """Plain rows in the model's dtype, equal in every bit to what `decode_frame` gives for the same frame."""
-    form, rows = part.form, FrameRows(part.runs[None, :, 2], part.head_dim, part.dtype)
-    planes = {
-        "key": part.keys, "value": part.values, "key_scale": part.key_scale, "key_min": part.key_min,
-        "value_scale": part.value_scale[:, None], "value_min": part.value_min[:, None],
-    }  # fmt: skip
-    units = part.runs[:, 3]
-    if form.key_bits == 4:
-        # A run's groups stand together, but runs that `join` put in order may not.
-        units = np.concatenate([run[3] + np.arange(-(-run[2] // GROUP)) for run in part.runs] or [units])
-    of_units = torch.from_numpy(units).to(part.key_scale.device)
-    planes |= {name: planes[name][of_units] for name in ("key_scale", "key_min") if form.key_bits < 16}
-    found: Planes = {name: plane.cpu().numpy() for name, plane in planes.items() if plane.dtype != torch.bfloat16}
-    device = part.keys.device
-    keys = part.keys if form.key_bits == 16 else _KEYS[form.key_bits].decode(found, found, rows, device)
-    values = part.values if form.value_bits == 16 else _VALUES[form.value_bits].decode(found, {}, rows, device)
+    """Plain rows in the model's dtype, where the part lies; equal in every bit to what `decode_frame` gives."""
+    keys = part.keys if part.form.key_bits == 16 else _plain_keys(part)
+    values = part.values if part.form.value_bits == 16 else _plain_values(part)
     return LayerKV(keys, values, part.positions, torch.from_numpy(part.cu_seqlens).int())
 
 
-def back_rotation(head_dim: int, device: torch.device) -> Tensor:
-    """What takes rotated values, levels times 64 and the stored scale, back: rows @ it, (D, D) float32."""
-    return rotation(head_dim, device).T.contiguous() * _fixed_point(head_dim)
+def _plain_keys(part: CodedKV) -> Tensor:
+    device, dim, bits = part.keys.device, part.head_dim, part.form.key_bits
+    unit = _unit_of_rows(part)
+    levels = torch.arange(1 << bits, dtype=torch.float32, device=device)
+    table = level_table(levels, bits) if bits == 4 else levels
+    keys = torch.empty(len(part.keys), dim, dtype=part.dtype, device=device)
+    for some in blocks(keys.shape, device):
+        codes = expand(part.keys[some], table, bits, dim) if bits == 4 else part.keys[some].float()
+        of = unit[some]
+        codes.mul_(part.key_scale.index_select(0, of).float()).add_(part.key_min.index_select(0, of).float())
+        keys[some] = codes
+    return keys
+
+
+def _plain_values(part: CodedKV) -> Tensor:
+    device, dim = part.values.device, part.head_dim
+    values = torch.empty(len(part.values), dim, dtype=part.dtype, device=device)
+    scale = part.value_scale.float().unsqueeze(1)
+    if part.form.value_bits == 8:
+        low = part.value_min.float().unsqueeze(1)
+        for some in blocks(values.shape, device):
+            values[some] = part.values[some].float().mul_(scale[some]).add_(low[some])
+        return values
+    return RotatedValues(part.form.value_bits).unrotate(part.values, scale, dim, part.dtype)
+
+
+def _unit_of_rows(part: CodedKV) -> Tensor:
+    """The unit of key scales of every row, (N,)."""
+    device = part.keys.device
+    first, rows, unit = torch.from_numpy(part.runs[:, [FIRST, ROWS, UNIT]].T.copy()).to(device)
+    size = len(part.keys)
+    of_rows = torch.repeat_interleave(unit, rows, output_size=size)
+    if part.form.key_bits == 4:
+        place = torch.arange(size, device=device) - torch.repeat_interleave(first, rows, output_size=size)
+        of_rows += place // GROUP
+    return of_rows
 
 
 _KEYS: dict[int, Method] = {8: Keys8(), 4: ChannelKeys(4)}
@@ -127,7 +145,5 @@ def _values(
 
 
 def _view(plane: npt.NDArray[Any]) -> Tensor:
-    """The plane as a tensor that nobody writes to; torch warns of any that nobody could write to."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(plane)
+    """A copy, because planes are read-only views of the frame."""
+    return torch.from_numpy(plane.copy())

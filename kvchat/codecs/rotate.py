@@ -72,10 +72,15 @@ class RotatedValues:
         num_rows, head_dim = rows.shape
         packed = to_tensor(expect(planes, "value", (num_rows, row_bytes(head_dim, self.bits)), "|u1"), device)
         scale = to_tensor(expect(planes, "value_scale", (num_rows, 1), "<f2", "<f4"), device).float()
-        scale *= _fixed_point(head_dim)
+        return self.unrotate(packed, scale, head_dim, rows.dtype)
+
+    def unrotate(self, packed: Tensor, scale: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """Rows (N, D) in `dtype` of codes (N, W) and the scales (N, 1) float32 that are stored with them."""
+        device = packed.device
+        scale = scale * _fixed_point(head_dim)
         table, back = level_table(_levels(self.bits, device), self.bits), rotation(head_dim, device).T.contiguous()
-        values = torch.empty(rows.shape, dtype=rows.dtype, device=device)
-        for part in blocks(rows.shape, device):
+        values = torch.empty(len(packed), head_dim, dtype=dtype, device=device)
+        for part in blocks(values.shape, device):
             values[part] = (expand(packed[part], table, self.bits, head_dim) @ back).mul_(scale[part])
         return values
 
@@ -117,6 +122,11 @@ def rotation(head_dim: int, device: torch.device) -> Tensor:
     same_block = channel.unsqueeze(1) // block == channel // block
     signs = 1 - 2 * _sign_bits(channel)
     return ((1 - 2 * odd) * same_block * signs.unsqueeze(1)).float()
+
+
+def back_rotation(head_dim: int, device: torch.device) -> Tensor:
+    """What takes rotated values, levels times 64 and the stored scale, back: rows @ it, (D, D) float32."""
+    return rotation(head_dim, device).T.contiguous() * _fixed_point(head_dim)
 
 
 def _sign_bits(channel: Tensor) -> Tensor:
