@@ -57,11 +57,11 @@ class CodedKV:
     runs: npt.NDArray[np.int64]
 
     def __post_init__(self) -> None:
+        shape = self.positions.shape[0], self.key_scale.shape[1]
         for rows, bits in ((self.keys, self.form.key_bits), (self.values, self.form.value_bits)):
-            width = self.head_dim // 2 if bits == 4 else self.head_dim
-            assert rows.shape == (self.num_rows, width) and rows.dtype == (self.dtype if bits == 16 else torch.uint8)
-        assert self.key_scale.shape == self.key_min.shape and self.key_scale.dtype == self.key_min.dtype
-        assert int(self.runs[:, ROWS].sum()) == self.num_rows
+            assert rows.shape == (shape if bits > 4 else (shape[0], shape[1] // 2))
+            assert rows.dtype == (self.dtype if bits == 16 else torch.uint8)
+        assert self.key_scale.shape == self.key_min.shape and int(self.runs[:, ROWS].sum()) == shape[0]
 
     @classmethod
     def plain(cls, rows: LayerKV, start: int, chunk: int) -> CodedKV:

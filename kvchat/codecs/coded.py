@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.cache.coded import FIRST, ROWS, UNIT, CodedKV, Form
+from kvchat.cache.coded import CHUNK, FIRST, HEAD, ROWS, START, UNIT, CodedKV, Form
 from kvchat.cache.segment import LayerKV
 from kvchat.codecs.bits import expand, level_table, row_bytes
 from kvchat.codecs.channel import GROUP, ChannelKeys, row_groups
@@ -36,22 +36,20 @@ def coded_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> l
     keys, key_scale, key_min = _keys(codec.keys, form, rows, planes, params)
     values, value_scale, value_min = _values(codec.values, form, rows, planes, params)
     assert rows.positions is not None
-    last = rows.per_layer.cumsum()
     units = _units(form, rows.counts)
-    last_unit = units.sum(1).cumsum()
-    layers, place = [], [header.ranking.start, chunk]
-    for i, counts in enumerate(rows.counts):
-        part = slice(int(last[i] - rows.per_layer[i]), int(last[i]))
-        of = slice(int(last_unit[i] - units[i].sum()), int(last_unit[i]))
-        first_unit, fixed = units[i].cumsum() - units[i], np.broadcast_to(place, (len(counts), 2))
-        runs = np.column_stack([np.arange(len(counts)), counts.cumsum() - counts, counts, first_unit, fixed])
-        layers.append(
-            CodedKV(
-                form, rows.dtype, len(counts), keys[part], values[part], key_scale[of], key_min[of],
-                value_scale[part], value_min[part], torch.from_numpy(rows.positions[part]), runs,
-            )
-        )  # fmt: skip
-    return layers
+    by_row = (keys, values, value_scale, value_min, torch.from_numpy(rows.positions))
+    sizes = rows.per_layer.tolist()
+    # All layers at once: a segment has many small layers, and each operation costs more than its bytes.
+    parts = [plane.split_with_sizes(sizes if len(plane) else [0] * len(sizes)) for plane in by_row]
+    parts += [plane.split_with_sizes(units.sum(1).tolist()) for plane in (key_scale, key_min)]
+    runs = np.empty((*rows.counts.shape, 6), np.int64)
+    runs[..., HEAD], runs[..., START], runs[..., CHUNK] = np.arange(runs.shape[1]), header.ranking.start, chunk
+    runs[..., FIRST], runs[..., ROWS] = rows.counts.cumsum(1) - rows.counts, rows.counts
+    runs[..., UNIT] = units.cumsum(1) - units
+    return [
+        CodedKV(form, rows.dtype, runs.shape[1], k, v, scale, low, v_scale, v_low, at, of_layer)
+        for k, v, v_scale, v_low, at, scale, low, of_layer in zip(*parts, runs, strict=True)
+    ]
 
 
 def decoded(part: CodedKV) -> LayerKV:
