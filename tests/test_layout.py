@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     *("errors", "locks", "terminal", "events", "config", "transcript", "files", "fingerprint", "cipher", "keys"),
     *("cache", "codecs", "attention", "compress"),
-    *("template", "supported", "convert", "download", "model", "sampling", "step", "engine"),
+    *("template", "supported", "convert", "download", "model", "sampling", "fused", "step", "engine"),
     *("records", "migrations", "queries", "listing", "shed", "salvage", "kv_store", "limited_store"),
     *("recrypt", "checks", "store", "portable", "recode", "tiers", "sealing", "saving", "residence"),
     *(

@@ -1,0 +1,139 @@
+"""Small modules of a network with one kernel for what they do in many: forwards to set on an instance.
+
+Each takes over what was proved of its module, and leaves any other call to the module's own forward.
+
+Letters: n width of the network's states, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kvchat.fused.kernels import Weight, add_rms_norm, rms_norm, rotate, silu_mul
+
+Forward = Callable[..., Any]
+
+NAMED = frozenset(
+    {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings", "segmented_cache"}
+)
+"""Arguments of a layer that a proof covers."""
+
+
+@contextmanager
+def fused(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Inside, these modules run these forwards, as attributes of the instances; no class is touched."""
+    assert not any("forward" in vars(module) for module in forwards), "replaced already"
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            vars(module).pop("forward", None)
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """RMSNorm of (..., n): one kernel for eight."""
+
+    own: Forward
+    weight: Tensor
+    eps: float
+    form: int
+
+    @property
+    def parts(self) -> Weight:
+        """What the kernels take."""
+        return self.weight, self.eps, self.form
+
+    def __call__(self, *given: Tensor, **named: Tensor) -> Tensor:
+        """The one argument, under whatever name."""
+        (states,) = (*given, *named.values())
+        if states.dtype != self.weight.dtype:
+            result: Tensor = self.own(states)
+            return result
+        return rms_norm(states, *self.parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Mlp:
+    """down(SiLU(gate) * up) of (..., n): one kernel for the activation and the product."""
+
+    module: Any
+
+    @property
+    def inputs(self) -> list[nn.Linear]:
+        """The projections to gate and up: two, or one that gives both halves."""
+        module = self.module
+        return [module.gate_up_proj] if hasattr(module, "gate_up_proj") else [module.gate_proj, module.up_proj]
+
+    def __call__(self, *given: Tensor, **named: Tensor) -> Tensor:
+        """The one argument, under whatever name."""
+        (states,) = (*given, *named.values())
+        parts = [part(states) for part in self.inputs]
+        gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
+        result: Tensor = self.module.down_proj(silu_mul(gate, up))
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention of one new token in a decode step: one kernel from the projections to the query and the tail's row.
+
+    norms  of each head's query and key, or None
+    """
+
+    own: Forward
+    module: Any
+    norms: tuple[Norm, Norm] | None
+
+    @property
+    def inputs(self) -> list[nn.Linear]:
+        """The projections to queries, keys and values: three, or one that gives them in this order."""
+        module = self.module
+        return [module.qkv_proj] if hasattr(module, "qkv_proj") else [module.q_proj, module.k_proj, module.v_proj]
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Numbers of a token's queries, keys and values."""
+        queries, rows = int(self.module.o_proj.in_features), sum(part.out_features for part in self.inputs)
+        return queries, (rows - queries) // 2, (rows - queries) // 2
+
+    def __call__(self, *given: Any, **named: Any) -> tuple[Tensor, None]:
+        """(1, 1, n) to (1, 1, n)."""
+        cache, states = named.get("segmented_cache"), named.get("hidden_states")
+        if given or states is None or cache is None or cache.step is None or named.keys() - NAMED != {"hidden_states"}:
+            result: tuple[Tensor, None] = self.own(*given, **named)
+            return result
+        index = int(self.module.layer_idx)
+        layer = cache.layers[index]
+        parts = [part(states) for part in self.inputs]
+        query, key, value = parts if len(parts) == 3 else parts[0].split(self.widths, -1)
+        norms = (self.norms[0].parts, self.norms[1].parts) if self.norms else None
+        query = rotate(query, key, value, norms, named["position_embeddings"], layer.row, (layer.keys, layer.values))
+        out = cache.step.attend(index, query, layer.keys, layer.values, self.module.scaling)
+        return self.module.o_proj(out.view(1, 1, -1)), None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A decoder layer, (1, 1, n) to (1, 1, n): one kernel for the first residual sum and the norm of it."""
+
+    own: Forward
+    module: Any
+    norm: Norm
+
+    def __call__(self, *given: Tensor, **named: Any) -> Tensor:
+        """`given`: the states."""
+        if len(given) != 1 or not named.keys() <= NAMED or given[0].dtype != self.norm.weight.dtype:
+            result: Tensor = self.own(*given, **named)
+            return result
+        attended, _ = self.module.self_attn(hidden_states=self.module.input_layernorm(given[0]), **named)
+        states, normed = add_rms_norm(given[0], attended, *self.norm.parts)
+        total: Tensor = states + self.module.mlp(normed)
+        return total
