@@ -99,8 +99,10 @@ class DecodeStep:
         groups = model.num_attention_heads // model.num_key_value_heads
         shape = Shape(model.num_key_value_heads, groups, model.head_dim)
         cuda = model.device.type == "cuda"
-        size = torch.cuda.get_device_properties(model.device).multi_processor_count if cuda else shape.kv_heads
-        return DecodePlan(shape, {form: Tuning.of(form, size) for form in sorted(self._forms)}, model.device)
+        device = torch.cuda.get_device_properties(model.device) if cuda else None
+        size = device.multi_processor_count if device else shape.kv_heads
+        tunings = {form: Tuning.of(form, size, model.head_dim) for form in sorted(self._forms)}
+        return DecodePlan(shape, tunings, model.device, overlap=device is not None and device.major >= 9)
 
     def _count(self, cache: SegmentedCache) -> None:
         """Set the device's counters to just before the next token."""

@@ -152,7 +152,7 @@ def _read(
 ) -> list[CodedKV]:
     """The rows of a frame, a CodedKV a layer. Raises CorruptFrame."""
     if encoded:
-        return [rows.to(device) for rows in coded_frame(header, chunk, group, blob)]
+        return coded_frame(header, chunk, group, blob, device)
     start = header.ranking.start
     return [CodedKV.plain(rows, start, chunk) for rows in decode_frame(header, chunk, group, blob, device)]
 

@@ -72,6 +72,15 @@ def test_steps_follow_the_cache_wherever_it_goes(engine: Engine, codec: Any) -> 
     assert_close(step, played)
 
 
+def test_rows_that_were_decoded(engine: Engine) -> None:
+    plain = Engine(engine.model, 64, "decoded")
+    played, step = Played(plain, 0.6, "k8v8", TURNS), DecodeStep(engine.model, capture=CUDA)
+    assert {form.form for layer in played.cache.layers for form in layer.forms} == {(16, 16)}
+    assert_close(step, played)
+    played.hold(0.1)
+    assert_close(step, played)
+
+
 def test_a_tail_that_outgrows_its_room(engine: Engine) -> None:
     played, step = Played(engine, 0.6, "k8v8", [TURNS[0], TURNS[-1]]), DecodeStep(engine.model, capture=CUDA)
     played.cache.layers[0].reserve(1)

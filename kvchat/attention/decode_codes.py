@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
 HEADS = tl.constexpr(16)
 """Query heads of a group, padded: the least that a tensor core takes."""
 
@@ -83,17 +84,16 @@ def _level(x, SHIFT: tl.constexpr):
 def levels(x, PACKED: tl.constexpr):
     """Levels of the four codes of each word. PACKED: eight codes at once by byte permutation."""
     if PACKED:
-        # t: bit 3 of codes below 8. i: place of the level's size. 0x3C2A1908, 0xAF846850: the eight sizes.
+        # t: bit 3 of codes below 8. i: place of the level's size, bytes 1 and 2 swapped, so that c and d hold the sizes
+        # of two outputs each. a, b: signs of codes at odd and at even places. 0x3C2A1908, 0xAF846850: the eight sizes.
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t, i, a, b, c, d; "
             "not.b32 t, $4; and.b32 t, t, 0x88888888; shr.b32 a, t, 3; sub.u32 a, t, a; "
-            "and.b32 i, $4, 0x77777777; xor.b32 i, i, a; "
-            "prmt.b32 a, 0x3C2A1908, 0xAF846850, i; shr.b32 i, i, 16; prmt.b32 b, 0x3C2A1908, 0xAF846850, i; "
-            "prmt.b32 c, a, b, 0x5410; prmt.b32 d, a, b, 0x7632; "
-            "and.b32 a, c, 0x00FF00FF; shl.b32 b, t, 12; and.b32 b, b, 0x80008000; or.b32 $0, a, b; "
-            "prmt.b32 a, c, 0, 0x4341; shl.b32 b, t, 8; and.b32 b, b, 0x80008000; or.b32 $1, a, b; "
-            "and.b32 a, d, 0x00FF00FF; shl.b32 b, t, 4; and.b32 b, b, 0x80008000; or.b32 $2, a, b; "
-            "prmt.b32 a, d, 0, 0x4341; and.b32 b, t, 0x80008000; or.b32 $3, a, b; }",
+            "and.b32 i, $4, 0x77777777; xor.b32 i, i, a; prmt.b32 i, i, 0, 0x3120; "
+            "prmt.b32 c, 0x3C2A1908, 0xAF846850, i; shr.b32 i, i, 16; prmt.b32 d, 0x3C2A1908, 0xAF846850, i; "
+            "and.b32 a, t, 0x80808080; shl.b32 b, t, 4; and.b32 b, b, 0x80808080; "
+            "prmt.b32 $0, c, b, 0x6240; prmt.b32 $1, c, a, 0x6341; "
+            "prmt.b32 $2, d, b, 0x7250; prmt.b32 $3, d, a, 0x7351; }",
             "=&r,=&r,=&r,=&r,r",
             [x],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
@@ -121,6 +121,17 @@ def four_parts(at, W: tl.constexpr, D: tl.constexpr):
     n0, n2 = tl.split(even)
     n1, n3 = tl.split(odd)
     return n0, n1, n2, n3
+
+
+@triton.jit
+def row_numbers(address, row, inside, DTYPE: tl.constexpr):
+    """Numbers of rows from `address` on, in float32. Read as words of 32 bits: the least that is loaded ahead."""
+    if tl.float16 == DTYPE:
+        at = address + row * 2
+        word = tl.load((at & -4).to(tl.pointer_type(tl.uint32)), mask=inside, other=0)
+        return (word >> (at & 2).to(tl.uint32) * 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return tl.load(address.to(tl.pointer_type(DTYPE)) + row, mask=inside, other=0.0)
 
 
 @triton.jit

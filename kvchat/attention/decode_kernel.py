@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvchat.attention.decode_codes import (
     HEADS,
+    LOG2E,
     byte_codes,
     columns,
     dot,
@@ -19,11 +21,11 @@ from kvchat.attention.decode_codes import (
     four_parts,
     levels,
     nibble_codes,
+    row_numbers,
     scaled,
     two_parts,
 )
 
-LOG2E = tl.constexpr(1.4426950408889634)
 SUBNORMAL = tl.constexpr(16777216.0)
 
 
@@ -89,22 +91,27 @@ def _tail(
 @triton.jit
 def attend_rows(
     query, addresses, boosts, programs, tiles, tail_keys, tail_values, tail_length, out, lse,
-    num_programs, first_slot, tail_slot, tail_stride, scale,
+    tail_programs, first_slot, tail_slot, tail_stride, scale,
     FORM: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, SCALE: tl.constexpr,
     VALUE_SCALE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr, SPLITS: tl.constexpr, TAIL_TILE: tl.constexpr, TAIL_STAGES: tl.constexpr,
-    SOFTCAP: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
+    SOFTCAP: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Partial results of one form's programs and, after these, of the tail's shares. Grid: programs, heads / 16."""
-    program = tl.program_id(0)
+    """Partial results of the tail's shares, which are short and so come first, and of one form's programs.
+
+    Grid: programs, heads / 16.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+    share = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    if program >= num_programs:
-        share = program - num_programs
+    if share < tail_programs:
         _tail(
             query, tail_keys, tail_values, tail_length, out, lse, tail_slot + share, head, share // SPLITS,
             share % SPLITS, tail_stride, scale, G, D, PAD, SPLITS, TAIL_TILE, TAIL_STAGES, SOFTCAP, WIDE,
         )  # fmt: skip
     else:
+        program = share - tail_programs
         first = tl.load(programs + program * 3)
         last = tl.load(programs + program * 3 + 1)
         kv_head = tl.load(programs + program * 3 + 2)
@@ -123,7 +130,11 @@ def _sealed(
     G: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Running softmax of one head's queries over tiles `first` to `last`."""
+    """Running softmax of one head's queries over rows `first` to `last` where keys are plain, else over tiles.
+
+    `tiles`: as `WorkList.words`, one load a tile, because a load that waits for another needs two stages.
+    """
+    STEP: tl.constexpr = TILE if KEY_BITS == 16 else 1
     KEY_PARTS: tl.constexpr = 16 // KEY_BITS
     VALUE_PARTS: tl.constexpr = 16 // VALUE_BITS
     KW: tl.constexpr = PAD // KEY_PARTS
@@ -136,8 +147,7 @@ def _sealed(
     values = tl.multiple_of(tl.load(addresses + 1).to(tl.pointer_type(VALUE_WORD)), 16)
     key_scale = tl.multiple_of(tl.load(addresses + 2).to(tl.pointer_type(SCALE)), 16)
     key_min = tl.multiple_of(tl.load(addresses + 3).to(tl.pointer_type(SCALE)), 16)
-    value_scale = tl.load(addresses + 4).to(tl.pointer_type(VALUE_SCALE))
-    value_min = tl.load(addresses + 5).to(tl.pointer_type(VALUE_SCALE))
+    value_scale, value_min = tl.load(addresses + 4), tl.load(addresses + 5)
     boost = tl.load(boosts)
 
     row, kw, vw, column = tl.arange(0, TILE), tl.arange(0, KW), tl.arange(0, VW), tl.arange(0, PAD)
@@ -160,9 +170,22 @@ def _sealed(
     a1 = tl.zeros((HEADS, VW), tl.float32)
     a2 = tl.zeros((HEADS, VW), tl.float32)
     a3 = tl.zeros((HEADS, VW), tl.float32)
-    for tile in tl.range(first, last, num_stages=STAGES):
-        start = tl.load(tiles + tile * 3).to(tl.int64)
-        inside = row < tl.load(tiles + tile * 3 + 1)
+    if KEY_BITS < 16:
+        ahead = tl.load(tiles + first)
+    if KEY_BITS == 8:
+        # Of the unit that the last tile had: most tiles have the same.
+        scaled_by = tl.full((), -1, tl.int64)
+        s0, s1, sums = q0, q1, total
+    for step in tl.range(first, last, STEP, num_stages=STAGES):
+        if KEY_BITS == 16:
+            start = first.to(tl.int64) + (step - first)
+            inside = row < last - step
+        else:
+            tile = ahead
+            ahead = tl.load(tiles + tl.minimum(step + 1, last - 1))
+            start = tile >> 32
+            inside = row < (tile & 0xFF)
+            unit = (tile >> 8 & 0xFFFFFF) * D
         at = keys + start * (D // KEY_PARTS) + (kw[:, None] + row[None, :] * (D // KEY_PARTS))
         k = tl.load(at, mask=inside[None, :] & k_here[:, None], other=0)
         at = values + start * (D // VALUE_PARTS) + (vw[None, :] + row[:, None] * (D // VALUE_PARTS))
@@ -172,15 +195,17 @@ def _sealed(
         if KEY_BITS == 16:
             logits = dot(q0, k, zero, WIDE)
         else:
-            unit = tl.load(tiles + tile * 3 + 2).to(tl.int64) * D
             if KEY_BITS == 8:
-                s0, s1 = two_parts(key_scale + unit, KW, D)
+                z0, z1 = two_parts(key_scale + unit, KW, D)
                 l0, l1 = two_parts(key_min + unit, KW, D)
                 k0, k1 = byte_codes(k, PACKED)
-                s0, c0 = scaled(q0, s0, l0, 128.0)
-                s1, c1 = scaled(q1, s1, l1, 128.0)
+                if unit != scaled_by:
+                    s0, c0 = scaled(q0, z0, l0, 128.0)
+                    s1, c1 = scaled(q1, z1, l1, 128.0)
+                    sums = tl.sum(c0 + c1, 1)
+                    scaled_by = unit
                 logits = dot(s1, k1, dot(s0, k0, zero, WIDE), WIDE)
-                constant = tl.sum(c0 + c1, 1)[:, None]
+                constant = sums[:, None]
             else:
                 s0, s1, s2, s3 = four_parts(key_scale + unit, KW, D)
                 l0, l1, l2, l3 = four_parts(key_min + unit, KW, D)
@@ -206,10 +231,10 @@ def _sealed(
         if VALUE_BITS == 16:
             a0 = dot(p.to(DTYPE), v, a0 * decay[:, None], WIDE)
         else:
-            by_row = tl.load(value_scale + start + row, mask=inside, other=0.0).to(tl.float32) * boost
+            by_row = row_numbers(value_scale, start + row, inside, VALUE_SCALE) * boost
             weights = (p * by_row[None, :]).to(tl.float16)
             if VALUE_BITS == 8:
-                low = tl.load(value_min + start + row, mask=inside, other=0.0).to(tl.float32)
+                low = row_numbers(value_min, start + row, inside, VALUE_SCALE)
                 offset = offset * decay + tl.sum(p * low[None, :], 1)
                 v0, v1 = byte_codes(v, PACKED)
             else:
@@ -229,61 +254,3 @@ def _sealed(
     if VALUE_BITS == 4:
         _store(out, lse, slot, head, column + 2, a2 * factor[:, None], m, total, G, D)
         _store(out, lse, slot, head, column + 3, a3 * factor[:, None], m, total, G, D)
-
-
-@triton.jit
-def _gather(out, lse, first, count, head, m, total, acc, other, column, G: tl.constexpr, D: tl.constexpr,
-            SLOTS: tl.constexpr):  # fmt: skip
-    """Add slots `first` to `first + count` of one query head to a running sum `acc`; `other` only decays."""
-    for start in tl.range(0, count, SLOTS):
-        slot = start + tl.arange(0, SLOTS)
-        part = tl.load(lse + (first + slot) * G + head, mask=slot < count, other=float("-inf"))
-        top = tl.maximum(m, tl.max(part, 0))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        weight, decay = tl.exp2(part - safe), tl.exp2(m - safe)
-        at = out + ((first + slot) * G + head)[:, None].to(tl.int64) * D + column[None, :]
-        rows = tl.load(at, mask=(weight > 0)[:, None] & (column < D)[None, :], other=0.0)
-        acc = acc * decay + tl.sum(rows * weight[:, None], 0)
-        other = other * decay
-        total = total * decay + tl.sum(weight, 0)
-        m = top
-    return m, total, acc, other
-
-
-@triton.jit
-def combine(
-    out, lse, spans, back, result, result_lse, tail_slot,
-    FORMS: tl.constexpr, ROTATED: tl.constexpr, G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr,
-    SPLITS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """Join the partial results of one query head; what is rotated is rotated back once. Grid: query heads.
-
-    `spans` (FORMS, H, 2): first slot and number of slots. Bit i of ROTATED: form i holds rotated values.
-    `back` (D, D): a rotated row @ back, in the fixed point of `codecs.rotate`, is the row.
-    """
-    head = tl.program_id(0)
-    kv_head, member = head // G, head % G
-    column = tl.arange(0, PAD)
-    m = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    plain = tl.zeros((PAD,), tl.float32)
-    rotated = tl.zeros((PAD,), tl.float32)
-    first = tail_slot + kv_head * SPLITS
-    m, total, plain, rotated = _gather(out, lse, first, SPLITS, member, m, total, plain, rotated, column, G, D, SLOTS)
-    for form in tl.static_range(FORMS):
-        span = spans + (form * H + kv_head) * 2
-        first, count = tl.load(span), tl.load(span + 1)
-        if (ROTATED >> form) & 1:
-            m, total, rotated, plain = _gather(
-                out, lse, first, count, member, m, total, rotated, plain, column, G, D, SLOTS
-            )
-        else:
-            m, total, plain, rotated = _gather(
-                out, lse, first, count, member, m, total, plain, rotated, column, G, D, SLOTS
-            )
-    if ROTATED:
-        here = (column < D)[:, None] & (column < D)[None, :]
-        matrix = tl.load(back + column[:, None] * D + column[None, :], mask=here, other=0.0)
-        plain += tl.sum(rotated[:, None] * matrix, 0)
-    tl.store(result + head * D + column, (plain / total).to(result.dtype.element_ty), mask=column < D)
-    tl.store(result_lse + head, (m + tl.log2(total)) / LOG2E)

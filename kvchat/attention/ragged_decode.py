@@ -20,7 +20,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from kvchat.attention.decode_kernel import attend_rows, combine
+from kvchat.attention.decode_combine import combine
+from kvchat.attention.decode_kernel import attend_rows
 from kvchat.attention.worklist import WorkList
 from kvchat.cache.coded import GROUP, CodedKV, Form
 from kvchat.codecs.rotate import back_rotation
@@ -34,7 +35,7 @@ class Tuning:
 
     tile      rows a step; 32 where keys have 4 bits
     warps     of a program
-    stages    tiles that are under way at once
+    stages    one more than the tiles that are under way at once
     programs  P
     packed    two words an instruction through inline assembly, where there are codes
     registers at most so many a thread, or as many as the compiler likes
@@ -53,11 +54,12 @@ class Tuning:
         return 16 if self.warps == 1 else 32
 
     @classmethod
-    def of(cls, form: Form, multiprocessors: int) -> Tuning:
+    def of(cls, form: Form, multiprocessors: int, head_dim: int = 128) -> Tuning:
         """Defaults."""
         if form.key_bits == 4:
-            return cls(GROUP, 1, 3, 8 * multiprocessors)
-        return cls(64 if form == Form(16, 16) else 128, 4, 3, 2 * multiprocessors)
+            return cls(GROUP, 1, 4, 8 * multiprocessors)
+        tile = 64 if form == Form(16, 16) else 128
+        return cls(tile if head_dim <= 128 else tile // 2, 4, 3, 2 * multiprocessors)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class DecodePlan:
     forms        every form that `update` may ever bring, with its tuning; an absent one costs a launch
     tail_splits  programs of each head's tail
     max_tiles    tiles of a form that the tables have room for
+    overlap      launch the kernel that joins partial results while these are computed; compute capability 9 or newer
     """
 
     shape: Shape
@@ -84,6 +87,7 @@ class DecodePlan:
     device: torch.device
     tail_splits: int = 8
     max_tiles: int = 4096
+    overlap: bool = False
     held: list[CodedKV] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -103,8 +107,10 @@ class DecodePlan:
         self._addresses = torch.zeros(len(self.forms), 6, dtype=torch.int64, device=self.device)
         self._boosts = torch.ones(len(self.forms), device=self.device)
         self._spans = torch.zeros(len(self.forms), heads, 2, dtype=torch.int32, device=self.device)
-        self._programs = [self._ints(tuning.programs) for tuning in self.forms.values()]
-        self._tiles = [self._ints(self.max_tiles) for _ in self.forms]
+        self._programs = [
+            torch.zeros(tuning.programs, 3, dtype=torch.int32, device=self.device) for tuning in self.forms.values()
+        ]
+        self._tiles = [self._words(self.max_tiles) for _ in self.forms]
         self._back = back_rotation(dim, self.device)
 
     def work(self, part: CodedKV) -> WorkList:
@@ -112,8 +118,8 @@ class DecodePlan:
         tuning = self.forms[part.form]
         return WorkList.build(part, tuning.programs, tuning.tile)
 
-    def _ints(self, rows: int) -> Tensor:
-        return torch.zeros(rows, 3, dtype=torch.int32, device=self.device)
+    def _words(self, tiles: int) -> Tensor:
+        return torch.zeros(tiles, dtype=torch.int64, device=self.device)
 
     def update(self, parts: Sequence[Part]) -> bool:
         """Read these rows from now on, at most one part of a form; for a seal, not for a token.
@@ -144,13 +150,13 @@ class DecodePlan:
             # The most that float16 holds of weight times scale, by a power of two: smaller products keep their bits.
             largest = part.value_scale.max().float().clamp_min(1e-30)
             self._boosts[index].copy_(torch.exp2(torch.floor(torch.log2(32768 / largest))))
-        self._programs[index].copy_(torch.from_numpy(work.programs))
+        self._programs[index].copy_(torch.from_numpy(work.bounds(part.form.key_bits)))
         spans = work.spans + np.array([self._firsts[index], 0], np.int32)
         self._spans[index].copy_(torch.from_numpy(spans.astype(np.int32)))
         same = len(work.tiles) <= len(self._tiles[index])
         if not same:
-            self._tiles[index] = self._ints(2 * len(work.tiles))
-        self._tiles[index][: len(work.tiles)].copy_(torch.from_numpy(work.tiles))
+            self._tiles[index] = self._words(2 * len(work.tiles))
+        self._tiles[index][: len(work.tiles)].copy_(torch.from_numpy(work.words()))
         scales = (part.key_scale.dtype, part.value_scale.dtype)
         same &= scales == self._scales[part.form]
         self._scales[part.form] = scales
@@ -183,19 +189,24 @@ class DecodePlan:
             key_scale, value_scale = (_TRITON[dtype] for dtype in self._scales[form])
             attend_rows[(tuning.programs + tail, triton.cdiv(shape.groups, 16))](
                 query, self._addresses, self._boosts, self._programs[index], self._tiles[index], keys, values, length,
-                self._out, self._lse, tuning.programs, int(self._firsts[index]), tail_slot, keys.stride(0), scale,
+                self._out, self._lse, tail, int(self._firsts[index]), tail_slot, keys.stride(0), scale,
                 FORM=index, KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, SCALE=key_scale,
                 VALUE_SCALE=value_scale,
                 G=shape.groups, D=shape.head_dim, PAD=pad, TILE=tuning.tile, STAGES=tuning.stages,
-                SPLITS=self.tail_splits, TAIL_TILE=tuning.tail_tile, TAIL_STAGES=2, SOFTCAP=shape.softcap,
-                PACKED=tuning.packed and not self.interpreted, WIDE=self.interpreted, num_warps=tuning.warps,
+                SPLITS=self.tail_splits, TAIL_TILE=tuning.tail_tile, TAIL_STAGES=3, SOFTCAP=shape.softcap,
+                PACKED=tuning.packed and not self.interpreted, WIDE=self.interpreted,
+                OVERLAP=self.overlap, num_warps=tuning.warps,
                 **({} if tuning.registers is None else {"maxnreg": tuning.registers}),
             )  # fmt: skip
         rotated = sum(1 << index for index, form in enumerate(self.forms) if form.value_bits == 4)
-        combine[(shape.kv_heads * shape.groups,)](
+        # A row is rotated back whole; else more programs read at once.
+        width = pad if rotated else 32
+        slots = min(128, triton.next_power_of_2(2 * max(t.programs for t in self.forms.values()) // shape.kv_heads))
+        combine[(shape.kv_heads * shape.groups, pad // width)](
             self._out, self._lse, self._spans, self._back, out, self._no_lse if lse is None else lse, tail_slot,
             FORMS=len(self.forms), ROTATED=rotated, G=shape.groups, H=shape.kv_heads, D=shape.head_dim, PAD=pad,
-            SPLITS=self.tail_splits, SLOTS=32, num_warps=8 if pad <= 128 else 16,
+            SPLITS=self.tail_splits, SLOTS=slots, WIDTH=width, OVERLAP=self.overlap,
+            num_warps=16 if rotated else 4, **({"launch_pdl": True} if self.overlap else {}),
         )  # fmt: skip
 
 

@@ -46,6 +46,21 @@ class WorkList:
         table[: len(head)] = np.stack([*bounds, head], axis=1)
         return cls(tile, table, tiles.astype(np.int32), spans.astype(np.int32))
 
+    def bounds(self, key_bits: int) -> Table:
+        """`programs` as the kernel wants them: rows, not tiles, where keys have 16 bits and so lie without gaps."""
+        if key_bits < 16 or not len(self.tiles):
+            return self.programs
+        first, last, head = self.programs.T
+        start, stop = self.tiles[first, 0], self.tiles[last - 1, :2].sum(axis=1)
+        return np.stack([start, np.where(first < last, stop, start), head], axis=1).astype(np.int32)
+
+    def words(self) -> npt.NDArray[np.int64]:
+        """A number for each tile: first row from bit 32 on, unit from bit 8 on, below these the number of rows."""
+        tiles = self.tiles.astype(np.int64)
+        assert self.tile < 1 << 8 and int(tiles[:, 2].max(initial=0)) < 1 << 24
+        words: npt.NDArray[np.int64] = tiles[:, 0] << 32 | tiles[:, 2] << 8 | tiles[:, 1]
+        return words
+
 
 def _tiles(part: CodedKV, tile: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """First row, rows and unit of every tile, and how many each head has."""

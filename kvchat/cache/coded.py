@@ -69,7 +69,8 @@ class CodedKV:
         bounds = np.array(rows.bounds)
         fixed = np.broadcast_to([0, start, chunk], (len(bounds) - 1, 3))
         runs = np.column_stack([np.arange(len(bounds) - 1), bounds[:-1], np.diff(bounds), fixed])
-        unit, number = rows.keys.new_empty(0, rows.keys.shape[1]), rows.keys.new_empty(0)
+        # Absent scales are of the dtype that they have elsewhere.
+        unit, number = (rows.keys.new_empty(shape, dtype=torch.float32) for shape in ((0, rows.keys.shape[1]), (0,)))
         planes = (rows.keys, rows.values, unit, unit, number, number, rows.positions)
         return cls(PLAIN, rows.keys.dtype, len(bounds) - 1, *planes, runs)
 

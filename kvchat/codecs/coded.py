@@ -26,8 +26,10 @@ from kvchat.codecs.rotate import RotatedValues
 _CPU = torch.device("cpu")
 
 
-def coded_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> list[CodedKV]:
-    """As `encode.decode_frame`, on the CPU, but what has 8 or 4 bits stays encoded.
+def coded_frame(
+    header: SegmentHeader, chunk: int, group: int, blob: bytes, device: torch.device = _CPU
+) -> list[CodedKV]:
+    """As `encode.decode_frame`, but what has 8 or 4 bits stays encoded.
 
     Keys and values of other methods are decoded. Raises CorruptFrame.
     """
@@ -39,9 +41,9 @@ def coded_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> l
     units = _units(form, rows.counts)
     by_row = (keys, values, value_scale, value_min, torch.from_numpy(rows.positions))
     sizes = rows.per_layer.tolist()
-    # All layers at once: a segment has many small layers, and each operation costs more than its bytes.
-    parts = [plane.split_with_sizes(sizes if len(plane) else [0] * len(sizes)) for plane in by_row]
-    parts += [plane.split_with_sizes(units.sum(1).tolist()) for plane in (key_scale, key_min)]
+    # All layers at once: a segment has many small layers, and each operation or copy costs more than its bytes.
+    parts = [plane.to(device).split_with_sizes(sizes if len(plane) else [0] * len(sizes)) for plane in by_row]
+    parts += [plane.to(device).split_with_sizes(units.sum(1).tolist()) for plane in (key_scale, key_min)]
     runs = np.empty((*rows.counts.shape, 6), np.int64)
     runs[..., HEAD], runs[..., START], runs[..., CHUNK] = np.arange(runs.shape[1]), header.ranking.start, chunk
     runs[..., FIRST], runs[..., ROWS] = rows.counts.cumsum(1) - rows.counts, rows.counts

@@ -1,5 +1,7 @@
 """Triton kernels of one decode step: numbers are float32 inside, and rounded where transformers rounds them.
 
+Without `enable_fp_fusion=False` the compiler joins a product and a sum and leaves the rounding between them out.
+
 Letters: n width of a row, H KV heads, Q query heads, D head_dim, R rotated channels of a head.
 """
 
@@ -127,7 +129,7 @@ def _norm(
     pad = triton.next_power_of_2(width)
     _rms_norm[(states.numel() // width,)](
         states, added, weight, total, out, eps, N=width, PAD=pad, FORM=form, ADD=added is not None,
-        num_warps=min(16, max(1, pad // 256)),
+        num_warps=min(16, max(1, pad // 256)), enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -135,7 +137,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up, of one shape."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _silu_mul[(triton.cdiv(gate.numel(), 512),)](gate, up, out, gate.numel(), BLOCK=512, num_warps=2)
+    _silu_mul[(triton.cdiv(gate.numel(), 512),)](
+        gate, up, out, gate.numel(), BLOCK=512, num_warps=2, enable_fp_fusion=False
+    )
     return out
 
 
@@ -172,6 +176,6 @@ def rotate(
     _rotate[(len(out) + 2 * heads,)](
         query, key, value, ours[0], theirs[0], cos, sin, row, out, keys, values, keys.stride(0), ours[1], theirs[1],
         Q=len(out), H=heads, D=dim, PAD=triton.next_power_of_2(dim), R=cos.numel(), QUERY_FORM=ours[2],
-        KEY_FORM=theirs[2], num_warps=1,
+        KEY_FORM=theirs[2], num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return out
