@@ -19,15 +19,20 @@ from tests.test_correct import Played  # noqa: E402
 from tests.tiny import make_model  # noqa: E402
 
 TURNS = [[(7 * i + 3 * turn) % 250 for i in range(length)] for turn, length in enumerate((70, 1, 45, 6))]
-TOKENS = [5, 9, 200, 17]
+TOKENS = [5, 200]
 
 
-@pytest.fixture(scope="module", params=[("llama", 4, 2), ("qwen3", 3, 1)], ids=["llama", "qwen3"])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    family, heads, kv_heads = request.param
-    model = make_model(
-        family, torch.bfloat16, device="cuda" if CUDA else "cpu", heads=heads, kv_heads=kv_heads, head_dim=64, layers=2
-    )
+@pytest.fixture(autouse=True)
+def no_proofs_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have tests of their own, and take the interpreter longer than the steps."""
+    if not CUDA:
+        monkeypatch.setattr("kvchat.step.prove", lambda network: {})
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    device = "cuda" if CUDA else "cpu"
+    model = make_model("qwen3", torch.bfloat16, device=device, heads=3, kv_heads=1, head_dim=64, layers=1)
     return Engine(model, 64, "encoded")
 
 
@@ -56,7 +61,7 @@ def assert_close(step: DecodeStep, played: Played, tokens: list[int] = TOKENS) -
     assert played.cache.num_seen == length
 
 
-@pytest.mark.parametrize("codec", ["raw", "k8v8", "k4v4", ["k8v8", "k4v4", "raw"]], ids=str)
+@pytest.mark.parametrize("codec", ["k8v8", ["k8v4", "k4v4", "raw"]], ids=str)
 def test_steps_follow_the_cache_wherever_it_goes(engine: Engine, codec: Any) -> None:
     played, step = Played(engine, 0.6, codec, TURNS), DecodeStep(engine.model, capture=CUDA)
     assert_close(step, played)  # no tail
@@ -85,7 +90,7 @@ def test_a_tail_that_outgrows_its_room(engine: Engine) -> None:
     played, step = Played(engine, 0.6, "k8v8", [TURNS[0], TURNS[-1]]), DecodeStep(engine.model, capture=CUDA)
     played.cache.layers[0].reserve(1)
     room = played.cache.layers[0].room
-    engine.forward(played.cache, [3] * (room - 2))
+    engine.forward(played.cache, [3] * (room - 1))
     assert_close(step, played)
     assert played.cache.layers[0].room > room
 
