@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvchat.cipher import Key, database_errors, error_code
-from kvchat.errors import StoreDamaged
+from kvchat.errors import StoreDamaged, StoreError
 from kvchat.kv_store import KVStore, short
 from kvchat.migrations import explained
 from kvchat.queries import ORPHANS, PATH
@@ -96,8 +96,14 @@ class Checks(KVStore):
             try:
                 salvage_encrypted(self.file, self._key, partial(_require_whole, key=self._key))
             finally:
-                self._reopen()
+                self._open_again()
         return [f"{self.file} was written anew without its damaged pages; KV that lay in them is made again"]
+
+    def _open_again(self) -> None:
+        try:
+            self._reopen()
+        except StoreError as error:
+            raise StoreError(f"{self.file} was closed to be mended, and cannot be opened again: {error}") from error
 
     def probe(self, session_id: int) -> tuple[str, tuple[int, ...]] | None:
         """State and tokens of the answer that was recorded last."""

@@ -1,7 +1,7 @@
 """SQLCipher: SQLite whose file, log and index are encrypted. Its package is loaded when an encrypted store is opened.
 
-Every page is AES-256-CBC with an HMAC-SHA512 of its own; a passphrase becomes the key by 256,000 rounds of
-PBKDF2-HMAC-SHA512 (https://www.zetetic.net/sqlcipher/design/). The first 16 bytes of a file are its salt, in plain.
+Every page is AES-256-CBC with an HMAC-SHA512 of its own (https://www.zetetic.net/sqlcipher/design/). The first 16 bytes
+of a file are its salt, in plain.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ PLAIN = b"SQLite format 3\0"
 """What a file begins with that is not encrypted."""
 SMALLEST = 512
 """Bytes of the smallest database; SQLite takes a shorter file for an empty one."""
+COMPATIBILITY = 4
+"""The format of the pages. A later SQLCipher may have another default, and would not open what an earlier one wrote."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,14 @@ class Key:
     """What opens an encrypted store. Printed, it shows where it came from and never itself."""
 
     secret: str = field(repr=False)
-    """What `PRAGMA key` takes: a passphrase, or x'...' around the hex digits of 32 bytes of key and 16 of salt."""
+    """What `PRAGMA key` takes: x'...' around the hex digits of 32 bytes of key and 16 of salt."""
     source: str
     """As in "the passphrase in KVCHAT_PASSPHRASE"."""
+
+    @property
+    def salt(self) -> str:
+        """In hex."""
+        return self.secret[-33:-1]
 
 
 def salt(path: Path) -> bytes | None:
@@ -40,20 +47,20 @@ def salt(path: Path) -> bytes | None:
     """
     if not path.is_file() or (status := path.stat()).st_size < SMALLEST:
         return None
-    first = _first_bytes(path, status.st_dev, status.st_ino)
+    if sys.platform == "win32":  # where locks belong to their descriptor, and an open file cannot be replaced
+        with path.open("rb") as stream:
+            first = stream.read(len(PLAIN))
+    else:
+        first = os.pread(_descriptor(path, status.st_dev, status.st_ino), len(PLAIN), 0)
     return None if first == PLAIN else first
 
 
 @cache
-def _first_bytes(path: Path, device: int, inode: int) -> bytes:
-    """Sixteen bytes, which never change in the life of a file; `device` and `inode` tell one file from the next."""
-    handle = os.open(path, os.O_RDONLY)
-    first = os.read(handle, len(PLAIN))
+def _descriptor(path: Path, device: int, inode: int) -> int:
+    """One to read from, never closed; `device` and `inode` tell one file from the next."""
     # Closing any descriptor of a file drops the locks that SQLite has on it in this process, and another process would
     # take the store for closed (https://www.sqlite.org/howtocorrupt.html, 2.2). So this one stays, one for each store.
-    if sys.platform == "win32":  # where locks belong to their descriptor, and an open file cannot be replaced
-        os.close(handle)
-    return first
+    return os.open(path, os.O_RDONLY)
 
 
 def sqlcipher() -> Any:
@@ -79,12 +86,17 @@ def connect(path: Path, timeout_s: float, key: Key | None, page_size: int) -> An
         if key is not None:
             # A pragma takes no parameters.
             connection.execute("PRAGMA key = '{}'".format(key.secret.replace("'", "''")))
+            connection.execute(f"PRAGMA cipher_compatibility = {COMPATIBILITY}")  # before what it would reset
             connection.execute(f"PRAGMA cipher_page_size = {page_size}")
         try:
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
         except database_errors() as error:
             if key is None or error_code(error) & 0xFF != sqlite3.SQLITE_NOTADB:
                 raise
+            found = salt(path)
+            if found is not None and found.hex() != key.salt:  # a key is made for the salt that the file has
+                why = "is damaged, or was made or encrypted by another kvchat meanwhile; try again"
+                raise StoreError(f"{path} {why}") from None
             raise StoreError(f"{path} is damaged, or encrypted with another key than {key.source}") from None
         undo.pop_all()
     return connection

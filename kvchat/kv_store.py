@@ -36,9 +36,9 @@ class KVStore:
         self._patience = f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}"
 
     def _reopen(self) -> None:
-        """SQLCipher reads nothing more on a connection that has met a damaged page."""
-        self._db.close()
-        self._db = open_database(self.file, self._busy_timeout_s, self._key)
+        """SQLCipher reads nothing more on a connection that has met a damaged page. Raises StoreError: it stays."""
+        old, self._db = self._db, open_database(self.file, self._busy_timeout_s, self._key)
+        old.close()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -47,7 +47,8 @@ class KVStore:
                 yield
         except StoreDamaged:
             if self._key is not None and not self._db.conn.in_transaction:
-                self._reopen()
+                with suppress(StoreError):  # the next read fails then, and tries again
+                    self._reopen()
             raise
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from sqlite_utils import Database, Migrations
 
-from kvchat.cipher import SMALLEST, Key, connect, database_errors, error_code
+from kvchat.cipher import SMALLEST, Key, connect, database_errors, error_code, salt
 from kvchat.errors import StoreDamaged, StoreError
 
 FORMAT = 1
@@ -218,14 +218,14 @@ def explained(path: Path) -> Iterator[None]:
         text = EXPLANATIONS.get(code, EXPLANATIONS.get(code & 0xFF))
         if text is None:
             raise
-        kind = StoreDamaged if text in (_DAMAGED, _DAMAGED_PAGES) else StoreError
+        if text == _DAMAGED and salt(path) is not None:
+            text = _ENCRYPTED
+        kind = StoreDamaged if text in (_DAMAGED, _DAMAGED_PAGES, _ENCRYPTED) else StoreError
         raise kind(text.format(path=path, error=error)) from error
 
 
-_DAMAGED = (
-    "{path} is damaged ({error}, or encrypted with another key); restore a copy, or move it away and start anew: "
-    "nothing was changed"
-)
+_DAMAGED = "{path} is damaged ({error}); restore a copy, or move it away and start anew: nothing was changed"
+_ENCRYPTED = "{path} is encrypted, or damaged: give its key, or restore a copy: nothing was changed"
 _DAMAGED_PAGES = "{path} is damaged ({error}); `kvchat verify --repair` saves what it can, else restore a copy"
 _BUSY = "{path} is busy: another kvchat is writing to it; try again when that is done"
 _READ_ONLY = "{path} cannot be written ({error}); allow writing to it and its folder, or choose another with --store"

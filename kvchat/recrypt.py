@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kvchat.cipher import Key, connect, database_errors, error_code
+from kvchat.cipher import COMPATIBILITY, Key, connect, database_errors, error_code
 from kvchat.errors import StoreDamaged, StoreError
 from kvchat.migrations import PAGE_SIZE, explained, open_database
 from kvchat.salvage import copy_beside, fill, remove_leftovers
@@ -27,8 +30,12 @@ Contents = dict[tuple[str, ...], int]
 """Each entry of the schema to the rows of its table, 0 for what is no table."""
 
 
-def recrypt(path: Path, key: Key | None, new: Key | None) -> None:
+def recrypt(path: Path, key: Key | None, new: Key | None) -> str | None:
     """Write the store at `path`, which `key` opens, anew for `new`; None = not encrypted. Made, if there is none.
+
+    Returns:
+        None, or why what had to come after it is not all done: to have the new name on the disk, and to overwrite the
+        old file and its log if they were not encrypted.
 
     Raises:
         StoreError: it is open elsewhere, damaged, or there is no room; nothing was changed.
@@ -37,10 +44,14 @@ def recrypt(path: Path, key: Key | None, new: Key | None) -> None:
     path = path.resolve()
     if not path.exists() or not path.stat().st_size:
         open_database(path, PATIENCE_S, new).close()
-        return
-    open_database(path, PATIENCE_S, key).close()  # kvchat's own, and in the newest schema
-    with _replacing(path, key) as (db, copy, _):
-        _copied(db, copy, new)
+        return None
+    with ExitStack() as stack:
+        log = path.with_name(f"{path.name}-wal")
+        plain = [stack.enter_context(log.open("r+b"))] if key is None and log.is_file() else []
+        open_database(path, PATIENCE_S, key).close()  # kvchat's own, and in the newest schema
+        with _replacing(path, key, plain) as swap:
+            _copied(swap.db, swap.copy, new)
+    return swap.undone
 
 
 def salvage_encrypted(path: Path, key: Key, require_whole: Callable[[Path], None]) -> None:
@@ -51,15 +62,17 @@ def salvage_encrypted(path: Path, key: Key, require_whole: Callable[[Path], None
         StoreError: another process has the store open; nothing was changed.
     """
     path = path.resolve()
-    with _replacing(path, key) as (_, copy, old):
-        damaged = copy.with_name(f"{copy.name}-damaged")
-        damaged.touch(mode=0o600)
+    with _replacing(path, key) as swap:
+        damaged = swap.copy.with_name(f"{swap.copy.name}-damaged")
+        damaged.touch(mode=0o600, exist_ok=False)
         with damaged.open("wb") as stream:
-            shutil.copyfileobj(old, stream)
-        with closing(_Reader(damaged, key)) as reader, closing(open_database(copy, PATIENCE_S, key)) as made:
+            shutil.copyfileobj(swap.old, stream)
+        with closing(_Reader(damaged, key)) as reader, closing(open_database(swap.copy, PATIENCE_S, key)) as made:
+            # With a log all rows would lie there, and come into the file only at the end, if there is room left then.
+            made.execute("PRAGMA journal_mode = OFF").fetchall()
             fill(made, reader)
-            require_whole(copy)
         damaged.unlink()
+        require_whole(swap.copy)
 
 
 class _Reader:
@@ -82,20 +95,63 @@ class _Reader:
         self._db.close()
 
 
+@dataclass
+class _Swap:
+    """The database with nobody else in it, its empty copy, which takes its place in the end, and its file."""
+
+    db: Any
+    copy: Path
+    old: BinaryIO
+    undone: str | None = None
+    """Why what had to come after it is not all done."""
+
+
 @contextmanager
-def _replacing(path: Path, key: Key | None) -> Iterator[tuple[Any, Path, BinaryIO]]:
-    """The database with nobody else in it, where to make its copy, which then takes its place, and the file itself."""
+def _replacing(path: Path, key: Key | None, logs: Sequence[BinaryIO] = ()) -> Iterator[_Swap]:
     # The old file is opened first and closed last: closing it gives up SQLite's locks on it.
     with explained(path), path.open("r+b") as old, _alone(path, key) as db:
         remove_leftovers(path)
+        swap = _Swap(db, copy_beside(path), old)
         with ExitStack() as undo:
             undo.callback(remove_leftovers, path)
-            yield db, copy_beside(path), old
-            _sync(copy_beside(path))
-            os.replace(copy_beside(path), path)
+            _make_like(swap.copy, path, os.fstat(old.fileno()))
+            yield swap
+            _require_folded(swap.copy, path)
+            _sync(swap.copy)
+            os.replace(swap.copy, path)
             undo.pop_all()
-        _sync(path.parent)
-        _wipe(old)
+        swap.undone = _settle(path, [old, *logs] if key is None else [])
+
+
+def _make_like(copy: Path, path: Path, status: os.stat_result) -> None:
+    """An empty file with the owner and the mode of the store's. Raises FileExistsError: somebody else's is there."""
+    copy.touch(mode=0o600, exist_ok=False)
+    if sys.platform != "win32":
+        try:
+            os.chown(copy, status.st_uid, status.st_gid)
+        except PermissionError:
+            raise StoreError(f"{path} belongs to another user or group: nothing was changed") from None
+        copy.chmod(stat.S_IMODE(status.st_mode))
+
+
+def _require_folded(copy: Path, path: Path) -> None:
+    """SQLite does not say so if it cannot write a log into its file when that is closed."""
+    log = copy.with_name(f"{copy.name}-wal")
+    if log.exists() and log.stat().st_size:
+        raise StoreError(f"the copy of {path} could not be written; is the disk full? Nothing was changed")
+
+
+def _settle(path: Path, plain: Sequence[BinaryIO]) -> str | None:
+    """Have the new name on the disk, and overwrite what was not encrypted; why not all of that is done."""
+    try:
+        _sync(path.parent)  # before: after a power cut the old name may be back
+        for file in plain:
+            if os.fstat(file.fileno()).st_nlink:
+                return "they have another name"
+            _wipe(file)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 @contextmanager
@@ -121,12 +177,11 @@ def _open_elsewhere(path: Path) -> StoreError:
 
 
 def _copied(db: Any, copy: Path, key: Key | None) -> None:
-    """Make the copy, and check that it holds the same."""
-    copy.touch(mode=0o600)
+    """Fill the copy, and check that it holds the same."""
     db.execute("ATTACH ? AS copy KEY ?", [str(copy), key.secret if key else ""])
     # A copy that a crash leaves half written is never read, so it needs no journal.
     settings = ("page_size", PAGE_SIZE), ("auto_vacuum", "INCREMENTAL"), ("journal_mode", "OFF"), ("synchronous", "OFF")
-    for name, value in (("cipher_page_size", PAGE_SIZE), *settings):
+    for name, value in (("cipher_compatibility", COMPATIBILITY), ("cipher_page_size", PAGE_SIZE), *settings):
         db.execute(f"PRAGMA copy.{name} = {value}").fetchall()
     db.execute("BEGIN")
     db.execute("SELECT sqlcipher_export('copy')").fetchall()

@@ -62,6 +62,7 @@ def salvage(db: Database, path: Path, busy_timeout_s: float, require_whole: Call
     with _alone(db):
         remove_leftovers(path)
         try:
+            beside.touch(mode=0o600, exist_ok=False)  # what is there now is no copy
             with closing(open_database(beside, busy_timeout_s)) as copy:
                 fill(copy, db)
                 require_whole(beside)
@@ -73,17 +74,19 @@ def salvage(db: Database, path: Path, busy_timeout_s: float, require_whole: Call
 def copy_beside(path: Path) -> Path:
     """Where the copy of a database is made, with which it is then written over or replaced."""
     file = path.resolve()
-    return file.with_name(f"{file.name}-salvage")
+    return file.with_name(f".{file.name}.kvchat-salvage")
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove the copy that was left by a process that was killed: it holds all text. For who has the database open.
 
-    A copy is made only by who keeps all others out.
+    A copy is made only by who keeps all others out. What is no plain file is somebody else's, and stays.
     """
     copy = copy_beside(path)
     for suffix in ("", "-wal", "-shm", "-journal", "-damaged", "-damaged-wal", "-damaged-shm"):
-        copy.with_name(copy.name + suffix).unlink(missing_ok=True)
+        file = copy.with_name(copy.name + suffix)
+        if file.is_file() and not file.is_symlink():
+            file.unlink(missing_ok=True)
 
 
 @contextmanager

