@@ -63,6 +63,7 @@ def test_any_bytes_raise_named_errors_alone(found: list[Seed], which: int, data:
 @given(values, st.lists(st.tuples(planes, sizes), max_size=3), st.binary(max_size=64))
 @example({}, [(("x", "<f4", [2**31, 2**31], "zstd"), 4)], b"\x28\xb5\x2f\xfd")
 @example({}, [(("x", "|u1", [2**63, 2], "raw"), 0)], b"")
+@example({}, [(("x", "|u1", [0, 2**16, 2**62], "raw"), 0)], b"")
 def test_a_header_of_any_structure_is_read_within_its_limit(
     head: object, described: list[tuple[tuple[str, str, list[int], str], int]], body: bytes
 ) -> None:

@@ -37,6 +37,7 @@ _CHECKED_FROM = 20
 _MAX_HEADER = 64 * 1024
 _MAX_PLANES = 64
 _MAX_DIMS = 4
+_MOST_ELEMENTS = 1 << 60
 # Compressed is kept only when stored / plain is below this.
 _BAR = 0.97
 
@@ -180,6 +181,8 @@ def _read_description(entry: Any) -> _Plane:
             dtype in DTYPES
             and len(shape) <= _MAX_DIMS
             and all(type(size) is int and size >= 0 for size in shape)
+            # Beside a length of 0 too: numpy multiplies the others.
+            and prod(max(size, 1) for size in shape) < _MOST_ELEMENTS
             and stored >= 0
         ):
             plane = _Plane(name, dtype, tuple(shape), form, stored)
