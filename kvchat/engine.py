@@ -47,15 +47,13 @@ class Engine:
         self.encoded = self.captures if residence == "auto" else residence == "encoded"
         self.problem = ""
         """Why decoding is slower than it could be."""
-        self._told = False
+        self._untold: list[str] = []
         self._steps: WeakKeyDictionary[SegmentedCache, DecodeStep] = WeakKeyDictionary()
 
     def warnings(self) -> list[str]:
         """What a user should know, said once."""
-        told, self._told = self._told, bool(self.problem)
-        if told or not self.problem:
-            return []
-        return [f"decoding runs without a CUDA graph, several times slower than it could: {self.problem}"]
+        told, self._untold = self._untold, []
+        return told
 
     def new_cache(self) -> SegmentedCache:
         """An empty cache of the network's geometry."""
@@ -66,7 +64,7 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def forward(self, cache: SegmentedCache, ids: Sequence[int], logits: int = 1) -> Tensor:
+    def forward(self, cache: SegmentedCache, ids: Sequence[int] | Tensor, logits: int = 1) -> Tensor:
         """Append `ids` to the cache's tail; returns the logits (logits, V) of the last so many positions."""
         output: Tensor = self.model.network(**self._inputs(cache, ids), logits_to_keep=logits).logits
         return output[0]
@@ -115,7 +113,7 @@ class Engine:
                     return
                 if following is None:
                     step = self._fixed_step(cache)
-                    following = step(token) if step else self._step(cache, token)
+                    following = step(token) if step else self.forward(cache, token)[-1]
                 token = sample(following)
                 length += 1
         finally:
@@ -133,14 +131,10 @@ class Engine:
             self._steps[cache].begin(cache)
         except RuntimeError as error:
             self.problem = textwrap.shorten(str(error), 200)
+            slow = "decoding runs without a CUDA graph, several times slower than it could"
+            self._untold.append(f"{slow}: {self.problem}")
             return None
         return partial(self._steps[cache].run, cache)
-
-    @torch.inference_mode()
-    def _step(self, cache: SegmentedCache, token: Tensor) -> Tensor:
-        """Append one token (1,); its logits (V,)."""
-        output: Tensor = self.model.network(**self._inputs(cache, token), logits_to_keep=1).logits
-        return output[0, -1]
 
     @torch.inference_mode()
     def observe(self, cache: SegmentedCache, ids: Sequence[int], tap: Tap) -> None:

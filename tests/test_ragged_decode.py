@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,11 @@ def error(out: Tensor, truth: Tensor) -> float:
     return float((out.cpu().float() - truth).norm() / truth.norm())
 
 
+def on_device(part: CodedKV) -> CodedKV:
+    names = ("keys", "values", "key_scale", "key_min", "value_scale", "value_min", "positions")
+    return replace(part, **{name: getattr(part, name).to(DEVICE) for name in names})
+
+
 def decode(
     parts: list[CodedKV], tail: int, groups: int, scale: float | None = None, softcap: float = 0.0, programs: int = 6
 ) -> float:
@@ -101,7 +108,7 @@ def decode(
     scale = dim**-0.5 if scale is None else scale
     query = torch.randn(heads * groups, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     keys, values, length = tails(heads, tail, dim, dtype)
-    given = [(part.to(DEVICE), WorkList.build(part, programs, 32 if part.form.key_bits == 4 else 64)) for part in parts]
+    given = [(on_device(part), WorkList.build(part, programs, 32 if part.form.key_bits == 4 else 64)) for part in parts]
     out, lse = ragged_decode(query.to(DEVICE), given, keys, values, length, scale, softcap)
     truth, sums = expected(query, parts, keys[:, :tail], values[:, :tail], scale, softcap)
     assert out.dtype == dtype
@@ -180,7 +187,7 @@ def test_nothing_sealed() -> None:
 def test_updating_in_place_equals_a_new_plan() -> None:
     forms = {Form(8, 8): Tuning(64, 4, 2, 5), Form(4, 4): Tuning(32, 1, 2, 7)}
     one, two = (
-        [coded(codec, ranked(2, tokens, seed), 64, torch.float16).to(DEVICE) for codec in ("k8v8", "k4v4")]
+        [on_device(coded(codec, ranked(2, tokens, seed), 64, torch.float16)) for codec in ("k8v8", "k4v4")]
         for tokens, seed in ((70, 0), (45, 1))
     )
     shape = Shape(2, 2, 64)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvchat.cache.coded import GROUP, CodedKV
+from kvchat.cache.coded import FIRST, GROUP, HEAD, ROWS, UNIT, CodedKV
 
 Table = npt.NDArray[np.int32]
 
@@ -65,29 +65,29 @@ class WorkList:
 def _tiles(part: CodedKV, tile: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """First row, rows and unit of every tile, and how many each head has."""
     runs = _merged(part)
-    counts = -(-runs[:, 2] // tile)
+    counts = -(-runs[:, ROWS] // tile)
     run = np.repeat(np.arange(len(runs)), counts)
     place = np.arange(len(run)) - np.repeat(counts.cumsum() - counts, counts)
-    unit = runs[run, 3]
+    unit = runs[run, UNIT]
     if part.form.key_bits == 4:
         assert tile == GROUP
         unit = unit + place
-    rows = np.minimum(runs[run, 2] - place * tile, tile)
-    per_head = np.bincount(runs[run, 0], minlength=part.num_heads)
-    return np.stack([runs[run, 1] + place * tile, rows, unit], axis=1), per_head
+    rows = np.minimum(runs[run, ROWS] - place * tile, tile)
+    per_head = np.bincount(runs[run, HEAD], minlength=part.num_heads)
+    return np.stack([runs[run, FIRST] + place * tile, rows, unit], axis=1), per_head
 
 
 def _merged(part: CodedKV) -> npt.NDArray[np.int64]:
     """Runs, neighbours of one head and unit joined; groups of 4 bits begin anew with every run."""
     runs = part.runs.copy()
     if part.form.key_bits == 16:
-        runs[:, 3] = 0
+        runs[:, UNIT] = 0
     if part.form.key_bits == 4 or not len(runs):
         return runs
     new = np.ones(len(runs), bool)
-    new[1:] = (runs[1:, [0, 3]] != runs[:-1, [0, 3]]).any(axis=1)
+    new[1:] = (runs[1:, [HEAD, UNIT]] != runs[:-1, [HEAD, UNIT]]).any(axis=1)
     merged = runs[new]
-    merged[:, 2] = np.add.reduceat(runs[:, 2], np.flatnonzero(new))
+    merged[:, ROWS] = np.add.reduceat(runs[:, ROWS], np.flatnonzero(new))
     return merged
 
 

@@ -98,18 +98,17 @@ class CodedKV:
         return int(self.key_scale.shape[1])
 
     @property
-    def cu_seqlens(self) -> npt.NDArray[np.int64]:
-        """Head h owns rows cu_seqlens[h] : cu_seqlens[h + 1]; (H + 1,)."""
-        counts = np.bincount(self.runs[:, HEAD], weights=self.runs[:, ROWS], minlength=self.num_heads)
-        return np.concatenate([[0], counts.cumsum()]).astype(np.int64)
-
-    def to(self, device: torch.device) -> CodedKV:
-        """The same rows on a device."""
-        names = ("keys", "values", "key_scale", "key_min", "value_scale", "value_min", "positions")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        return CodedKV(self.form, self.dtype, self.num_heads, **moved, runs=self.runs)
+    def cu_seqlens(self) -> Tensor:
+        """Head h owns rows cu_seqlens[h] : cu_seqlens[h + 1]; (H + 1,) int32 on the CPU."""
+        return bounds_of(self.runs, self.num_heads)
 
     def rows(self) -> LayerKV:
         """Plain rows, as they lie."""
         assert self.form == PLAIN
-        return LayerKV(self.keys, self.values, self.positions, torch.from_numpy(self.cu_seqlens).int())
+        return LayerKV(self.keys, self.values, self.positions, self.cu_seqlens)
+
+
+def bounds_of(runs: npt.NDArray[np.int64], num_heads: int) -> Tensor:
+    """Where the rows of each head begin, and the last end, given runs in canonical order; (H + 1,) int32."""
+    counts = np.bincount(runs[:, HEAD], weights=runs[:, ROWS], minlength=num_heads)
+    return torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.cache.coded import CHUNK, FIRST, GROUP, HEAD, ROWS, START, UNIT, CodedKV
+from kvchat.cache.coded import CHUNK, FIRST, GROUP, HEAD, ROWS, START, UNIT, CodedKV, bounds_of
 from kvchat.cache.segment import LayerKV
 
 Runs = npt.NDArray[np.int64]
@@ -62,11 +62,8 @@ def merged(forms: Sequence[CodedKV], parts: Sequence[LayerKV]) -> LayerKV:
         return parts[0]
     table = _sorted([form.runs for form in forms])
     slices = _slices(table[:, _SOURCE], table[:, FIRST], table[:, ROWS])
-    heads = len(parts[0].cu_seqlens) - 1
-    counts = np.bincount(table[:, HEAD], weights=table[:, ROWS], minlength=heads)
-    cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     keys, values, positions = (_cat(parts, name, slices) for name in ("keys", "values", "positions"))
-    return LayerKV(keys, values, positions, cu_seqlens)
+    return LayerKV(keys, values, positions, bounds_of(table, forms[0].num_heads))
 
 
 def _sorted(chosen: Sequence[Runs]) -> Runs:

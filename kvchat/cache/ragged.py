@@ -12,11 +12,12 @@ Letters: H KV heads, T tokens, N sealed rows of a layer, D head_dim, q new token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -82,27 +83,19 @@ class RaggedLayer(Tail):
         return merged(self.forms, [self._decode(form) for form in self.forms])
 
     @property
-    def counts(self) -> dict[Piece, list[int]]:
-        """Rows of each attached piece, per head."""
-        counts: dict[Piece, list[int]] = {}
-        for form in self.forms:
-            for head, _, rows, _, start, chunk in form.runs.tolist():
-                counts.setdefault(Piece(start, chunk), [0] * len(self.keys))[head] = rows
-        return counts
+    def pieces(self) -> set[Piece]:
+        """What is attached."""
+        return _pieces(self.forms)
 
     def attach(self, pieces: Sequence[CodedKV]) -> None:
         """Add rows; a piece that is there already is an error of ours."""
-        assert not self.counts.keys() & {
-            Piece(*one) for rows in pieces for one in rows.runs[:, [START, CHUNK]].tolist()
-        }
+        assert not self.pieces & _pieces(pieces)
         self._set([(rows, rows.runs) for rows in (*self.forms, *pieces)])
 
     def keep(self, pieces: Collection[Piece]) -> None:
         """Drop every sealed piece that is not named; its memory is freed."""
-        named = set(pieces)
-        kept = [(form, form.runs[[piece in named for piece in _pieces(form)]]) for form in self.forms]
-        if any(len(runs) < len(form.runs) for form, runs in kept):
-            self._set(kept)
+        if dropped := self.pieces.difference(pieces):
+            self._set([(form, form.runs[~_of_pieces(form.runs, dropped)]) for form in self.forms])
 
     def crop(self, position: int) -> None:
         """Forget every token from `position` on, in the tail and inside sealed segments."""
@@ -127,9 +120,19 @@ class RaggedLayer(Tail):
             self._plain = self.forms[0].rows() if forms.keys() == {PLAIN} else None
 
 
-def _pieces(rows: CodedKV) -> list[Piece]:
-    """The piece of every run."""
-    return [Piece(start, chunk) for start, chunk in rows.runs[:, [START, CHUNK]].tolist()]
+def _of_pieces(runs: Runs, pieces: Collection[Piece]) -> npt.NDArray[np.bool_]:
+    """Which runs belong to one of these pieces."""
+    # One number for a place: there are fewer than 256 chunks.
+    numbers = [piece.start << 8 | piece.chunk for piece in pieces]
+    found: npt.NDArray[np.bool_] = np.isin(runs[:, START] << 8 | runs[:, CHUNK], numbers)
+    return found
+
+
+def _pieces(parts: Iterable[CodedKV]) -> set[Piece]:
+    """The pieces whose rows these are."""
+    # Every head has a run of each piece; numpy finds the few that differ.
+    places = [np.unique(part.runs[:, [START, CHUNK]], axis=0).tolist() for part in parts]
+    return {Piece(*place) for some in places for place in some}
 
 
 class SegmentedCache(Cache):  # type: ignore[misc]
@@ -184,7 +187,7 @@ class SegmentedCache(Cache):  # type: ignore[misc]
     @property
     def pieces(self) -> list[Piece]:
         """Attached pieces in canonical order."""
-        return sorted(self.layers[0].counts)
+        return sorted(self.layers[0].pieces)
 
     def rows(self, piece: Piece) -> int:
         """Rows that a piece holds over all layers and heads."""

@@ -55,13 +55,6 @@ class LayerKV:
         lengths = {high - low for low, high in pairwise(self.bounds)}
         return lengths.pop() if len(lengths) == 1 else None
 
-    def before(self, position: int) -> LayerKV:
-        """The rows of tokens before `position`."""
-        kept = self.positions < position
-        count = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cpu().cumsum(0)])
-        cu_seqlens = count[self.cu_seqlens.long()].int()
-        return LayerKV(self.keys[kept], self.values[kept], self.positions[kept], cu_seqlens)
-
     @classmethod
     def dense(cls, keys: Tensor, values: Tensor, start: int) -> LayerKV:
         """Every pair of (H, T, D) keys and values whose first token stands at `start`."""

@@ -21,13 +21,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvchat.cache.coded import GROUP
 from kvchat.codecs.bits import expand, level_table, pack_codes, row_bytes
 from kvchat.codecs.codec import Exact, FrameRows, Take
 from kvchat.codecs.frame import Planes, expect
-from kvchat.codecs.quant import blocks, refuse_what_does_not_fit, scale_and_min, to_tensor
-
-GROUP = 32
-"""Rows of a group."""
+from kvchat.codecs.quant import blocks, by_unit, refuse_what_does_not_fit, scale_and_min, to_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +74,13 @@ class ChannelKeys:
             to_tensor(expect(planes, name, (num_groups, head_dim), "<f2", "<f4"), device).float()
             for name in ("key_scale", "key_min")
         )
-        table = level_table(torch.arange(1 << self.bits, dtype=torch.float32, device=device), self.bits)
-        keys = torch.empty(rows.shape, dtype=rows.dtype, device=device)
-        for part in blocks(rows.shape, device):
-            of = group[part]
-            codes = expand(packed[part], table, self.bits, head_dim)
-            keys[part] = codes.mul_(scale.index_select(0, of)).add_(low.index_select(0, of))
-        return keys
+        return self.dequantise(packed, group, scale, low, rows.dtype)
+
+    def dequantise(self, packed: Tensor, unit: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `by_unit`, of codes (N, W) uint8; a unit is a group."""
+        levels = torch.arange(1 << self.bits, dtype=torch.float32, device=packed.device)
+        table, head_dim = level_table(levels, self.bits), scale.shape[1]
+        return by_unit(lambda part: expand(packed[part], table, self.bits, head_dim), unit, scale, low, dtype)
 
     def _quantise(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (G, 32, D) uint8, scale and min (G, D), of groups of keys (G, 32, D).

@@ -5,22 +5,20 @@ Letters: H KV heads, N rows, D head_dim.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.cache.coded import CHUNK, FIRST, HEAD, ROWS, START, UNIT, CodedKV, Form
+from kvchat.cache.coded import CHUNK, FIRST, GROUP, HEAD, ROWS, START, UNIT, CodedKV, Form
 from kvchat.cache.segment import LayerKV
-from kvchat.codecs.bits import expand, level_table, row_bytes
-from kvchat.codecs.channel import GROUP, ChannelKeys, row_groups
+from kvchat.codecs.bits import row_bytes
+from kvchat.codecs.channel import ChannelKeys
 from kvchat.codecs.codec import FrameRows, Method
 from kvchat.codecs.encode import open_frame
 from kvchat.codecs.frame import Planes, expect
 from kvchat.codecs.header import SegmentHeader
-from kvchat.codecs.quant import Keys8, Values8, blocks
+from kvchat.codecs.quant import Keys8, Values8, to_tensor
 from kvchat.codecs.rotate import RotatedValues
 
 _CPU = torch.device("cpu")
@@ -35,15 +33,15 @@ def coded_frame(
     """
     codec, rows, planes, params = open_frame(header, chunk, group, blob)
     form = Form(_bits(codec.keys), _bits(codec.values))
-    keys, key_scale, key_min = _keys(codec.keys, form, rows, planes, params)
-    values, value_scale, value_min = _values(codec.values, form, rows, planes, params)
-    assert rows.positions is not None
     units = _units(form, rows.counts)
-    by_row = (keys, values, value_scale, value_min, torch.from_numpy(rows.positions))
+    keys, key_scale, key_min = _keys(codec.keys, form, rows, planes, params, int(units.sum()), device)
+    values, value_scale, value_min = _values(codec.values, form, rows, planes, params, device)
+    assert rows.positions is not None
+    by_row = (keys, values, value_scale, value_min, torch.from_numpy(rows.positions).to(device))
     sizes = rows.per_layer.tolist()
     # All layers at once: a segment has many small layers, and each operation or copy costs more than its bytes.
-    parts = [plane.to(device).split_with_sizes(sizes if len(plane) else [0] * len(sizes)) for plane in by_row]
-    parts += [plane.to(device).split_with_sizes(units.sum(1).tolist()) for plane in (key_scale, key_min)]
+    parts = [plane.split_with_sizes(sizes if len(plane) else [0] * len(sizes)) for plane in by_row]
+    parts += [plane.split_with_sizes(units.sum(1).tolist()) for plane in (key_scale, key_min)]
     runs = np.empty((*rows.counts.shape, 6), np.int64)
     runs[..., HEAD], runs[..., START], runs[..., CHUNK] = np.arange(runs.shape[1]), header.ranking.start, chunk
     runs[..., FIRST], runs[..., ROWS] = rows.counts.cumsum(1) - rows.counts, rows.counts
@@ -56,35 +54,16 @@ def coded_frame(
 
 def decoded(part: CodedKV) -> LayerKV:
     """Plain rows in the model's dtype, where the part lies; equal in every bit to what `decode_frame` gives."""
-    keys = part.keys if part.form.key_bits == 16 else _plain_keys(part)
-    values = part.values if part.form.value_bits == 16 else _plain_values(part)
-    return LayerKV(keys, values, part.positions, torch.from_numpy(part.cu_seqlens).int())
-
-
-def _plain_keys(part: CodedKV) -> Tensor:
-    device, dim, bits = part.keys.device, part.head_dim, part.form.key_bits
-    unit = _unit_of_rows(part)
-    levels = torch.arange(1 << bits, dtype=torch.float32, device=device)
-    table = level_table(levels, bits) if bits == 4 else levels
-    keys = torch.empty(len(part.keys), dim, dtype=part.dtype, device=device)
-    for some in blocks(keys.shape, device):
-        codes = expand(part.keys[some], table, bits, dim) if bits == 4 else part.keys[some].float()
-        of = unit[some]
-        codes.mul_(part.key_scale.index_select(0, of).float()).add_(part.key_min.index_select(0, of).float())
-        keys[some] = codes
-    return keys
-
-
-def _plain_values(part: CodedKV) -> Tensor:
-    device, dim = part.values.device, part.head_dim
-    values = torch.empty(len(part.values), dim, dtype=part.dtype, device=device)
+    keys, values, (key_bits, value_bits) = part.keys, part.values, part.form
+    if key_bits < 16:
+        unit, scale, low = _unit_of_rows(part), part.key_scale.float(), part.key_min.float()
+        keys = _KEYS[key_bits].dequantise(keys, unit, scale, low, part.dtype)
     scale = part.value_scale.float().unsqueeze(1)
-    if part.form.value_bits == 8:
-        low = part.value_min.float().unsqueeze(1)
-        for some in blocks(values.shape, device):
-            values[some] = part.values[some].float().mul_(scale[some]).add_(low[some])
-        return values
-    return RotatedValues(part.form.value_bits).unrotate(part.values, scale, dim, part.dtype)
+    if value_bits == 8:
+        values = _VALUES8.dequantise(values, scale, part.value_min.float().unsqueeze(1), part.dtype)
+    elif value_bits == 4:
+        values = _VALUES4.dequantise(values, scale, part.head_dim, part.dtype)
+    return LayerKV(keys, values, part.positions, part.cu_seqlens)
 
 
 def _unit_of_rows(part: CodedKV) -> Tensor:
@@ -99,13 +78,14 @@ def _unit_of_rows(part: CodedKV) -> Tensor:
     return of_rows
 
 
-_KEYS: dict[int, Method] = {8: Keys8(), 4: ChannelKeys(4)}
-_VALUES: dict[int, Method] = {8: Values8(), 4: RotatedValues(4)}
+_KEYS: dict[int, Keys8 | ChannelKeys] = {8: Keys8(), 4: ChannelKeys(4)}
+_VALUES8, _VALUES4 = Values8(), RotatedValues(4)
 
 
 def _bits(method: Method) -> int:
     """Bits of a side that can stay encoded, else 16."""
-    return next((bits for table in (_KEYS, _VALUES) for bits, known in table.items() if known == method), 16)
+    known: dict[Method, int] = {_KEYS[8]: 8, _VALUES8: 8, _KEYS[4]: 4, _VALUES4: 4}
+    return known.get(method, 16)
 
 
 def _units(form: Form, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -116,34 +96,38 @@ def _units(form: Form, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.full_like(counts, 1 if form.key_bits == 8 else 0)
 
 
-def _keys(method: Method, form: Form, rows: FrameRows, planes: Planes, params: Planes) -> tuple[Tensor, Tensor, Tensor]:
+def _keys(
+    method: Method,
+    form: Form,
+    rows: FrameRows,
+    planes: Planes,
+    params: Planes,
+    num_units: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keys as they lie, and their scales and mins, of all layers of a frame."""
-    none, dim = torch.zeros(0, rows.head_dim), rows.head_dim
+    dim, names = rows.head_dim, ("key_scale", "key_min")
     if form.key_bits == 16:
-        return method.decode(planes, params, rows, _CPU), none, none
-    packed = _view(expect(planes, "key", (rows.shape[0], row_bytes(dim, form.key_bits)), "|u1"))
+        none = torch.zeros(0, dim, device=device)
+        return method.decode(planes, params, rows, device), none, none
+    packed = to_tensor(expect(planes, "key", (rows.shape[0], row_bytes(dim, form.key_bits)), "|u1"), device)
     if form.key_bits == 8:
-        scale, low = (_view(params[name].reshape(-1, dim)) for name in ("key_scale", "key_min"))
-        return packed, scale, low
-    groups = row_groups(rows.counts.reshape(-1))[-1:].sum() + 1 if rows.shape[0] else 0
-    scale, low = (_view(expect(planes, name, (int(groups), dim), "<f2", "<f4")) for name in ("key_scale", "key_min"))
+        of_units = [params[name].reshape(-1, dim) for name in names]
+    else:
+        of_units = [expect(planes, name, (num_units, dim), "<f2", "<f4") for name in names]
+    scale, low = (to_tensor(plane, device) for plane in of_units)
     return packed, scale, low
 
 
 def _values(
-    method: Method, form: Form, rows: FrameRows, planes: Planes, params: Planes
+    method: Method, form: Form, rows: FrameRows, planes: Planes, params: Planes, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values as they lie, and their scales and mins, of all layers of a frame."""
-    num_rows, none = rows.shape[0], torch.zeros(0)
+    num_rows, none = rows.shape[0], torch.zeros(0, device=device)
     if form.value_bits == 16:
-        return method.decode(planes, params, rows, _CPU), none, none
-    packed = _view(expect(planes, "value", (num_rows, row_bytes(rows.head_dim, form.value_bits)), "|u1"))
-    scale = _view(expect(planes, "value_scale", (num_rows, 1), "<f2", "<f4"))[:, 0]
+        return method.decode(planes, params, rows, device), none, none
+    packed = to_tensor(expect(planes, "value", (num_rows, row_bytes(rows.head_dim, form.value_bits)), "|u1"), device)
+    scale = to_tensor(expect(planes, "value_scale", (num_rows, 1), "<f2", "<f4")[:, 0], device)
     if form.value_bits == 4:
         return packed, scale, none
-    return packed, scale, _view(expect(planes, "value_min", (num_rows, 1), "<f2", "<f4"))[:, 0]
-
-
-def _view(plane: npt.NDArray[Any]) -> Tensor:
-    """A copy, because planes are read-only views of the frame."""
-    return torch.from_numpy(plane.copy())
+    return packed, scale, to_tensor(expect(planes, "value_min", (num_rows, 1), "<f2", "<f4")[:, 0], device)

@@ -13,7 +13,7 @@ Letters: L layers, H KV heads, T tokens, N rows of a frame, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +64,11 @@ class Keys8:
         codes = to_tensor(expect(planes, "key", rows.shape, "|u1"), device)
         scale, low = (to_tensor(params[name].reshape(-1, rows.head_dim), device) for name in ("key_scale", "key_min"))
         head = torch.from_numpy(np.repeat(np.arange(rows.counts.size), rows.counts.reshape(-1))).to(device)
-        keys = torch.empty(rows.shape, dtype=rows.dtype, device=device)
-        for part in blocks(rows.shape, device):
-            of = head[part]
-            keys[part] = codes[part].float().mul_(scale.index_select(0, of)).add_(low.index_select(0, of))
-        return keys
+        return self.dequantise(codes, head, scale, low, rows.dtype)
+
+    def dequantise(self, codes: Tensor, unit: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `by_unit`, of codes (N, D) uint8."""
+        return by_unit(lambda part: codes[part].float(), unit, scale, low, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +105,27 @@ class Values8:
             to_tensor(expect(planes, name, (num_rows, 1), "<f2", "<f4"), device).float()
             for name in ("value_scale", "value_min")
         )
-        values = torch.empty(rows.shape, dtype=rows.dtype, device=device)
-        for part in blocks(rows.shape, device):
+        return self.dequantise(codes, scale, low, rows.dtype)
+
+    def dequantise(self, codes: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows (N, D) in `dtype` of codes (N, D) uint8, scales and mins (N, 1) float32."""
+        values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        for part in blocks(codes.shape, codes.device):
             values[part] = codes[part].float().mul_(scale[part]).add_(low[part])
         return values
+
+
+def by_unit(codes: Callable[[slice], Tensor], unit: Tensor, scale: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows (N, D) in `dtype` of the float32 codes of some rows, which are used up, and the unit (N,) of each row.
+
+    scale, low: (U, D) float32.
+    """
+    shape = len(unit), scale.shape[1]
+    keys = torch.empty(shape, dtype=dtype, device=scale.device)
+    for part in blocks(shape, scale.device):
+        of = unit[part]
+        keys[part] = codes(part).mul_(scale.index_select(0, of)).add_(low.index_select(0, of))
+    return keys
 
 
 def blocks(shape: Sequence[int], device: torch.device) -> Iterator[slice]:

@@ -72,9 +72,9 @@ class RotatedValues:
         num_rows, head_dim = rows.shape
         packed = to_tensor(expect(planes, "value", (num_rows, row_bytes(head_dim, self.bits)), "|u1"), device)
         scale = to_tensor(expect(planes, "value_scale", (num_rows, 1), "<f2", "<f4"), device).float()
-        return self.unrotate(packed, scale, head_dim, rows.dtype)
+        return self.dequantise(packed, scale, head_dim, rows.dtype)
 
-    def unrotate(self, packed: Tensor, scale: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    def dequantise(self, packed: Tensor, scale: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
         """Rows (N, D) in `dtype` of codes (N, W) and the scales (N, 1) float32 that are stored with them."""
         device = packed.device
         scale = scale * _fixed_point(head_dim)
