@@ -190,10 +190,10 @@ def stats(flags: ModelFlags, name: Name, as_json: Json = False) -> None:
 def bench(
     flags: ModelFlags,
     kind: Annotated[
-        Literal["all", "resume", "decode", "prefill", "store", "memory", "seal"],
+        Literal["all", "resume", "decode", "prefill", "store", "memory", "seal", "gpu"],
         typer.Argument(help="What to measure."),
     ] = "all",
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the history.")] = 6000,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Length of the history (6000; gpu: 65536).")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians are shown.")] = 5,
     messages: Annotated[Path | None, typer.Option(help="A conversation as the history.")] = None,
     as_json: Json = False,

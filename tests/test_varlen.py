@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvchat.attention import flash, reference, varlen
+from kvchat.attention import reference, varlen
 from kvchat.attention.merge import Partial
 from kvchat.cache.segment import LayerKV
 from tests.test_attention import SHAPES, random_rows
@@ -57,36 +58,33 @@ def random_case(
 
 @pytest.mark.parametrize(("groups", "counts", "past", "new"), SHAPES)
 def test_it_asks_the_kernel_for_what_the_reference_computes(
-    groups: int, counts: tuple[int, ...], past: int, new: int, monkeypatch: pytest.MonkeyPatch
+    groups: int, counts: tuple[int, ...], past: int, new: int
 ) -> None:
-    monkeypatch.setattr(flash, "varlen", plain_varlen)
     torch.manual_seed(0)
     query, rows, keys, values = random_case(groups, counts, past, new, 16, torch.float64)
     for sealed in (rows, None):
         expected = reference.attend(query, sealed, keys, values, 0.3)
-        torch.testing.assert_close(varlen.attend(query, sealed, keys, values, 0.3), expected)
+        torch.testing.assert_close(varlen.attend(query, sealed, keys, values, 0.3, plain_varlen), expected)
 
 
-def test_its_normaliser_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash, "varlen", plain_varlen)
+def test_its_normaliser_equals_the_reference() -> None:
     torch.manual_seed(1)
     query, past, own = torch.randn(6, 7, 16), torch.randn(2, 11, 16), torch.randn(2, 7, 16)
     for seen in (past, past[:, :0]):
         torch.testing.assert_close(
-            varlen.log_normaliser(query, seen, own, 0.5), reference.log_normaliser(query, seen, own, 0.5)
+            varlen.log_normaliser(query, seen, own, 0.5, plain_varlen), reference.log_normaliser(query, seen, own, 0.5)
         )
 
 
-def test_keys_are_handed_to_the_kernel_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_handed_to_the_kernel_where_they_lie() -> None:
     seen: set[int] = set()
 
-    def watch(query: Tensor, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> Partial:
+    def watch(query: Tensor, keys: Tensor, values: Tensor, *args: Any) -> Partial:
         seen.update((keys.untyped_storage().data_ptr(), values.untyped_storage().data_ptr()))
-        return plain_varlen(query, keys, values, *args, **kwargs)  # type: ignore[arg-type]
+        return plain_varlen(query, keys, values, *args)
 
-    monkeypatch.setattr(flash, "varlen", watch)
     query, sealed, keys, values = random_case(2, (5, 0, 9), 4, 3, 16, torch.float32)
-    varlen.attend(query, sealed, keys, values, 0.3)
+    varlen.attend(query, sealed, keys, values, 0.3, watch)
     assert seen == {part.untyped_storage().data_ptr() for part in (sealed.keys, sealed.values, keys, values)}
 
 

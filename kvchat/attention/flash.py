@@ -21,6 +21,10 @@ LAUNCH_ROWS = 128
 """With fewer query rows flash-attn-4 takes longer to launch than to compute."""
 
 
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float, bool], Partial]
+"""`varlen` and functions equal to it."""
+
+
 def varlen(
     query: Tensor,
     keys: Tensor,
@@ -46,14 +50,46 @@ def varlen(
         Output (Q, heads, D) and log-sum-exp (Q, heads) float32. A sequence without keys has a log-sum-exp of plus or
         minus infinity.
     """
-    kernel = flash_attn_4(torch.cuda.get_device_capability(query.device)[0]) if max_seqlen_q >= LAUNCH_ROWS else None
-    if kernel is None or query.shape[-1] not in (64, 96, 128):
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(query, keys, values, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-            *(0.0, causal, False),
-            scale=scale,
-        )
-        return out, lse.T
+    tall = max_seqlen_q >= LAUNCH_ROWS and query.shape[-1] in (64, 96, 128)
+    newer = tall and flash_attn_4(torch.cuda.get_device_capability(query.device)[0]) is not None
+    given = query, keys, values, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal
+    return by_flash_attn_4(*given) if newer else by_torch(*given)
+
+
+def by_torch(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+) -> Partial:
+    """`varlen` by torch's own kernel."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *(query, keys, values, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        *(0.0, causal, False),
+        scale=scale,
+    )
+    return out, lse.T
+
+
+def by_flash_attn_4(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+) -> Partial:
+    """`varlen` by flash-attn-4's kernel, which must be installed."""
+    kernel = flash_attn_4(torch.cuda.get_device_capability(query.device)[0])
+    assert kernel is not None
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         out, lse = kernel(
             *(query, keys, values),

@@ -22,17 +22,26 @@ WANTED_BLOCKS = 264
 """Two for each multiprocessor of the devices that this was measured on."""
 
 
-def attend(query: Tensor, sealed: LayerKV | None, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def attend(
+    query: Tensor,
+    sealed: LayerKV | None,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    kernel: flash.Varlen = flash.varlen,
+) -> Tensor:
     """As `reference.attend`, in float16 or bfloat16 with float32 accumulators."""
-    out, lse = dense(query, keys, values, scale, causal=True)
+    out, lse = dense(query, keys, values, scale, True, kernel)
     if sealed is None or not sealed.num_kept:
         return out
     shape = (keys.shape[0], -1, query.shape[1])
     tail = out.view(*shape, query.shape[2]), lse.view(shape)
-    return merge([tail, ragged(query, sealed, scale)])[0].reshape(query.shape)
+    return merge([tail, ragged(query, sealed, scale, kernel)])[0].reshape(query.shape)
 
 
-def dense(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> Partial:
+def dense(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool, kernel: flash.Varlen = flash.varlen
+) -> Partial:
     """(H * G, q, D) queries over (H, T, D) keys, of which the last q are their own if `causal`.
 
     Returns:
@@ -41,11 +50,11 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, scale: float, causal: boo
     q, rows = query.shape[1], keys.shape[1]
     query, keys, values = (part.transpose(0, 1) for part in (query, keys, values))
     steps = _steps(1, q, query.device), _steps(1, rows, query.device)
-    out, lse = flash.varlen(query, keys, values, *steps, q, rows, scale, causal)
+    out, lse = kernel(query, keys, values, *steps, q, rows, scale, causal)
     return out.transpose(0, 1), lse.T
 
 
-def ragged(query: Tensor, sealed: LayerKV, scale: float) -> Partial:
+def ragged(query: Tensor, sealed: LayerKV, scale: float, kernel: flash.Varlen = flash.varlen) -> Partial:
     """(H * G, q, D) queries over sealed rows: output (H, G, q, D), log-sum-exp (H, G, q); a head may have no rows."""
     heads, (num_heads, q, dim) = len(sealed.bounds) - 1, query.shape
     parts = _parts(num_heads, q)
@@ -57,7 +66,7 @@ def ragged(query: Tensor, sealed: LayerKV, scale: float) -> Partial:
     cu_seqlens = torch.tensor(flat, dtype=torch.int32).to(query.device, non_blocking=True)
     keys, values = sealed.keys[:, None], sealed.values[:, None]
     steps = _steps(heads * parts, q, query.device), cu_seqlens
-    out, lse = flash.varlen(packed.flatten(0, 2), keys, values, *steps, q, longest, scale, causal=False)
+    out, lse = kernel(packed.flatten(0, 2), keys, values, *steps, q, longest, scale, False)
     out, lse = out.view(heads, parts, q, -1, dim).transpose(2, 3), lse.view(heads, parts, q, -1).transpose(2, 3)
     # The kernel writes plus infinity where there are no keys.
     lse = lse.masked_fill(lse == torch.inf, -torch.inf)
@@ -78,11 +87,13 @@ def _parts(num_heads: int, q: int) -> int:
     return 1 if q == 1 else max(1, min(16, WANTED_BLOCKS // blocks))
 
 
-def log_normaliser(query: Tensor, past: Tensor, own: Tensor, scale: float) -> Tensor:
+def log_normaliser(
+    query: Tensor, past: Tensor, own: Tensor, scale: float, kernel: flash.Varlen = flash.varlen
+) -> Tensor:
     """As `reference.log_normaliser`."""
-    _, lse = dense(query, own, own, scale, causal=True)
+    _, lse = dense(query, own, own, scale, True, kernel)
     if past.shape[1]:
-        lse = torch.logaddexp(lse, dense(query, past, past, scale, causal=False)[1])
+        lse = torch.logaddexp(lse, dense(query, past, past, scale, False, kernel)[1])
     return lse
 
 

@@ -6,6 +6,7 @@
     store    bits an element and speed of every codec, bytes a token on disk, the store against a plain file
     memory   bytes of KV held against all of it, and what a process grows by when it resumes
     seal     sealing a turn, against prefilling it
+    gpu      one GPU with a model of Llama-3.1-8B's shape: see `bench.gpu`; not a part of `all`
 
 The result is one JSON object. All benchmarks of a run share one model and one history, kvchat and its baselines take
 turns in the same loop, and a figure is the median of its rounds with the least and the greatest. llama.cpp stands
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from kvchat.bench.decode import decode
-from kvchat.bench.history import Subject, prepared
+from kvchat.bench.gpu import TOKENS, gpu
+from kvchat.bench.history import Subject, prepared, ranked
 from kvchat.bench.llama_cpp import no_server, serving
 from kvchat.bench.machine import machine
-from kvchat.bench.memory import RATIOS, memory
+from kvchat.bench.memory import memory
 from kvchat.bench.prefill import prefill
 from kvchat.bench.resume import resume
 from kvchat.bench.seal import seal
@@ -49,17 +51,17 @@ def run(
     kind: str,
     config: Config,
     listener: Listener | None = None,
-    tokens: int = 6000,
+    tokens: int | None = None,
     rounds: int = 5,
     messages: Sequence[Mapping[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Run one benchmark, or all of them one after the other.
 
     Args:
-        kind: one of KINDS, or "all".
+        kind: one of KINDS, "gpu", or "all", which leaves "gpu" out.
         config: the model and all settings; the store is a temporary one.
         listener: told of progress.
-        tokens: about so long a history is made up.
+        tokens: about so long a history is made up; 6000, or for "gpu" 65536.
         rounds: runs that medians are taken of.
         messages: a conversation to use as the history instead.
 
@@ -70,12 +72,14 @@ def run(
         InputError: there is no such benchmark, or the measuring process fails.
         CapacityError: the window has no room for the history, or for a turn behind it.
     """
-    if kind not in (*KINDS, "all"):
-        raise InputError(f"there is no benchmark {kind!r}; known: all, {', '.join(KINDS)}")
+    if kind not in (*KINDS, "gpu", "all"):
+        raise InputError(f"there is no benchmark {kind!r}; known: all, {', '.join(KINDS)}, gpu")
+    if kind == "gpu":
+        return {"bench": kind, **gpu(config, listener, tokens or TOKENS, rounds)}
     engine = Engine(load(config.model, listener), config.model.prefill_chunk_size, config.model.residence)
     with tempfile.TemporaryDirectory(prefix="kvchat-bench-") as folder:
         config = ranked(config, Path(folder) / "bench.db")
-        with prepared(config, engine, listener, tokens, messages) as (conversation, pool):
+        with prepared(config, engine, listener, tokens or 6000, messages) as (conversation, pool):
             room = conversation.num_tokens + 512
             wanted = kind in ("resume", "decode", "all")
             with serving(config.model.name, engine.model.device, room, listener) if wanted else no_server() as llama:
@@ -95,14 +99,6 @@ def _all(subject: Subject, listener: Listener | None) -> dict[str, Any]:
         except KVChatError as error:
             figures[name] = {"problem": str(error)}
     return figures
-
-
-def ranked(config: Config, path: Path) -> Config:
-    """The same settings with the store at `path`, whose segments can be held to every ratio that is measured."""
-    cuts = tuple(sorted({*config.compress.rank_chunks, *RATIOS}))
-    compress = config.compress.model_copy(update={"rank_chunks": cuts})
-    store = config.store.model_copy(update={"path": str(path)})
-    return config.model_copy(update={"store": store, "compress": compress})
 
 
 def rows(figures: Mapping[str, Any], above: str = "") -> Iterator[dict[str, str]]:

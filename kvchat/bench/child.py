@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from kvchat.bench.gpu.shape import shaped
 from kvchat.bench.history import drain, plain_attention, timed
 from kvchat.bench.llama_cpp import LlamaCpp
 from kvchat.config import Config, GenerateConfig
@@ -32,7 +33,9 @@ def main() -> None:
     """Answer one request."""
     request = json.load(sys.stdin)
     config = Config(**request["config"])
-    engine = Engine(load(config.model), config.model.prefill_chunk_size, config.model.residence)
+    shape = request.get("shape")
+    model = shaped(config.model, shape) if shape else load(config.model)
+    engine = Engine(model, config.model.prefill_chunk_size, config.model.residence)
     with ThreadPoolExecutor(2) as pool:
         if request["kind"] == "memory":
             answer = measure_memory(config, engine, pool)

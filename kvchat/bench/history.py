@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -46,6 +47,9 @@ WORDS = [
 ]
 WORDS += ["travel", "paint", "remember", "forget", "answer", "question", "small", "quiet", "bright", "early", "always"]
 WORDS += ["never", "because", "while", "before", "after", "under", "with", "to", "from", "and", "or", "but", "the", "a"]
+
+RATIOS = (1.0, 0.5, 0.3)
+"""Keep ratios that are measured."""
 
 Spread = dict[str, float]
 """The median, the least and the greatest of several runs."""
@@ -102,6 +106,24 @@ class Subject:
         residence.hold(self.conversation.path)
 
 
+def ranked(config: Config, path: Path) -> Config:
+    """The same settings with the store at `path`, whose segments can be held to every ratio that is measured."""
+    cuts = tuple(sorted({*config.compress.rank_chunks, *RATIOS}))
+    compress = config.compress.model_copy(update={"rank_chunks": cuts})
+    store = config.store.model_copy(update={"path": str(path)})
+    return config.model_copy(update={"store": store, "compress": compress})
+
+
+@contextmanager
+def opened(config: Config, engine: Engine) -> Iterator[tuple[Conversation, Executor]]:
+    """A new session "bench", and the pool that it uses."""
+    with closing(Store(config.store_path)) as store, ThreadPoolExecutor(2) as pool:
+        info = store.create_session("bench", engine.model.name, engine.model.fingerprint)
+        conversation = Conversation(info, store, engine, Residence(store, engine, config, pool))
+        conversation.begin(None)
+        yield conversation, pool
+
+
 @contextmanager
 def prepared(
     config: Config,
@@ -111,10 +133,7 @@ def prepared(
     messages: Sequence[Mapping[str, str]] | None,
 ) -> Iterator[tuple[Conversation, Executor]]:
     """A saved and settled session "bench" of about so many tokens, still in memory, and the pool that it uses."""
-    with closing(Store(config.store_path)) as store, ThreadPoolExecutor(2) as pool:
-        info = store.create_session("bench", engine.model.name, engine.model.fingerprint)
-        conversation = Conversation(info, store, engine, Residence(store, engine, config, pool))
-        conversation.begin(None)
+    with opened(config, engine) as (conversation, pool):
         for event in chain(conversation.append(messages or made_up(tokens), lambda: False), conversation.finish()):
             if listener:
                 listener(event)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvchat.bench.history import Subject, in_new_process
-
-RATIOS = (1.0, 0.5, 0.3)
+from kvchat.bench.history import RATIOS, Subject, in_new_process
 
 
 def memory(subject: Subject) -> dict[str, Any]:
