@@ -22,7 +22,9 @@ from kvchat.engine import Engine  # noqa: E402
 from kvchat.fused import Forward, fused, prove  # noqa: E402
 from kvchat.fused.kernels import ONE_PLUS, WEIGHT, rms_norm, silu_mul  # noqa: E402
 from kvchat.fused.modules import Attention, Layer, Mlp, Norm  # noqa: E402
+from kvchat.fused.project import project, rows_of  # noqa: E402
 from kvchat.fused.proof import close  # noqa: E402
+from kvchat.fused.whole import WholeLayer  # noqa: E402
 from kvchat.model import Model  # noqa: E402
 from kvchat.step import DecodeStep  # noqa: E402
 from tests.tiny import FAMILIES, make_model  # noqa: E402
@@ -94,7 +96,7 @@ def test_steps_of_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> 
     model = varied(family, torch.bfloat16 if CUDA else DTYPES[FAMILIES.index(family) % 2])
     norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.network.modules())
     found = prove(model.network)
-    assert kinds(found) == {Norm: norms, Mlp: LAYERS, Attention: LAYERS, Layer: LAYERS}
+    assert kinds(found) == {Norm: norms, Mlp: LAYERS, Attention: LAYERS, WholeLayer: LAYERS}
     monkeypatch.setattr("kvchat.step.prove", lambda network: found)
     ours = steps(model)
     monkeypatch.setattr("kvchat.step.prove", lambda network: {})
@@ -191,6 +193,52 @@ def test_a_forward_of_somebody_else_stays() -> None:
     found = prove(network)
     assert not found.keys() & {layer, layer.mlp, layer.input_layernorm} and network.model.layers[1] in found
     assert layer.mlp.up_proj.forward is theirs
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("width", "dtype"), [(64, torch.float16), (96, torch.bfloat16), (320, torch.bfloat16)])
+def test_projections(width: int, dtype: torch.dtype, biased: bool) -> None:
+    source = torch.Generator().manual_seed(2)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source).to(DEVICE, dtype)
+
+    def assert_near(ours: Tensor, theirs: Tensor) -> None:
+        assert (ours - theirs).float().norm() < 2 * torch.finfo(dtype).eps * theirs.float().norm()
+
+    states, added, rows = numbers(width), numbers(64), rows_of(width, 1)
+    linears = [nn.Linear(width, size, bias=biased).to(DEVICE, dtype) for size in (64, rows, 3 * rows)]
+    weights, biases = [one.weight for one in linears], [one.bias for one in linears]
+    assert_near(project(states, weights, biases), torch.cat([one(states) for one in linears]))
+    assert_near(project(states, weights[:1], biases[:1], added=added), linears[0](states) + added)
+    up = nn.Linear(width, 64, bias=biased).to(DEVICE, dtype)
+    gated = project(states, [weights[0], up.weight], [biases[0], up.bias], gated=True)
+    assert_near(gated, nn.functional.silu(linears[0](states)) * up(states))
+    norm = LlamaRMSNorm(width).to(DEVICE, dtype)
+    norm.weight.data.copy_(numbers(width))
+    parts = norm.weight, 1e-6, WEIGHT.value
+    normed = project(states, weights, biases, norm=parts)
+    assert_near(normed, torch.cat([one(norm(states)) for one in linears]))
+
+
+def test_a_layer_whose_matrices_do_not_fit_keeps_its_linear_modules() -> None:
+    network = varied("llama").network
+    first, second = network.model.layers
+    second.mlp.down_proj.weight.data = second.mlp.down_proj.weight.data.T.contiguous().T
+    found = prove(network)
+    assert isinstance(found[first], WholeLayer) and isinstance(found[second], Layer)
+
+
+def test_a_projection_that_adds_something_keeps_its_module() -> None:
+    class Shifted(nn.Linear):
+        def forward(self, states: Tensor) -> Tensor:
+            return super().forward(states) + 1
+
+    network = varied("llama").network
+    first, second = network.model.layers
+    second.self_attn.v_proj.__class__ = Shifted
+    found = prove(network)
+    assert isinstance(found[first], WholeLayer) and isinstance(found[second], Layer)
 
 
 def test_another_dtype_than_was_proved() -> None:

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 NONE = tl.constexpr(0)
 WEIGHT = tl.constexpr(1)
@@ -89,9 +90,12 @@ def _rotated(x, weight, cos, sin, eps, D: tl.constexpr, PAD: tl.constexpr, R: tl
 def _rotate(
     query, key, value, query_weight, key_weight, cos, sin, row, out, keys, values, stride, query_eps, key_eps,
     Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, R: tl.constexpr,
-    QUERY_FORM: tl.constexpr, KEY_FORM: tl.constexpr,
+    QUERY_FORM: tl.constexpr, KEY_FORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head a program: the queries, then the keys, then the values."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     column = tl.arange(0, PAD)
     inside = column < D
@@ -155,6 +159,7 @@ def rotate(
     rope: tuple[Tensor, Tensor],
     row: Tensor,
     tail: tuple[Tensor, Tensor],
+    overlap: bool = False,
 ) -> Tensor:
     """Norm and RoPE (https://arxiv.org/abs/2104.09864) of one token; its key and value are written to the tail.
 
@@ -163,6 +168,7 @@ def rotate(
     rope       cos and sin, R numbers
     row        (1,) int64: where in the tail
     tail       keys and values, (H, room, D), rows contiguous
+    overlap    launch while the kernel before is still running; compute capability 9 or newer
 
     Returns the queries (Q, 1, D).
     """
@@ -176,6 +182,7 @@ def rotate(
     _rotate[(len(out) + 2 * heads,)](
         query, key, value, ours[0], theirs[0], cos, sin, row, out, keys, values, keys.stride(0), ours[1], theirs[1],
         Q=len(out), H=heads, D=dim, PAD=triton.next_power_of_2(dim), R=cos.numel(), QUERY_FORM=ours[2],
-        KEY_FORM=theirs[2], num_warps=1, enable_fp_fusion=False,
+        KEY_FORM=theirs[2], OVERLAP=overlap, num_warps=1, enable_fp_fusion=False,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out

@@ -7,13 +7,14 @@ Letters: n width of the network's states, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from kvchat.cache.ragged import SegmentedCache
 from kvchat.fused.kernels import Weight, add_rms_norm, rms_norm, rotate, silu_mul
 
 Forward = Callable[..., Any]
@@ -85,12 +86,14 @@ class Mlp:
 class Attention:
     """Attention of one new token in a decode step: one kernel from the projections to the query and the tail's row.
 
-    norms  of each head's query and key, or None
+    norms    of each head's query and key, or None
+    overlap  as for `rotate`
     """
 
     own: Forward
     module: Any
     norms: tuple[Norm, Norm] | None
+    overlap: bool
 
     @property
     def inputs(self) -> list[nn.Linear]:
@@ -107,17 +110,21 @@ class Attention:
     def __call__(self, *given: Any, **named: Any) -> tuple[Tensor, None]:
         """(1, 1, n) to (1, 1, n)."""
         cache, states = named.get("segmented_cache"), named.get("hidden_states")
-        if given or states is None or cache is None or cache.step is None or named.keys() - NAMED != {"hidden_states"}:
+        if given or states is None or not in_step(cache) or named.keys() - NAMED != {"hidden_states"}:
             result: tuple[Tensor, None] = self.own(*given, **named)
             return result
-        index = int(self.module.layer_idx)
-        layer = cache.layers[index]
         parts = [part(states) for part in self.inputs]
-        query, key, value = parts if len(parts) == 3 else parts[0].split(self.widths, -1)
-        norms = (self.norms[0].parts, self.norms[1].parts) if self.norms else None
-        query = rotate(query, key, value, norms, named["position_embeddings"], layer.row, (layer.keys, layer.values))
-        out = cache.step.attend(index, query, layer.keys, layer.values, self.module.scaling)
-        return self.module.o_proj(out.view(1, 1, -1)), None
+        projected = parts if len(parts) == 3 else parts[0].split(self.widths, -1)
+        return self.module.o_proj(self.attend(projected, cache, named["position_embeddings"])), None
+
+    def attend(self, projected: Sequence[Tensor], cache: SegmentedCache, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """What `o_proj` takes, (1, 1, Q * D), of a token's queries, keys and values."""
+        query, key, value = projected
+        index, step = int(self.module.layer_idx), cache.step
+        layer, norms = cache.layers[index], (self.norms[0].parts, self.norms[1].parts) if self.norms else None
+        assert step is not None
+        query = rotate(query, key, value, norms, rope, layer.row, (layer.keys, layer.values), self.overlap)
+        return step.attend(index, query, layer.keys, layer.values, self.module.scaling).view(1, 1, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,3 +144,8 @@ class Layer:
         states, normed = add_rms_norm(given[0], attended, *self.norm.parts)
         total: Tensor = states + self.module.mlp(normed)
         return total
+
+
+def in_step(cache: SegmentedCache | None) -> TypeGuard[SegmentedCache]:
+    """Whether a decode step is running over the cache."""
+    return cache is not None and cache.step is not None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.fused.kernels import ONE_PLUS, WEIGHT, rms_norm, silu_mul
 from kvchat.fused.modules import NAMED, Attention, Forward, Layer, Mlp, Norm, fused
+from kvchat.fused.whole import whole_layers
 
 WORDS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 """Numbers of a dtype as integers."""
@@ -45,7 +46,7 @@ def prove(network: Any) -> dict[nn.Module, Forward]:
         for module in modules:
             if (found := find(module, trial)) is not None:
                 trial.found[module] = found
-    return trial.found
+    return trial.found | whole_layers(trial.found, trial.numbers, trial.overlap)
 
 
 class _Trial:
@@ -57,6 +58,8 @@ class _Trial:
         self._source = torch.Generator().manual_seed(0)
         self._position = torch.full((1, 1), 3, device=network.device)
         rope = _tried(network.base_model.rotary_emb, self.numbers(1, 1, 1), position_ids=self._position)
+        device = network.device
+        self.overlap = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
         self.rope: Sequence[int] | None = rope[0].shape if isinstance(rope, tuple) else None
         """Shape of cos and sin, (1, 1, R)."""
 
@@ -212,7 +215,8 @@ def _attention(module: Any, trial: _Trial) -> Attention | None:
     norms = [norm for norm in map(trial.norm, parts) if norm is not None and len(norm.weight) == dim]
     if len(norms) not in (0, 2) or len(norms) != sum(part is not None for part in parts):
         return None
-    attention = Attention(module.forward, module, (norms[0], norms[1]) if norms else None)
+    of_heads = (norms[0], norms[1]) if norms else None
+    attention = Attention(module.forward, module, of_heads, trial.overlap)
     given, widths = [part.out_features for part in attention.inputs], attention.widths
     if given not in (list(widths), [sum(widths)]) or any(width <= 0 or width % dim for width in widths):
         return None

@@ -165,20 +165,11 @@ def error(given: Inputs) -> float:
 
 def torch_varlen(given: Inputs) -> Callable[[], Tensor]:
     """Torch's variable-length attention over the sealed rows alone: a sequence a KV head, its queries as heads."""
-    from torch.nn.attention.varlen import varlen_attn
-
     rows, device = given.rows.rows(), given.query.device
+    steps, bounds = (torch.arange(H + 1, dtype=torch.int32, device=device), rows.cu_seqlens.to(device))
+    keys, values, longest = rows.keys[:, None], rows.values[:, None], int(rows.cu_seqlens.diff().max())
     query = given.query.view(H, G, D)
-    keys, values = (part[:, None].expand(-1, G, -1) for part in (rows.keys, rows.values))
-    steps = torch.arange(H + 1, dtype=torch.int32, device=device)
-    bounds, longest = rows.cu_seqlens.to(device), int(rows.cu_seqlens.diff().max())
-
-    def run() -> Tensor:
-        out = varlen_attn(query, keys, values, steps, bounds, 1, longest)
-        assert isinstance(out, Tensor)
-        return out
-
-    return run
+    return lambda: flash.by_torch(query, keys, values, steps, bounds, 1, longest, SCALE, False)[0]
 
 
 def prefill_attention(device: torch.device, new: int = 2048, mean: int = 16384) -> dict[str, Any]:

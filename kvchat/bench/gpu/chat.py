@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import time
 from collections.abc import Sequence
@@ -164,7 +163,6 @@ def rewind_to(conversation: Conversation, tokens: int) -> None:
 
 def allocated(engine: Engine) -> int:
     """Bytes that tensors hold on the device; 0 on a CPU."""
-    gc.collect()
     return torch.cuda.memory_allocated(engine.model.device) if engine.model.device.type == "cuda" else 0
 
 
