@@ -22,9 +22,9 @@ from kvchat.engine import Engine  # noqa: E402
 from kvchat.fused import Forward, fused, prove  # noqa: E402
 from kvchat.fused.kernels import ONE_PLUS, WEIGHT, rms_norm, silu_mul  # noqa: E402
 from kvchat.fused.modules import Attention, Layer, Mlp, Norm  # noqa: E402
-from kvchat.fused.project import project, rows_of  # noqa: E402
+from kvchat.fused.project import project  # noqa: E402
 from kvchat.fused.proof import close  # noqa: E402
-from kvchat.fused.whole import WholeLayer  # noqa: E402
+from kvchat.fused.whole import Head, WholeLayer  # noqa: E402
 from kvchat.model import Model  # noqa: E402
 from kvchat.step import DecodeStep  # noqa: E402
 from tests.tiny import FAMILIES, make_model  # noqa: E402
@@ -96,7 +96,7 @@ def test_steps_of_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> 
     model = varied(family, torch.bfloat16 if CUDA else DTYPES[FAMILIES.index(family) % 2])
     norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.network.modules())
     found = prove(model.network)
-    assert kinds(found) == {Norm: norms, Mlp: LAYERS, Attention: LAYERS, WholeLayer: LAYERS}
+    assert kinds(found) == {Norm: norms, Mlp: LAYERS, Attention: LAYERS, WholeLayer: LAYERS, Head: 1}
     monkeypatch.setattr("kvchat.step.prove", lambda network: found)
     ours = steps(model)
     monkeypatch.setattr("kvchat.step.prove", lambda network: {})
@@ -182,7 +182,7 @@ def test_parts_that_are_missing_or_scaled() -> None:
     granite = varied("granite").network
     granite.model.layers[0].residual_multiplier = 0.5
     assert granite.model.layers[0] not in prove(granite) and granite.model.layers[1] in prove(granite)
-    assert kinds(prove(varied("cohere").network)) == {Mlp: LAYERS}, "pairs of neighbours are rotated"
+    assert kinds(prove(varied("cohere").network)) == {Mlp: LAYERS, Head: 1}, "pairs of neighbours are rotated"
 
 
 def test_a_forward_of_somebody_else_stays() -> None:
@@ -206,8 +206,8 @@ def test_projections(width: int, dtype: torch.dtype, biased: bool) -> None:
     def assert_near(ours: Tensor, theirs: Tensor) -> None:
         assert (ours - theirs).float().norm() < 2 * torch.finfo(dtype).eps * theirs.float().norm()
 
-    states, added, rows = numbers(width), numbers(64), rows_of(width, 1)
-    linears = [nn.Linear(width, size, bias=biased).to(DEVICE, dtype) for size in (64, rows, 3 * rows)]
+    states, added = numbers(width), numbers(64)
+    linears = [nn.Linear(width, size, bias=biased).to(DEVICE, dtype) for size in (64, 8, 6)]
     weights, biases = [one.weight for one in linears], [one.bias for one in linears]
     assert_near(project(states, weights, biases), torch.cat([one(states) for one in linears]))
     assert_near(project(states, weights[:1], biases[:1], added=added), linears[0](states) + added)
@@ -221,7 +221,7 @@ def test_projections(width: int, dtype: torch.dtype, biased: bool) -> None:
     assert_near(normed, torch.cat([one(norm(states)) for one in linears]))
 
 
-def test_a_layer_whose_matrices_do_not_fit_keeps_its_linear_modules() -> None:
+def test_a_layer_whose_matrices_lie_otherwise_keeps_its_linear_modules() -> None:
     network = varied("llama").network
     first, second = network.model.layers
     second.mlp.down_proj.weight.data = second.mlp.down_proj.weight.data.T.contiguous().T

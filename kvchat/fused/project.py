@@ -12,6 +12,7 @@ Letters: K width of the vector, N rows of a matrix.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 
 import torch
 import triton
@@ -89,10 +90,10 @@ def _project(
     tl.store(out + at, result)
 
 
-def rows_of(width: int, matrices: int, warps: int = WARPS) -> int:
-    """Rows a program, a power of two."""
-    rows: int = THREAD_WEIGHTS * 32 * warps // (triton.next_power_of_2(width) * matrices)
-    return max(1, min(MOST_ROWS, rows))
+def rows_of(width: int, sizes: Sequence[int], matrices: int, warps: int) -> int:
+    """Rows a program, a power of two that divides the rows of every matrix; `matrices` are read at once."""
+    rows = THREAD_WEIGHTS * 32 * warps // (triton.next_power_of_2(width) * matrices)
+    return gcd(max(1, min(MOST_ROWS, rows)), *sizes)
 
 
 def project(
@@ -109,7 +110,7 @@ def project(
     """Products of up to three matrices with one vector, one after the other.
 
     vector   K numbers, contiguous, of which the RMSNorm is taken first if `norm` is given
-    weights  (N, K) each, rows contiguous; N a multiple of `rows_of`
+    weights  (N, K) each, contiguous
     biases   (N,) each, for all or none
     added    a vector to add to the one product
     gated    SiLU of the first product times the second
@@ -117,8 +118,9 @@ def project(
     """
     count, width, pad = len(weights), vector.numel(), triton.next_power_of_2(vector.numel())
     assert vector.is_contiguous() and all(weight.is_contiguous() and weight.shape[1] == width for weight in weights)
-    rows, sizes = rows_of(width, 2 if gated else 1, warps), [len(weight) for weight in weights]
-    assert all(size % rows == 0 for size in sizes) and (count == 2 if gated else added is None or count == 1)
+    assert count == 2 if gated else added is None or count == 1
+    sizes = [len(weight) for weight in weights]
+    rows = rows_of(width, sizes, 2 if gated else 1, warps)
     total = sizes[0] if gated else sum(sizes)
     out = torch.empty(total, dtype=vector.dtype, device=vector.device)
     a, b, c = (weights[min(index, count - 1)] for index in range(3))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.fused.kernels import ONE_PLUS, WEIGHT, rms_norm, silu_mul
 from kvchat.fused.modules import NAMED, Attention, Forward, Layer, Mlp, Norm, fused
-from kvchat.fused.whole import whole_layers
+from kvchat.fused.whole import head, whole_layers
 
 WORDS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 """Numbers of a dtype as integers."""
@@ -46,7 +46,8 @@ def prove(network: Any) -> dict[nn.Module, Forward]:
         for module in modules:
             if (found := find(module, trial)) is not None:
                 trial.found[module] = found
-    return trial.found | whole_layers(trial.found, trial.numbers, trial.overlap)
+    how = trial.numbers, trial.overlap
+    return trial.found | whole_layers(trial.found, *how) | head(network.get_output_embeddings(), *how)
 
 
 class _Trial:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvchat.fused.kernels import silu_mul
 from kvchat.fused.modules import NAMED, Attention, Forward, Layer, Mlp, Norm, in_step
-from kvchat.fused.project import project, rows_of
+from kvchat.fused.project import project
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +45,10 @@ class WholeLayer:
         return self.total(self.gated(states), states)
 
     def fits(self) -> bool:
-        """Whether the kernel takes the matrices: their dtype, and rows for whole programs."""
+        """Whether the kernel takes the matrices."""
         attention, mlp, dtype = self.attention, self.mlp, self.norm.weight.dtype
         linears = [*attention.inputs, attention.module.o_proj, *mlp.inputs, mlp.module.down_proj]
-        if any(part.weight.dtype != dtype or not part.weight.is_contiguous() for part in linears):
-            return False
-        width, hidden, queries = len(self.norm.weight), mlp.module.down_proj.in_features, attention.widths[0]
-        given = ((width, 1, attention.widths), (queries, 1, (width,)), (width, 2, (hidden,)), (hidden, 1, (width,)))
-        return all(size % rows_of(of, count) == 0 for of, count, sizes in given for size in sizes)
+        return all(part.weight.dtype == dtype and part.weight.is_contiguous() for part in linears)
 
     def projected(self, states: Tensor) -> Tensor:
         """Queries, keys and values, one after the other, of the norm of the states."""
@@ -84,6 +80,35 @@ def _matrices(parts: Sequence[nn.Linear], sizes: Sequence[int]) -> tuple[Sequenc
     (part,) = parts
     none: list[Tensor | None] = [None] * len(sizes)
     return part.weight.split_with_sizes(sizes), none if part.bias is None else part.bias.split_with_sizes(sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A matrix, as that to the logits, times the states of one token; those of more go its own way."""
+
+    own: Forward
+    linear: nn.Linear
+    overlap: bool
+
+    def __call__(self, *given: Tensor, **named: Tensor) -> Tensor:
+        """The one argument, under whatever name."""
+        (states,) = (*given, *named.values())
+        weight = self.linear.weight
+        if states.numel() != weight.shape[1] or states.dtype != weight.dtype:
+            result: Tensor = self.own(states)
+            return result
+        return project(states, [weight], [self.linear.bias], overlap=self.overlap).view(*states.shape[:-1], -1)
+
+
+def head(linear: object, numbers: Callable[..., Tensor], overlap: bool) -> dict[nn.Module, Forward]:
+    """The forward for a network's last matrix, if ours comes near to its own; `numbers` as for `whole_layers`."""
+    if not isinstance(linear, nn.Linear) or "forward" in vars(linear) or not linear.weight.is_contiguous():
+        return {}
+    states = numbers(1, 1, linear.in_features)
+    if states.dtype != linear.weight.dtype:
+        return {}
+    one = Head(linear.forward, linear, overlap)
+    return {linear: one} if _near(one(states), linear(states)) else {}
 
 
 def whole_layers(
