@@ -38,7 +38,7 @@ def coded(codec: str, chunk_of: np.ndarray, head_dim: int, dtype: torch.dtype, s
         ranking = Ranking(index * one.shape[1], one[None])
         header, frames = encode_segment(codec, [(keys + bias).to(dtype)], [(values * size).to(dtype)], ranking)
         pieces += [coded_frame(header, *frame)[0] for frame in frames if frame[0] < 9]
-    return pack(pieces, [piece.runs for piece in pieces])
+    return pack(pieces, [piece.runs for piece in pieces], torch.device("cpu"))
 
 
 def ranked(heads: int, tokens: int, seed: int, segments: int = 2) -> np.ndarray:
@@ -100,7 +100,13 @@ def on_device(part: CodedKV) -> CodedKV:
 
 
 def decode(
-    parts: list[CodedKV], tail: int, groups: int, scale: float | None = None, softcap: float = 0.0, programs: int = 6
+    parts: list[CodedKV],
+    tail: int,
+    groups: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    programs: int = 6,
+    tile: int = 64,
 ) -> float:
     """Relative error of `ragged_decode` against `expected`, and its log-sum-exp checked."""
     first = parts[0]
@@ -108,7 +114,7 @@ def decode(
     scale = dim**-0.5 if scale is None else scale
     query = torch.randn(heads * groups, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     keys, values, length = tails(heads, tail, dim, dtype)
-    given = [(on_device(part), WorkList.build(part, programs, 32 if part.form.key_bits == 4 else 64)) for part in parts]
+    given = [(on_device(part), WorkList.build(part, programs, tile)) for part in parts]
     out, lse = ragged_decode(query.to(DEVICE), given, keys, values, length, scale, softcap)
     truth, sums = expected(query, parts, keys[:, :tail], values[:, :tail], scale, softcap)
     assert out.dtype == dtype
@@ -153,6 +159,12 @@ def test_bfloat16(codec: str) -> None:
     assert decode([part], 5, 4) < (3e-3 if GPU else 7e-3)
 
 
+@pytest.mark.parametrize("tile", [32, 64, 128])
+def test_warps_that_share_the_rows_of_a_head(tile: int) -> None:
+    part = coded("k4v4", ranked(2, 200, tile), 64, torch.float16)
+    assert decode([part], 5, 4, programs=4, tile=tile) < 1e-3
+
+
 def test_forms_side_by_side_and_more_than_sixteen_queries_a_head() -> None:
     parts = [coded(codec, ranked(2, 30, seed), 64, torch.float16) for seed, codec in enumerate(CODECS)]
     assert decode(parts, 9, 17) < 1e-3
@@ -185,7 +197,7 @@ def test_nothing_sealed() -> None:
 
 
 def test_updating_in_place_equals_a_new_plan() -> None:
-    forms = {Form(8, 8): Tuning(64, 4, 2, 5), Form(4, 4): Tuning(32, 1, 2, 7)}
+    forms = {Form(8, 8): Tuning(64, 4, 2, 5), Form(4, 4): Tuning(128, 4, 2, 7)}
     one, two = (
         [on_device(coded(codec, ranked(2, tokens, seed), 64, torch.float16)) for codec in ("k8v8", "k4v4")]
         for tokens, seed in ((70, 0), (45, 1))
@@ -212,8 +224,12 @@ def test_updating_in_place_equals_a_new_plan() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 150), max_size=4), min_size=1, max_size=5), st.sampled_from([16, 8, 4]))
-def test_work_lists_cover_every_row_once(runs_of_heads: list[list[int]], bits: int) -> None:
+@given(
+    st.lists(st.lists(st.integers(1, 150), max_size=4), min_size=1, max_size=5),
+    st.sampled_from([16, 8, 4]),
+    st.sampled_from([32, 64, 128]),
+)
+def test_work_lists_cover_every_row_once(runs_of_heads: list[list[int]], bits: int, tile: int) -> None:
     runs = np.array([(h, 0, n, 0) for h, runs in enumerate(runs_of_heads) for n in runs], np.int64).reshape(-1, 4)
     runs[:, 1] = runs[:, 2].cumsum() - runs[:, 2]
     units = -(-runs[:, 2] // 32) if bits == 4 else np.array([i % 2 for i in range(len(runs))], np.int64)
@@ -224,12 +240,14 @@ def test_work_lists_cover_every_row_once(runs_of_heads: list[list[int]], bits: i
     scale, where = torch.zeros(0, 64), torch.zeros(total, dtype=torch.int32)
     heads = len(runs_of_heads)
     part = CodedKV(Form(bits, 16), torch.half, heads, keys, rows, scale, scale, none, none, where, runs)
-    work = WorkList.build(part, 8, 32)
+    work = WorkList.build(part, 8, tile)
     seen = []
     for head, (first, count) in enumerate(work.spans.tolist()):
         for low, high, of in work.programs[first : first + count].tolist():
             assert of == head and low < high
-            seen += [(row, head, unit) for at, n, unit in work.tiles[low:high].tolist() for row in range(at, at + n)]
+            for at, n, unit in work.tiles[low:high].tolist():
+                assert n <= tile
+                seen += [(at + i, head, unit + i // 32 if bits == 4 else unit) for i in range(n)]
     truth = [
         (at + i, head, unit + i // 32 if bits == 4 else unit if bits == 8 else 0)
         for head, at, n, unit in runs.tolist()

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SUBNORMAL = tl.constexpr(16777216.0)
 HEADS = tl.constexpr(16)
 """Query heads of a group, padded: the least that a tensor core takes."""
 
@@ -114,10 +115,11 @@ def two_parts(at, W: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def four_parts(at, W: tl.constexpr, D: tl.constexpr):
-    """Numbers of every fourth channel from `at`, `at` + 1, `at` + 2 and `at` + 3 on, (W,) each."""
+    """Numbers of every fourth channel from each of (B,) `at`, and one, two and three after it on, (B, W) each."""
     word, place = tl.arange(0, W), tl.arange(0, 4)
-    all_four = tl.load(at + (word[:, None] * 4 + place[None, :]), mask=(word < D // 4)[:, None], other=0.0)
-    even, odd = tl.split(tl.reshape(all_four, (W, 2, 2)))
+    here = (word < D // 4)[None, :, None]
+    all_four = tl.load(at[:, None, None] + (word[None, :, None] * 4 + place[None, None, :]), mask=here, other=0.0)
+    even, odd = tl.split(tl.reshape(all_four, (at.shape[0], W, 2, 2)))
     n0, n2 = tl.split(even)
     n1, n3 = tl.split(odd)
     return n0, n1, n2, n3
@@ -128,30 +130,30 @@ def row_numbers(address, row, inside, DTYPE: tl.constexpr):
     """Numbers of rows from `address` on, in float32. Read as words of 32 bits: the least that is loaded ahead."""
     if tl.float16 == DTYPE:
         at = address + row * 2
-        word = tl.load((at & -4).to(tl.pointer_type(tl.uint32)), mask=inside, other=0)
+        word = tl.load((at & -4).to(tl.pointer_type(tl.uint32)), mask=inside, other=0 if inside is not None else None)
         return (word >> (at & 2).to(tl.uint32) * 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        return tl.load(address.to(tl.pointer_type(DTYPE)) + row, mask=inside, other=0.0)
+        return tl.load(address.to(tl.pointer_type(DTYPE)) + row, mask=inside, other=0.0 if inside is not None else None)
 
 
 @triton.jit
-def every(query, START: tl.constexpr, STEP: tl.constexpr, PAD: tl.constexpr, WIDE: tl.constexpr):
-    """Channels START, START + STEP, ... of (16, PAD) queries, by a product: so they lie as tensor cores want."""
-    row, column = tl.arange(0, PAD), tl.arange(0, PAD // STEP)
-    chosen = (row[:, None] == column[None, :] * STEP + START).to(tl.float16)
-    return dot(query, chosen, tl.zeros((HEADS, PAD // STEP), tl.float32), WIDE).to(tl.float16)
+def laid(x, WIDE: tl.constexpr):
+    """(16, W) or (B, H, W) float32 numbers in float16, by adding a product of zeros: so they lie as tensor cores want.
 
-
-@triton.jit
-def columns(low, W: tl.constexpr, TILE: tl.constexpr):
-    """Mins of (W,) channels as the keys of TILE rows, all alike."""
-    return tl.broadcast_to(low[:, None], (W, TILE))
+    Else what is made of them in a loop would be moved there at every step.
+    """
+    if len(x.shape) == 2:
+        left, right = tl.zeros((x.shape[0], 16), tl.float16), tl.zeros((16, x.shape[1]), tl.float16)
+    else:
+        left = tl.zeros((x.shape[0], x.shape[1], 16), tl.float16)
+        right = tl.zeros((x.shape[0], 16, x.shape[2]), tl.float16)
+    return dot(left, right, x, WIDE).to(tl.float16)
 
 
 @triton.jit
 def scaled(query, scale, low, MIDDLE: tl.constexpr):
-    """A query times key scales in float16, and what each channel adds to every logit besides, in float32."""
-    wide = query.to(tl.float32) * scale[None, :].to(tl.float32)
+    """Queries times key scales in float16, and what each channel adds to every logit besides, in float32."""
+    wide = query.to(tl.float32) * scale.to(tl.float32)
     near = tl.minimum(tl.maximum(wide, -60000.0), 60000.0).to(tl.float16)
     # What rounding did to the scaled query is made up for at the middle code.
-    return near, query.to(tl.float32) * low[None, :].to(tl.float32) + (wide - near.to(tl.float32)) * MIDDLE
+    return near, query.to(tl.float32) * low.to(tl.float32) + (wide - near.to(tl.float32)) * MIDDLE

@@ -3,7 +3,9 @@
 Letters: H KV heads, G query heads per KV head, D head_dim.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped,assignment"
+# Triton has a language of its own, which unpacks nothing within a tuple.
+# ruff: noqa: RUF005
 
 from __future__ import annotations
 
@@ -15,42 +17,42 @@ from kvchat.attention.decode_codes import LOG2E
 
 
 @triton.jit
-def _read(out, lse, first, count, slot, head, column, G: tl.constexpr, D: tl.constexpr):
-    """Log-sum-exps and rows of slots of one query head, `first` + `slot`, of which there are `count`."""
-    inside = slot < count
-    part = tl.load(lse + (first + slot) * G + head, mask=inside, other=float("-inf"))
-    at = out + ((first + slot) * G + head)[:, None].to(tl.int64) * D + column[None, :]
-    return part, tl.load(at, mask=inside[:, None] & (column < D)[None, :], other=0.0)
+def _largest(lse, first, count, member, G: tl.constexpr, MOST: tl.constexpr):
+    """The largest log-sum-exp of `count` slots of one query head from `first` on."""
+    slot = tl.arange(0, MOST)
+    top = tl.full((MOST,), float("-inf"), tl.float32)
+    for start in tl.range(0, count, MOST, loop_unroll_factor=1):
+        at = (first + start + slot) * G + member
+        top = tl.maximum(top, tl.load(lse + at, mask=start + slot < count, other=float("-inf")))
+    return tl.max(top, 0)
 
 
 @triton.jit
-def _fold(part, rows, m, total, acc, other):
-    """Add slots to a running sum `acc`; `other` only decays."""
-    top = tl.maximum(m, tl.max(part, 0))
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    weight, decay = tl.exp2(part - safe), tl.exp2(m - safe)
-    total = total * decay + tl.sum(weight, 0)
-    return top, total, acc * decay + tl.sum(rows * weight[:, None], 0), other * decay
-
-
-@triton.jit
-def _gather(out, lse, first, count, head, m, total, acc, other, column, G: tl.constexpr, D: tl.constexpr,
-            SLOTS: tl.constexpr):  # fmt: skip
-    """Add `count` slots of one query head."""
+def _sums(
+    out, lse, first, count, member, m, column,
+    G: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Weights of `count` slots of one query head from `first` on, (SLOTS,), and their weighted rows, (W,), summed."""
     slot = tl.arange(0, SLOTS)
-    part, rows = _read(out, lse, first, count, slot, head, column, G, D)
-    m, total, acc, other = _fold(part, rows, m, total, acc, other)
-    for start in tl.range(SLOTS, count, SLOTS):
-        part, rows = _read(out, lse, first, count, start + slot, head, column, G, D)
-        m, total, acc, other = _fold(part, rows, m, total, acc, other)
-    return m, total, acc, other
+    total = tl.zeros((SLOTS,), tl.float32)
+    acc = tl.zeros((SLOTS, column.shape[0]), tl.float32)
+    for start in tl.range(0, count, SLOTS, num_stages=STAGES, loop_unroll_factor=1):
+        inside = start + slot < count
+        at = (first + start + slot) * G + member
+        weight = tl.exp2(tl.load(lse + at, mask=inside, other=float("-inf")) - m)
+        here = inside[:, None] & (column < D)[None, :]
+        rows = tl.load(out + at[:, None].to(tl.int64) * D + column[None, :], mask=here, other=0.0)
+        total += weight
+        acc += rows * weight[:, None]
+    return total, tl.sum(acc, 0)
 
 
 @triton.jit
 def combine(
     out, lse, spans, back, result, result_lse, tail_slot,
     FORMS: tl.constexpr, ROTATED: tl.constexpr, G: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr,
-    SPLITS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, STAGES: tl.constexpr, WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Join the partial results of one query head; what is rotated is rotated back once. Grid: query heads, PAD / WIDTH.
 
@@ -58,32 +60,47 @@ def combine(
     PAD. `back` (D, D): a rotated row @ back, in the fixed point of `codecs.rotate`, is the row. OVERLAP: launched
     before the partial results are there.
     """
-    if OVERLAP:
-        gdc_wait()
     head = tl.program_id(0)
     kv_head, member = head // G, head % G
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    m = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    plain = tl.zeros((WIDTH,), tl.float32)
-    rotated = tl.zeros((WIDTH,), tl.float32)
-    first = tail_slot + kv_head * SPLITS
-    m, total, plain, rotated = _gather(out, lse, first, SPLITS, member, m, total, plain, rotated, column, G, D, SPLITS)
+    # All that does not wait for the partial results comes first.
+    firsts, counts = (), ()
     for form in tl.static_range(FORMS):
-        span = spans + (form * H + kv_head) * 2
-        first, count = tl.load(span), tl.load(span + 1)
+        firsts = firsts + (tl.load(spans + (form * H + kv_head) * 2),)
+        counts = counts + (tl.load(spans + (form * H + kv_head) * 2 + 1),)
+    if ROTATED and PAD <= 128:
+        matrix = _matrix(back, column, D, PAD)
+    if OVERLAP:
+        gdc_wait()
+    at = (tail_slot + kv_head * SPLITS + tl.arange(0, SPLITS)) * G + member
+    tail = tl.load(lse + at)
+    tail_rows = tl.load(out + at[:, None].to(tl.int64) * D + column[None, :], mask=(column < D)[None, :], other=0.0)
+    # The maximum of all comes first, so that sums need no factor on what was before and loads go ahead of their use.
+    m = tl.max(tail, 0)
+    for form in tl.static_range(FORMS):
+        m = tl.maximum(m, _largest(lse, firsts[form], counts[form], member, G, MOST))
+    weight = tl.exp2(tail - m)
+    total = tl.sum(weight, 0)
+    plain = tl.sum(tail_rows * weight[:, None], 0)
+    rotated = tl.zeros((WIDTH,), tl.float32)
+    for form in tl.static_range(FORMS):
+        more, acc = _sums(out, lse, firsts[form], counts[form], member, m, column, G, D, SLOTS, STAGES)
+        total += tl.sum(more, 0)
         if (ROTATED >> form) & 1:
-            m, total, rotated, plain = _gather(
-                out, lse, first, count, member, m, total, rotated, plain, column, G, D, SLOTS
-            )
+            rotated += acc
         else:
-            m, total, plain, rotated = _gather(
-                out, lse, first, count, member, m, total, plain, rotated, column, G, D, SLOTS
-            )
+            plain += acc
     if ROTATED:
-        row = tl.arange(0, PAD)
-        here = (row < D)[:, None] & (column < D)[None, :]
-        matrix = tl.load(back + row[:, None] * D + column[None, :], mask=here, other=0.0)
+        if PAD > 128:
+            matrix = _matrix(back, column, D, PAD)
         plain += tl.sum(rotated[:, None] * matrix, 0)
     tl.store(result + head * D + column, (plain / total).to(result.dtype.element_ty), mask=column < D)
     tl.store(result_lse + head, (m + tl.log2(total)) / LOG2E, mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def _matrix(back, column, D: tl.constexpr, PAD: tl.constexpr):
+    """`back`, padded."""
+    row = tl.arange(0, PAD)
+    here = (row < D)[:, None] & (column < D)[None, :]
+    return tl.load(back + row[:, None] * D + column[None, :], mask=here, other=0.0)

@@ -14,19 +14,16 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from kvchat.attention.decode_codes import (
     HEADS,
     LOG2E,
+    SUBNORMAL,
     byte_codes,
-    columns,
     dot,
-    every,
-    four_parts,
+    laid,
     levels,
-    nibble_codes,
     row_numbers,
     scaled,
     two_parts,
 )
-
-SUBNORMAL = tl.constexpr(16777216.0)
+from kvchat.attention.decode_nibbles import nibble_rows
 
 
 @triton.jit
@@ -85,12 +82,13 @@ def _tail(
         p, m, decay = _softmax(logits, m, scale, SOFTCAP, inside)
         total = total * decay + tl.sum(p, 1)
         acc = dot(p.to(v.dtype), v, acc * decay[:, None], WIDE)
-    _store(out, lse, slot, head, column, acc / tl.where(total > 0, total, 1.0)[:, None], m, total, G, D)
+    share = 1.0 / tl.where(total > 0, total, 1.0)
+    _store(out, lse, slot, head, column, acc * share[:, None], m, total, G, D)
 
 
 @triton.jit
 def attend_rows(
-    query, addresses, boosts, programs, tiles, tail_keys, tail_values, tail_length, out, lse,
+    query, addresses, boosts, programs, starts, tiles, tail_keys, tail_values, tail_length, out, lse,
     tail_programs, first_slot, tail_slot, tail_stride, scale,
     FORM: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, SCALE: tl.constexpr,
     VALUE_SCALE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr,
@@ -112,27 +110,40 @@ def attend_rows(
         )  # fmt: skip
     else:
         program = share - tail_programs
+        # What does not wait for another is asked for at once.
+        place = addresses + FORM * 6
+        places = (
+            tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3), tl.load(place + 4),
+            tl.load(place + 5), tl.load(boosts + FORM), tl.load(starts + program),
+        )  # fmt: skip
         first = tl.load(programs + program * 3)
         last = tl.load(programs + program * 3 + 1)
         kv_head = tl.load(programs + program * 3 + 2)
-        if first < last:
+        # No branch on whether there is work: loads that follow one would wait for its condition.
+        if KEY_BITS == 4:
+            fewer = tl.program_id(1) * HEADS + tl.arange(0, 8 if G <= 8 else 16)
+            nibble_rows(
+                query + kv_head * G * D, places, tiles, first, last, out, lse, first_slot + program, fewer, scale,
+                SCALE, VALUE_SCALE, G, D, PAD, TILE, STAGES, SOFTCAP, PACKED, WIDE,
+            )  # fmt: skip
+        else:
             _sealed(
-                query + kv_head * G * D, addresses + FORM * 6, boosts + FORM, tiles, first, last, out, lse,
-                first_slot + program, head, scale, KEY_BITS, VALUE_BITS, SCALE, VALUE_SCALE, G, D, PAD, TILE, STAGES,
-                SOFTCAP, PACKED, WIDE,
+                query + kv_head * G * D, places, tiles, first, last, out, lse, first_slot + program, head, scale,
+                KEY_BITS, VALUE_BITS, SCALE, VALUE_SCALE, G, D, PAD, TILE, STAGES, SOFTCAP, PACKED, WIDE,
             )  # fmt: skip
 
 
 @triton.jit
 def _sealed(
-    query, addresses, boosts, tiles, first, last, out, lse, slot, head, scale,
+    query, places, tiles, first, last, out, lse, slot, head, scale,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, SCALE: tl.constexpr, VALUE_SCALE: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Running softmax of one head's queries over rows `first` to `last` where keys are plain, else over tiles.
 
-    `tiles`: as `WorkList.words`, one load a tile, because a load that waits for another needs two stages.
+    `places`: addresses of the six planes, boost and the first tile. `tiles`: as `WorkList.words`, one load a tile,
+    because a load that waits for another needs two stages.
     """
     STEP: tl.constexpr = TILE if KEY_BITS == 16 else 1
     KEY_PARTS: tl.constexpr = 16 // KEY_BITS
@@ -143,25 +154,23 @@ def _sealed(
     KEY_WORD: tl.constexpr = DTYPE if KEY_BITS == 16 else tl.uint16
     VALUE_WORD: tl.constexpr = DTYPE if VALUE_BITS == 16 else tl.uint16
     # Tensors lie elsewhere after every seal, and a captured graph does not: so their addresses are data.
-    keys = tl.multiple_of(tl.load(addresses).to(tl.pointer_type(KEY_WORD)), 16)
-    values = tl.multiple_of(tl.load(addresses + 1).to(tl.pointer_type(VALUE_WORD)), 16)
-    key_scale = tl.multiple_of(tl.load(addresses + 2).to(tl.pointer_type(SCALE)), 16)
-    key_min = tl.multiple_of(tl.load(addresses + 3).to(tl.pointer_type(SCALE)), 16)
-    value_scale, value_min = tl.load(addresses + 4), tl.load(addresses + 5)
-    boost = tl.load(boosts)
+    keys, values, key_scale, key_min, value_scale, value_min, boost, ahead = places
+    keys = tl.multiple_of(keys.to(tl.pointer_type(KEY_WORD)), 16)
+    values = tl.multiple_of(values.to(tl.pointer_type(VALUE_WORD)), 16)
+    key_scale = tl.multiple_of(key_scale.to(tl.pointer_type(SCALE)), 16)
+    key_min = tl.multiple_of(key_min.to(tl.pointer_type(SCALE)), 16)
 
     row, kw, vw, column = tl.arange(0, TILE), tl.arange(0, KW), tl.arange(0, VW), tl.arange(0, PAD)
     k_here, v_here = kw < D // KEY_PARTS, vw < D // VALUE_PARTS
-    q_here = (head < G)[:, None] & (column < D)[None, :]
-    q0 = tl.load(query + head[:, None] * D + column[None, :], mask=q_here, other=0.0)
-    if KEY_BITS < 16:
-        whole = q0.to(tl.float16)
-        q0 = every(whole, 0, KEY_PARTS, PAD, WIDE)
-        q1 = every(whole, 1, KEY_PARTS, PAD, WIDE)
-    if KEY_BITS == 4:
-        q1 = q1 * 0.0625
-        q2 = every(whole, 2, KEY_PARTS, PAD, WIDE)
-        q3 = every(whole, 3, KEY_PARTS, PAD, WIDE) * 0.0625
+    if KEY_BITS == 16:
+        q_here = (head < G)[:, None] & (column < D)[None, :]
+        q0 = tl.load(query + head[:, None] * D + column[None, :], mask=q_here, other=0.0)
+    else:
+        pair = kw[:, None] * 2 + tl.arange(0, 2)[None, :]
+        q_here = (head < G)[:, None, None] & (pair < D)[None, :, :]
+        both = tl.load(query + head[:, None, None] * D + pair[None, :, :], mask=q_here, other=0.0)
+        q0, q1 = tl.split(both.to(tl.float32))
+        q0, q1 = laid(q0, WIDE), laid(q1, WIDE)
 
     m = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
@@ -171,8 +180,6 @@ def _sealed(
     a2 = tl.zeros((HEADS, VW), tl.float32)
     a3 = tl.zeros((HEADS, VW), tl.float32)
     if KEY_BITS < 16:
-        ahead = tl.load(tiles + first)
-    if KEY_BITS == 8:
         # Of the unit that the last tile had: most tiles have the same.
         scaled_by = tl.full((), -1, tl.int64)
         s0, s1, sums = q0, q1, total
@@ -184,7 +191,7 @@ def _sealed(
             tile = ahead
             ahead = tl.load(tiles + tl.minimum(step + 1, last - 1))
             start = tile >> 32
-            inside = row < (tile & 0xFF)
+            inside = row < (tile & 0xFF).to(tl.int32)
             unit = (tile >> 8 & 0xFFFFFF) * D
         at = keys + start * (D // KEY_PARTS) + (kw[:, None] + row[None, :] * (D // KEY_PARTS))
         k = tl.load(at, mask=inside[None, :] & k_here[:, None], other=0)
@@ -195,36 +202,15 @@ def _sealed(
         if KEY_BITS == 16:
             logits = dot(q0, k, zero, WIDE)
         else:
-            if KEY_BITS == 8:
-                z0, z1 = two_parts(key_scale + unit, KW, D)
-                l0, l1 = two_parts(key_min + unit, KW, D)
-                k0, k1 = byte_codes(k, PACKED)
-                if unit != scaled_by:
-                    s0, c0 = scaled(q0, z0, l0, 128.0)
-                    s1, c1 = scaled(q1, z1, l1, 128.0)
-                    sums = tl.sum(c0 + c1, 1)
-                    scaled_by = unit
-                logits = dot(s1, k1, dot(s0, k0, zero, WIDE), WIDE)
-                constant = sums[:, None]
-            else:
-                s0, s1, s2, s3 = four_parts(key_scale + unit, KW, D)
-                l0, l1, l2, l3 = four_parts(key_min + unit, KW, D)
-                k0, k1, k2, k3 = nibble_codes(k, PACKED)
-                if tl.float16 == SCALE:
-                    s0, s1, s2, s3 = q0 * s0[None, :], q1 * s1[None, :], q2 * s2[None, :], q3 * s3[None, :]
-                    constant = dot(q1, columns(l1, KW, TILE), zero, WIDE)
-                    constant = dot(q3, columns(l3, KW, TILE), constant, WIDE) * 16.0
-                    constant = dot(q0, columns(l0, KW, TILE), constant, WIDE)
-                    constant = dot(q2, columns(l2, KW, TILE), constant, WIDE)
-                else:
-                    s0, c0 = scaled(q0, s0, l0, 8.0)
-                    s1, c1 = scaled(q1, s1, l1, 8.0)
-                    s2, c2 = scaled(q2, s2, l2, 8.0)
-                    s3, c3 = scaled(q3, s3, l3, 8.0)
-                    constant = tl.sum((c0 + c2) + (c1 + c3) * 16.0, 1)[:, None]
-                logits = dot(s1, k1, dot(s0, k0, zero, WIDE), WIDE)
-                logits = dot(s3, k3, dot(s2, k2, logits, WIDE), WIDE)
-            logits = logits * SUBNORMAL + constant
+            z0, z1 = two_parts(key_scale + unit, KW, D)
+            l0, l1 = two_parts(key_min + unit, KW, D)
+            k0, k1 = byte_codes(k, PACKED)
+            if unit != scaled_by:
+                s0, c0 = scaled(q0, z0[None, :], l0[None, :], 128.0)
+                s1, c1 = scaled(q1, z1[None, :], l1[None, :], 128.0)
+                sums = tl.sum(c0 + c1, 1)
+                scaled_by = unit
+            logits = dot(s1, k1, dot(s0, k0, zero, WIDE), WIDE) * SUBNORMAL + sums[:, None]
         p, m, decay = _softmax(logits, m, scale, SOFTCAP, inside)
         total = total * decay + tl.sum(p, 1)
 
@@ -244,6 +230,8 @@ def _sealed(
             a0 = dot(weights, v0, a0 * decay[:, None], WIDE)
             a1 = dot(weights, v1, a1 * decay[:, None], WIDE)
 
+    # A program without work writes nothing.
+    head = tl.where(first < last, head, G)
     share = 1.0 / tl.where(total > 0, total, 1.0)
     factor = share if VALUE_BITS == 16 else share * (SUBNORMAL / boost)
     add = (offset * share)[:, None]

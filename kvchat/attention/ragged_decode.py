@@ -12,7 +12,7 @@ Letters: H KV heads, G query heads per KV head, C room of the tail, D head_dim, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ Part = tuple[CodedKV, WorkList]
 class Tuning:
     """How one form is launched.
 
-    tile      rows a step; 32 where keys have 4 bits
+    tile      rows a step, the same for each warp; 32 each where keys have 4 bits
     warps     of a program
     stages    one more than the tiles that are under way at once
     programs  P
@@ -53,11 +53,17 @@ class Tuning:
         """Rows a step in the tail: few enough for the buffers of one warp."""
         return 16 if self.warps == 1 else 32
 
+    @property
+    def tail_stages(self) -> int:
+        """Stages of the tail: fewer where many programs share the buffers of a multiprocessor."""
+        return 3 if self.warps == 4 else 2
+
     @classmethod
     def of(cls, form: Form, multiprocessors: int, head_dim: int = 128) -> Tuning:
         """Defaults."""
         if form.key_bits == 4:
-            return cls(GROUP, 1, 4, 8 * multiprocessors)
+            # Of the variants timed on an H100 the fastest; a few fewer than fit, for the programs of the tail.
+            return cls(2 * GROUP, 2, 3, max(multiprocessors, (6 if head_dim <= 128 else 4) * multiprocessors - 64))
         tile = 64 if form == Form(16, 16) else 128
         return cls(tile if head_dim <= 128 else tile // 2, 4, 3, 2 * multiprocessors)
 
@@ -88,13 +94,13 @@ class DecodePlan:
     tail_splits: int = 8
     max_tiles: int = 4096
     overlap: bool = False
-    held: list[CodedKV] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         # Kernels run on a CPU in Triton's interpreter alone.
         self.interpreted = self.device.type == "cpu"
         assert self.shape.head_dim % 4 == 0 and 64 <= self.shape.head_dim <= 256
         assert all(tuning.programs >= self.shape.kv_heads for tuning in self.forms.values())
+        assert all(t.tile == GROUP * t.warps for form, t in self.forms.items() if form.key_bits == 4)
         if not self.forms:
             self.forms = {Form(16, 16): Tuning(64, 4, 3, self.shape.kv_heads)}
         heads, groups, dim = self.shape.kv_heads, self.shape.groups, self.shape.head_dim
@@ -110,6 +116,7 @@ class DecodePlan:
         self._programs = [
             torch.zeros(tuning.programs, 3, dtype=torch.int32, device=self.device) for tuning in self.forms.values()
         ]
+        self._starts = [self._words(tuning.programs) for tuning in self.forms.values()]
         self._tiles = [self._words(self.max_tiles) for _ in self.forms]
         self._back = back_rotation(dim, self.device)
 
@@ -124,12 +131,12 @@ class DecodePlan:
     def update(self, parts: Sequence[Part]) -> bool:
         """Read these rows from now on, at most one part of a form; for a seal, not for a token.
 
+        The kernel reads addresses: whoever gives the parts keeps them until `run` has read them for the last time.
+
         Returns whether graphs captured before stay valid: not if a table had to grow or scales changed their dtype.
         """
         given = {part.form: (part, work) for part, work in parts}
         assert len(given) == len(parts) and given.keys() <= self.forms.keys(), (given.keys(), self.forms.keys())
-        # The kernel reads addresses, which keep nothing alive.
-        self.held = [part for part, _ in parts]
         same = True
         for index, form in enumerate(self.forms):
             if form in given:
@@ -156,7 +163,10 @@ class DecodePlan:
         same = len(work.tiles) <= len(self._tiles[index])
         if not same:
             self._tiles[index] = self._words(2 * len(work.tiles))
-        self._tiles[index][: len(work.tiles)].copy_(torch.from_numpy(work.words()))
+        words = work.words()
+        self._tiles[index][: len(words)].copy_(torch.from_numpy(words))
+        if len(words):
+            self._starts[index].copy_(torch.from_numpy(words[work.programs[:, 0]]))
         scales = (part.key_scale.dtype, part.value_scale.dtype)
         same &= scales == self._scales[part.form]
         self._scales[part.form] = scales
@@ -188,25 +198,26 @@ class DecodePlan:
             tail = shape.kv_heads * self.tail_splits if index == 0 else 0
             key_scale, value_scale = (_TRITON[dtype] for dtype in self._scales[form])
             attend_rows[(tuning.programs + tail, triton.cdiv(shape.groups, 16))](
-                query, self._addresses, self._boosts, self._programs[index], self._tiles[index], keys, values, length,
-                self._out, self._lse, tail, int(self._firsts[index]), tail_slot, keys.stride(0), scale,
+                query, self._addresses, self._boosts, self._programs[index], self._starts[index], self._tiles[index],
+                keys, values, length, self._out, self._lse, tail, int(self._firsts[index]), tail_slot, keys.stride(0),
+                scale,
                 FORM=index, KEY_BITS=form.key_bits, VALUE_BITS=form.value_bits, SCALE=key_scale,
                 VALUE_SCALE=value_scale,
                 G=shape.groups, D=shape.head_dim, PAD=pad, TILE=tuning.tile, STAGES=tuning.stages,
-                SPLITS=self.tail_splits, TAIL_TILE=tuning.tail_tile, TAIL_STAGES=3, SOFTCAP=shape.softcap,
-                PACKED=tuning.packed and not self.interpreted, WIDE=self.interpreted,
+                SPLITS=self.tail_splits, TAIL_TILE=tuning.tail_tile, TAIL_STAGES=tuning.tail_stages,
+                SOFTCAP=shape.softcap, PACKED=tuning.packed and not self.interpreted, WIDE=self.interpreted,
                 OVERLAP=self.overlap, num_warps=tuning.warps,
                 **({} if tuning.registers is None else {"maxnreg": tuning.registers}),
             )  # fmt: skip
         rotated = sum(1 << index for index, form in enumerate(self.forms) if form.value_bits == 4)
-        # A row is rotated back whole; else more programs read at once.
-        width = pad if rotated else 32
-        slots = min(128, triton.next_power_of_2(2 * max(t.programs for t in self.forms.values()) // shape.kv_heads))
+        # A row is rotated back whole, and loads go ahead of their use; else more programs read at once.
+        width, warps, stages = (pad, 16, 3) if rotated else (32, 4, 1)
+        slots = min(64, triton.next_power_of_2(2 * max(t.programs for t in self.forms.values()) // shape.kv_heads))
         combine[(shape.kv_heads * shape.groups, pad // width)](
             self._out, self._lse, self._spans, self._back, out, self._no_lse if lse is None else lse, tail_slot,
             FORMS=len(self.forms), ROTATED=rotated, G=shape.groups, H=shape.kv_heads, D=shape.head_dim, PAD=pad,
-            SPLITS=self.tail_splits, SLOTS=slots, WIDTH=width, OVERLAP=self.overlap,
-            num_warps=16 if rotated else 4, **({"launch_pdl": True} if self.overlap else {}),
+            SPLITS=self.tail_splits, SLOTS=slots, MOST=32 * warps, STAGES=stages, WIDTH=width, OVERLAP=self.overlap,
+            num_warps=warps, **({"launch_pdl": True} if self.overlap else {}),
         )  # fmt: skip
 
 
@@ -225,7 +236,8 @@ def ragged_decode(
     """One `DecodePlan.run` with a plan of its own: output (H * G, D) and log-sum-exp (H * G,) float32."""
     heads, _, dim = tail_keys.shape
     forms = {
-        part.form: Tuning(work.tile, 1 if work.tile == GROUP else 4, 3, len(work.programs)) for part, work in parts
+        part.form: Tuning(work.tile, work.tile // GROUP if part.form.key_bits == 4 else 4, 3, len(work.programs))
+        for part, work in parts
     }
     shape = Shape(heads, len(query) // heads, dim, softcap)
     plan = DecodePlan(shape, forms, query.device)

@@ -1,7 +1,8 @@
 """Which program of the decode kernel reads which rows: made on the CPU once a seal, read by every token.
 
-Rows of a head are cut into tiles that share a key scale, and tiles are dealt to programs evenly; a program serves one
-head. The number of programs is given and never changes, so that a captured CUDA graph stays valid.
+Rows of a head are cut into tiles that share a key scale, or in 4 bits into tiles of whole groups, and tiles are dealt
+to programs evenly; a program serves one head. The number of programs is given and never changes, so that a captured
+CUDA graph stays valid.
 
 Letters: H KV heads, R runs, T tiles, P programs.
 """
@@ -23,7 +24,7 @@ class WorkList:
     """Tables of one form.
 
     programs  (P, 3): first tile, one past the last, head; the tiles both 0 for a program without work
-    tiles     (T, 3): first row, rows, unit of the key scale
+    tiles     (T, 3): first row, rows, first unit of the key scale
     spans     (H, 2): first program of the head, and how many it has
     tile      the most rows of a tile
     """
@@ -63,15 +64,15 @@ class WorkList:
 
 
 def _tiles(part: CodedKV, tile: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """First row, rows and unit of every tile, and how many each head has."""
+    """First row, rows and first unit of every tile, and how many each head has."""
     runs = _merged(part)
     counts = -(-runs[:, ROWS] // tile)
     run = np.repeat(np.arange(len(runs)), counts)
     place = np.arange(len(run)) - np.repeat(counts.cumsum() - counts, counts)
     unit = runs[run, UNIT]
     if part.form.key_bits == 4:
-        assert tile == GROUP
-        unit = unit + place
+        assert tile % GROUP == 0
+        unit = unit + place * (tile // GROUP)
     rows = np.minimum(runs[run, ROWS] - place * tile, tile)
     per_head = np.bincount(runs[run, HEAD], minlength=part.num_heads)
     return np.stack([runs[run, FIRST] + place * tile, rows, unit], axis=1), per_head
