@@ -29,6 +29,7 @@ _HOMES = {
             "InputError",
             "KVChatError",
             "ModelError",
+            "OutOfMemory",
             "SessionExists",
             "SessionNotFound",
             "StoreError",

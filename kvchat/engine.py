@@ -16,9 +16,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kvchat import memory
 from kvchat.attention import reads_encoded
 from kvchat.cache.ragged import SegmentedCache, Tap
 from kvchat.codecs.coded import decoded
+from kvchat.errors import OutOfMemory
 from kvchat.model import Model
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ Stop = Callable[[], bool]
 
 Sample = Callable[[Tensor], Tensor]
 """Logits (V,) to the next token, (1,) int64 on the same device."""
+
+SHORTEST = 16
+"""Tokens below which the chunks of a prefill are not halved any more when memory runs out."""
 
 
 class Engine:
@@ -47,6 +52,8 @@ class Engine:
         self.encoded = self.captures if residence == "auto" else residence == "encoded"
         self.problem = ""
         """Why decoding is slower than it could be."""
+        self._short = False
+        """Whether that is because memory was short, which it need not be at the next answer."""
         self._untold: list[str] = []
         self._steps: WeakKeyDictionary[SegmentedCache, DecodeStep] = WeakKeyDictionary()
 
@@ -63,10 +70,26 @@ class Engine:
             decode=decoded if self.encoded else None,
         )
 
-    @torch.inference_mode()
+    def free(self) -> None:
+        """Let go what can be made again: captured steps of all conversations, and memory that torch keeps at hand."""
+        self._steps.clear()
+        memory.release(self.model.device)
+
     def forward(self, cache: SegmentedCache, ids: Sequence[int] | Tensor, logits: int = 1) -> Tensor:
-        """Append `ids` to the cache's tail; returns the logits (logits, V) of the last so many positions."""
-        output: Tensor = self.model.network(**self._inputs(cache, ids), logits_to_keep=logits).logits
+        """Append `ids` to the cache's tail; returns the logits (logits, V) of the last so many positions.
+
+        Should it fail, no layer has any of them.
+
+        Raises:
+            OutOfMemory: twice, the second time after `free`.
+        """
+        doing = f"computing {len(ids)} tokens" if len(ids) > 1 else "computing a token"
+        return memory.again(partial(self._forward, cache, ids, logits), self.free, doing, self.model.device)
+
+    @torch.inference_mode()
+    def _forward(self, cache: SegmentedCache, ids: Sequence[int] | Tensor, logits: int) -> Tensor:
+        with cache.appending():
+            output: Tensor = self.model.network(**self._inputs(cache, ids), logits_to_keep=logits).logits
         return output[0]
 
     def _inputs(self, cache: SegmentedCache, ids: Sequence[int] | Tensor) -> dict[str, object]:
@@ -83,15 +106,24 @@ class Engine:
     def prefill(self, cache: SegmentedCache, ids: Sequence[int], stop: Stop) -> Generator[int, None, Tensor | None]:
         """Append `ids` in chunks, yielding how many are done; returns the logits (V,) after the last.
 
-        Stopped early, it returns None as the generator's value, and the cache holds what was done.
+        Stopped early, it returns None as the generator's value, and the cache holds what was done. It does too when
+        memory does not even suffice for a chunk of a few tokens, which is OutOfMemory.
         """
         logits: Tensor | None = None
-        for start in range(0, len(ids), self.chunk_size):
+        start, size = 0, self.chunk_size
+        while start < len(ids):
             if stop():
                 return None
-            chunk = ids[start : start + self.chunk_size]
-            logits = self.forward(cache, chunk)[-1]
-            yield start + len(chunk)
+            chunk = ids[start : start + size]
+            try:
+                logits = self.forward(cache, chunk)[-1]
+            except OutOfMemory:
+                if len(chunk) <= SHORTEST:
+                    raise
+                size = max(SHORTEST, len(chunk) // 2)  # needs less for what it does not keep
+                continue
+            start += len(chunk)
+            yield start
         return logits
 
     def decode(
@@ -102,7 +134,7 @@ class Engine:
         The last token yielded has no KV yet: it is computed when the turn is closed. A device computes one step
         further than is yielded, so that it never waits for who reads; closing the generator takes that step back.
         """
-        length = cache.num_seen
+        length, begun = cache.num_seen, False
         token, step = sample(logits), None
         try:
             while True:
@@ -112,29 +144,51 @@ class Engine:
                 if value in ends or stop():
                     return
                 if following is None:
-                    step = self._fixed_step(cache)
-                    following = step(token) if step else self.forward(cache, token)[-1]
-                token = sample(following)
+                    # Once an answer: where memory does not suffice now, it will not at the next token.
+                    step, begun = None if begun else self._fixed_step(cache), True
+                    following = step(token) if step else None
+                token = sample(self.forward(cache, token)[-1] if following is None else following)
                 length += 1
         finally:
             cache.crop(length)
 
-    def _fixed_step(self, cache: SegmentedCache) -> Callable[[Tensor], Tensor] | None:
-        """Steps from fixed buffers, on a device that has them; None: a forward pass a token."""
-        if not self.captures or self.problem:
+    def _fixed_step(self, cache: SegmentedCache) -> Callable[[Tensor], Tensor | None] | None:
+        """Steps from fixed buffers, on a device that has them; None, also of a step: a forward pass a token."""
+        if not self.captures or (self.problem and not self._short):
             return None
+        self.problem, self._short = "", False
+        try:
+            doing = "preparing to decode"
+            step = memory.again(partial(self._begin, cache), self.free, doing, self.model.device)
+        except (RuntimeError, OutOfMemory) as error:
+            self._give_up(cache, error)
+            return None
+        return partial(self._step, step, cache)
+
+    def _begin(self, cache: SegmentedCache) -> DecodeStep:
         from kvchat.step import DecodeStep  # needs Triton
 
         if cache not in self._steps:
             self._steps[cache] = DecodeStep(self.model, capture=True)
+        self._steps[cache].begin(cache)
+        return self._steps[cache]
+
+    def _step(self, step: DecodeStep, cache: SegmentedCache, token: Tensor) -> Tensor | None:
+        """One step; None if memory does not suffice for more room, which happens before anything has changed."""
         try:
-            self._steps[cache].begin(cache)
+            return step.run(cache, token)
         except RuntimeError as error:
-            self.problem = textwrap.shorten(str(error), 200)
-            slow = "decoding runs without a CUDA graph, several times slower than it could"
-            self._untold.append(f"{slow}: {self.problem}")
+            if not memory.is_out_of_memory(error):
+                raise
+            self._give_up(cache, error)
             return None
-        return partial(self._steps[cache].run, cache)
+
+    def _give_up(self, cache: SegmentedCache, error: RuntimeError | OutOfMemory) -> None:
+        """Decode slowly, for good or, if memory is short, to the end of this answer; say so, and let buffers go."""
+        self._steps.pop(cache, None)
+        self._short, self.problem = memory.is_out_of_memory(error), textwrap.shorten(str(error), 200)
+        slow = "decoding runs without a CUDA graph, several times slower than it could"
+        self._untold.append(f"{slow}: {self.problem}")
 
     @torch.inference_mode()
     def observe(self, cache: SegmentedCache, ids: Sequence[int], tap: Tap) -> None:

@@ -17,6 +17,7 @@ A message is one line: what happened, the value, and what to do about it.
     |   |-- UnknownCodec
     |   `-- CorruptFrame         checksum, size or structure is wrong
     `-- CapacityError            the model's window has no room for what was asked
+        `-- OutOfMemory          the device's memory has none
 """
 
 from __future__ import annotations
@@ -80,3 +81,7 @@ class CorruptFrame(CodecError):
 
 class CapacityError(KVChatError):
     """The model's window has no room for what was asked."""
+
+
+class OutOfMemory(CapacityError):
+    """The device's memory has no room, even after what can be made again was let go; the session goes on."""

@@ -5,8 +5,10 @@ A turn is any number of `Progress`, `Notice` and `Delta`, then one `TurnDone`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "interrupted", "context"]
@@ -62,6 +64,21 @@ class Timings:
     """From submitting the turn to its first non-empty text, restore and prefill included."""
     itl_s: tuple[float, ...]
     seal_s: float | None = None
+
+
+@dataclass(slots=True)
+class Draft:
+    """A reply in the making: its ids, when each came, and when the first text could be shown."""
+
+    submitted: float
+    ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    first_text: float | None = None
+
+    def timings(self, load_s: float) -> Timings:
+        """Of the finished reply."""
+        gaps = tuple(later - earlier for earlier, later in pairwise(self.times))
+        return Timings(load_s, (self.first_text or time.perf_counter()) - self.submitted, gaps)
 
 
 @dataclass(frozen=True, slots=True)

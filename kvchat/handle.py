@@ -145,7 +145,7 @@ class Session:
 
     def settle(self) -> float:
         """Wait until every finished turn is sealed or saved; seconds that the last answer's took."""
-        return self._call(lambda: self._conversation.seal_s)
+        return self._call(self._conversation.save)
 
     def stats(self) -> dict[str, Any]:
         """Tokens, pairs and bytes: of the whole, each segment, each turn. Waits for a running seal."""

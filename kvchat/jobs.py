@@ -1,8 +1,9 @@
 """One thread that does jobs in order, and hands results and events back to whoever asked.
 
 Whatever a job raises goes to its caller, a request to end the process too. What work in the background raises is kept
-by the conversation it belongs to, and raised by the next call for it; what is done in spare time only tells. The thread
-lives on; should it end all the same, whatever waits for it fails.
+by the conversation it belongs to, and raised by the next call for it, but for a lack of memory, which is told: the next
+call does what was not done. What is done in spare time only tells. The thread lives on; should it end all the same,
+whatever waits for it fails.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeVar
 
-from kvchat.errors import InputError
+from kvchat.errors import InputError, OutOfMemory
 from kvchat.events import Event, Listener, Notice
+from kvchat.memory import named
 
 Result = TypeVar("Result")
 Chore = Callable[[Callable[[], bool]], None]
 CLOSED = "this session is closed; open it again"
+
+SAVE_AFTER_S = 0.05
+"""Seconds without a job after which sealed KV is written; who sends turn after turn does not wait for it."""
+MEND_AFTER_S = 0.2
+"""Seconds without a job after which missing KV is computed again; a front end's first questions come sooner."""
 
 
 class Job(NamedTuple):
@@ -60,7 +67,7 @@ class Jobs:
                 raise_failure(owner)
                 future.set_result(work())
             except BaseException as error:  # a process edge: the caller gets it
-                future.set_exception(error)
+                future.set_exception(named(error))
 
         self.put(job, future.set_exception)
         return future.result()
@@ -78,7 +85,7 @@ class Jobs:
                     events.put(event)
                 events.put(None)
             except BaseException as error:  # a process edge: the caller gets it
-                events.put(error)
+                events.put(named(error))
             self.in_background(after, owner)
 
         self.put(job, events.put)
@@ -90,7 +97,11 @@ class Jobs:
             for event in steps():
                 self.tell(event)
         except Exception as error:  # a process edge: raised by the owner's next call
-            owner.failure = owner.failure or error
+            if isinstance(failure := named(error), OutOfMemory):
+                with suppress(Exception):  # it may be the listener that fails
+                    self.tell(Notice(str(failure)))
+            else:
+                owner.failure = owner.failure or error
 
     def in_spare_time(self, steps: Callable[[], Iterator[Event]], what: str) -> None:
         """Do the steps here and now, in the thread; nobody needs them, so a failure is told and costs nothing else."""

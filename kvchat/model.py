@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from kvchat import memory
 from kvchat.config import ModelConfig, default_folder
 from kvchat.convert import file_sha256
 from kvchat.download import BUILTIN, model_folder, weight_files
-from kvchat.errors import ConfigError, ModelError
+from kvchat.errors import ConfigError, ModelError, OutOfMemory
 from kvchat.events import Listener, Progress
 from kvchat.fingerprint import digest
 from kvchat.supported import context_window, one_line_errors, quiet_libraries, read_config
@@ -21,6 +23,8 @@ from kvchat.template import ChatTemplate
 
 FORMAT = "1"
 """Version of what saved KV means."""
+
+_SMALLER = "choose a smaller model, model.dtype bfloat16 or another model.device, or close other programs"
 
 NOT_ARCHITECTURE = {"transformers_version", "dtype", "torch_dtype", "attn_implementation", "use_cache"}
 
@@ -111,7 +115,12 @@ def load(config: ModelConfig, listener: Listener | None = None, cache: Path | No
     fingerprint = _fingerprint(folder, [file_sha256(file, cache) for file in files], settings, tokenizer, dtype)
     size = sum(file.stat().st_size for file in files)
     report(Progress("load", 0, size))
-    network = _network(name, folder, device, dtype, register(config.attention))
+    make, release = partial(_network, name, folder, device, dtype, register(config.attention)), memory.release
+    try:
+        network = memory.again(make, partial(release, device), "loading", device)
+    except OutOfMemory:
+        needed = f"its weights take {size / 1e9:.2f} GB on disk, and {memory.room(device)}"
+        raise ModelError(f"{name} does not fit into memory: {needed}; {_SMALLER}") from None
     report(Progress("load", size, size))
     return Model(
         name=_lasting_name(name),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvchat.engine import Engine, Stop, likeliest
-from kvchat.errors import CodecError, InputError, StoreError
+from kvchat.errors import CodecError, InputError, OutOfMemory, StoreError
 from kvchat.events import Notice
 from kvchat.residence import Residence
 from kvchat.session import Conversation
@@ -41,7 +41,8 @@ def check(conversation: Conversation) -> Finding:
     """Bring the KV back, ask the probe's question, compare with the record or make one, and compare text and tokens."""
     name = conversation.info.name
     problems = [f"session {name!r}: {problem}" for problem in disagreements(conversation)]
-    for steps in (conversation.restore(), conversation.residence.mend(conversation.path, lambda: False)):
+    residence = conversation.residence
+    for steps in (conversation.restore(), residence.mend(conversation.path, lambda: False), residence.save()):
         problems += [f"session {name!r}: {event.text}" for event in steps if isinstance(event, Notice)]
     try:
         tokens = answer(conversation, lambda: False)
@@ -68,9 +69,9 @@ def check(conversation: Conversation) -> Finding:
 def record(conversation: Conversation, stop: Stop) -> Iterator[Notice]:
     """Record the answer to the probe's question unless that is done, in time that nobody needs; yields nothing.
 
-    What stops it, a store that cannot be written, or no answer costs only the record.
+    What stops it, a store that cannot be written, a lack of memory, or no answer costs only the record.
     """
-    with suppress(StoreError, CodecError):
+    with suppress(StoreError, CodecError, OutOfMemory):
         state = state_of(conversation)
         recorded = conversation.store.probe(conversation.info.id)
         if recorded is None or recorded[0] != state:

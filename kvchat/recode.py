@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -64,8 +63,8 @@ def _replaced(
     """The segment in the new codec, or None if it was removed meanwhile. On return nothing of it is in memory."""
     part = read_part(store, record, device)
     header, frames = encode_segment(names, list(part.keys), list(part.values), part.ranking, basis)
-    del part  # the codecs have read it
-    stored = list(islice(frames, record.stored_chunks * header.num_groups))
+    del part  # the codecs hold what they still need
+    stored = [frame for frame in frames if frame[0] < record.stored_chunks]
     new = _renamed(record, ",".join(names), header, basis)
     return new if store.replace_segment(record.id, new, stored) else None
 

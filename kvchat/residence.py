@@ -1,8 +1,9 @@
 """The KV of one conversation: restored from segments, computed from ids where there are none, sealed, saved, held.
 
 Positions 0 .. num_seen are covered by sealed segments and then by the tail, in which finished turns wait until a
-segment has enough tokens. Waiting turns are saved exactly ("open" segments), so nothing is ever only in memory;
-sealing replaces them. A segment that is missing or damaged is a miss: said, removed, computed again.
+segment has enough tokens. Waiting turns are saved exactly ("open" segments); sealing replaces them. A sealed segment is
+in memory at once, and in the store when there is time or whoever asks looks there (`save`). A segment that is missing
+or damaged is a miss: said, removed, computed again.
 """
 
 from __future__ import annotations
@@ -13,21 +14,23 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
-from itertools import accumulate
+from functools import partial
 
 from torch import Tensor
 
 from kvchat.cache.segment import Ranking
-from kvchat.codecs import decode_frame, encode_segment
-from kvchat.compress.allocate import chunks_held
+from kvchat.codecs import decode_frame
+from kvchat.codecs.encode import Reading, read_segment
 from kvchat.compress.compressor import codecs_for
 from kvchat.config import Config
 from kvchat.engine import Engine, Stop
-from kvchat.errors import CodecError, StoreDamaged, StoreError, UnknownCodec
+from kvchat.errors import CodecError, OutOfMemory, StoreDamaged, UnknownCodec
 from kvchat.events import Notice, Phase, Progress
 from kvchat.fingerprint import fingerprint_id
+from kvchat.holding import Holding
+from kvchat.memory import twice
 from kvchat.records import num_answered, turn_of
-from kvchat.saving import Saver
+from kvchat.saving import Saver, Saving, sealed_layers
 from kvchat.sealing import cuts_of, rank_turns, read_header
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Resident, Tiers
@@ -35,7 +38,7 @@ from kvchat.tiers import Resident, Tiers
 Steps = Generator[Progress | Notice, None, None]
 
 
-class Residence:
+class Residence(Holding):
     """The cache of one conversation and its segments in the store.
 
     Methods take the conversation's path, which only ever grows at its end or is cut (`crop`).
@@ -44,7 +47,7 @@ class Residence:
         store: used from this thread alone.
         engine: the model.
         config: all settings.
-        pool: threads that decode frames.
+        pool: threads that decode and pack frames.
         session_id: the stored session, which gives way last when the disk is full; None: it is as any other.
     """
 
@@ -57,7 +60,7 @@ class Residence:
         self.cache = engine.new_cache()
         self.tiers = Tiers(self.cache, store.frames, pool)
         self.fingerprint = fingerprint_id(engine.model.fingerprint)
-        self._saver = Saver(store, config, self.fingerprint, session_id)
+        self.saver = Saver(store, config, self.fingerprint, session_id, pool)
         self.waiting: list[tuple[SegmentRecord, int]] = []
         """Open segments that cover parts of the tail, each with one past the last position that is in use."""
         self.num_computed = 0
@@ -69,16 +72,6 @@ class Residence:
         self._load_s: float | None = None
 
     # -- positions ---------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def ids(path: Sequence[Message]) -> list[int]:
-        """Token ids of a path; the index of an id is its position."""
-        return [token for message in path for token in message.token_ids]
-
-    @staticmethod
-    def bounds(path: Sequence[Message]) -> list[int]:
-        """Where each message begins, and, last, where the path ends: one more than there are messages."""
-        return [0, *accumulate(len(message.token_ids) for message in path)]
 
     @property
     def num_reused(self) -> int:
@@ -104,16 +97,23 @@ class Residence:
         """Attach what the store has of the path, once; a gap or a damaged segment is computed again from its ids."""
         if self._load_s is not None:
             stored = self.store.stored_chunks([one.id for one in self.tiers.residents])
-            if any(one.chunks > stored.get(one.id, one.chunks) for one in self.tiers.residents):
+            if self.short or any(one.chunks > stored.get(one.id, one.chunks) for one in self.tiers.residents):
                 self.hold(path)  # given up meanwhile for another session
             return
+        for attempt in twice(self.let_go, "restoring saved turns", self.engine.model.device):
+            with attempt:
+                yield from self._restore(path, together=not attempt.again)
+
+    def _restore(self, path: Sequence[Message], together: bool) -> Steps:
+        """Attach what the store has, `together` as far as it is whole: quicker, but all of it is in memory twice."""
+        yield from self.save()  # if all was let go before it was written
         begun, self._load_s = time.perf_counter(), 0.0
         try:
             cover = self.store.cover([message.id for message in path], self.fingerprint)
         except StoreDamaged as error:
             cover = []
             yield Notice(f"saved KV cannot be read and is computed again: {error}")
-        whole = self._restore_together(cover, path)
+        whole = self._restore_together(cover, path) if together else 0
         yield Progress("restore", self.cache.num_seen, self.bounds(path)[-1])
         for record, used in cover[whole:]:
             yield from self._restore_one(record, used, path)
@@ -131,6 +131,7 @@ class Residence:
         if self.cache.num_seen >= self.bounds(path)[answered]:
             self.lacking = False
             yield from self.settle(path)
+            yield from self.save(stop)
 
     def _restore_together(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> int:
         """Attach the leading sealed segments at once, as far as they are whole; how many those are."""
@@ -156,7 +157,7 @@ class Residence:
         first = next(index for index, message in enumerate(path) if message.id == record.messages[0])
         yield from self.catch_up(path, first, "rebuild", lambda: False)
         if record.kind == "sealed" and self.cache.tail_length:
-            yield from self._seal(path, first)
+            yield from self._sealed(path, first)
             if self.cache.tail_length:  # it stays exact: what comes after it is computed too
                 return
         try:
@@ -176,14 +177,6 @@ class Residence:
         *_, resident = self._sized([*self.tiers.residents, self._resident(record, used, path)], path)
         self.tiers.add({resident: self.tiers.load(resident).pieces()}, tail)
 
-    def _sized(self, residents: Sequence[Resident], path: Sequence[Message]) -> list[Resident]:
-        """The residents with as many chunks as the budget gives them together; never more than the store has."""
-        found = self.store.stored_chunks([one.id for one in residents])
-        # Of what is gone from the store memory keeps what it has.
-        stored = [found.get(one.id, one.chunks) for one in residents]
-        chunks = self.budgets([(one.header.ranking, one.end) for one in residents], path, stored)
-        return [replace(one, chunks=count) for one, count in zip(residents, chunks, strict=True)]
-
     def _resident(self, record: SegmentRecord, used: int, path: Sequence[Message]) -> Resident:
         """A sealed segment of whose messages the first `used` lie on the path, whole."""
         header = read_header(record, self.engine.model)
@@ -199,7 +192,7 @@ class Residence:
         used, shape = end - record.start, (self.engine.model.num_key_value_heads, -1, header.head_dim)
         self.cache.append_tail([(kv.keys.view(shape)[:, :used], kv.values.view(shape)[:, :used]) for kv in rows])
         self.waiting.append((record, end))
-        self._saver.taken(record)
+        self.saver.taken(record)
 
     def catch_up(self, path: Sequence[Message], last: int, phase: Phase, stop: Stop) -> Steps:
         """Compute the KV of messages before index `last` that the cache does not stand for, sealing on the way."""
@@ -215,7 +208,9 @@ class Residence:
             if self.cache.num_seen < bounds[index]:
                 break
             if long:
-                yield from self._seal(path, index)
+                yield from self._sealed(path, index)
+                if phase != "seal":  # what much text is made of need not pile up: no turn waits to begin
+                    yield from self.saver.flush(most=1)
         self.num_computed += max(0, self.cache.num_seen - before)
 
     def prefill(
@@ -234,7 +229,7 @@ class Residence:
     # -- after a turn ------------------------------------------------------------------------------------------------
 
     def settle(self, path: Sequence[Message]) -> Steps:
-        """Make the KV of all finished turns durable: seal what is long enough, save the rest, hold the budget."""
+        """After a turn: seal what is long enough, save the rest, hold the budget. What is sealed, `save` writes."""
         if not path or (path[-1].role == "user" and self.cache.num_seen < self.bounds(path)[-1]):
             self.hold(path)
             return  # interrupted while prefilling: the rest is computed when the question is answered
@@ -247,7 +242,7 @@ class Residence:
         yield from self.catch_up(path, len(path), "seal", lambda: False)
         self.num_computed = computed
         if self.cache.tail_length >= self.config.compress.segment_min:
-            yield from self._seal(path, len(path))
+            yield from self._sealed(path, len(path))
         yield from self._save_waiting(path)
         self.hold(path)
         if self.notices:  # what was to grow is damaged: compute it again
@@ -255,25 +250,54 @@ class Residence:
             yield from self.catch_up(path, len(path), "rebuild", lambda: False)
             yield from self._save_waiting(path)
 
+    def save(self, stop: Stop | None = None) -> Steps:
+        """Write what is sealed only in memory; given `stop`, until then, and not what failed before."""
+        if len(self.saver) and not (stop and self.saver.failed):
+            yield from self.saver.flush(stop=stop or (lambda: False))
+            self.store.fold()
+
     def tell(self) -> Steps:
         """Say what went wrong where nobody could be told."""
         told, self.notices = [*self.notices, *map(Notice, self.engine.warnings())], []
         yield from told
 
+    def _sealed(self, path: Sequence[Message], last: int) -> Steps:
+        """`_seal`; without memory for it KV stays exact, and it is tried again when the next turn is finished."""
+        try:
+            for attempt in twice(partial(self.spare_more, path[:last]), "sealing", self.engine.model.device):
+                with attempt:
+                    yield from self._seal(path, last)
+        except OutOfMemory as error:
+            if self._load_s is None or self._let_go_sealed(path[:last]):
+                raise
+            yield Notice(f"the newest turns could not be sealed; their KV stays exact for now: {error}")
+
     def _seal(self, path: Sequence[Message], last: int) -> Steps:
-        """Seal the tail up to message `last`; afterwards memory holds what the store holds, not the exact KV."""
+        """Seal the tail up to message `last`; afterwards memory holds what the store will hold, not the exact KV."""
         bounds = self.bounds(path)
         first = bounds.index(self.cache.tail_start)
-        if not self._saver.worth_trying(self.cache.tail_length):
+        if not self.saver.worth_trying(self.cache.tail_length):
             return
-        record = self._saver.record("sealed", ",".join(self.config.codec.names), path[first:last], bounds[first])
+        record = self.saver.record("sealed", ",".join(self.config.codec.names), path[first:last], bounds[first])
+        if self.saver.has(record.id):
+            yield from self.save()
+        saving, tokens, model = None, record.end - record.start, self.engine.model
+        # One that goes on beyond a point where this path left another still serves the other.
+        replaced = [waiting.id for waiting, end in self.waiting if end == waiting.end]
         try:
-            if self.store.segment(record.id) is None:
-                yield from self._write(record, path, first, last)
             stored = self.store.segment(record.id)
             if stored is None:
-                return  # no room: it stays exact
-            self._attach(stored, last - first, path[:last], tail=bounds[last] - bounds[first])
+                reading, record = yield from self._read(record, path, first, last)
+                saving = self.saver.begin(record, reading.header, replaced, self.cache.tail_length)
+                if self.saver.surely_fits(tokens * model.pairs_per_token * model.bytes_per_pair):
+                    self._take(reading, saving, path[:last])
+                else:  # what has no room stays exact, so that must be known first
+                    yield from self.saver.put(saving, reading.frames)
+                    saving, stored = None, self.store.segment(record.id)
+                    if stored is None:
+                        return
+            if stored is not None:
+                self._attach(stored, last - first, path[:last], tail=tokens)
         except UnknownCodec as error:
             yield Notice(f"a segment of a newer version stays as it is, and its KV exact for now: {error}")
             return
@@ -286,83 +310,51 @@ class Residence:
             yield Notice(f"a segment could not be read back and was {removed}; its KV stays exact for now: {error}")
             return
         self.waiting = []
+        if saving:
+            yield from self.saver.put_off(saving)
         self.hold(path[:last])  # what comes next is computed from what is held now
 
-    def _write(self, record: SegmentRecord, path: Sequence[Message], first: int, last: int) -> Steps:
-        """Score, rank, encode and store one segment, in place of the waiting turns it covers."""
-        begun = time.perf_counter()
-        ranking = yield from rank_turns(self.engine, self.cache, path, first, last, self.config.compress)
-        tail = [layer.tail() for layer in self.cache.layers]
-        tokens = record.end - record.start
+    def _read(
+        self, record: SegmentRecord, path: Sequence[Message], first: int, last: int
+    ) -> Generator[Progress | Notice, None, tuple[Reading, SegmentRecord]]:
+        """Score, rank and read one segment, and its record: with codec raw, if its own cannot write it."""
+        begun, compress = time.perf_counter(), self.config.compress
+        ranking = yield from rank_turns(self.engine, self.cache, path, first, last, compress)
+        tail, tokens = [layer.tail() for layer in self.cache.layers], record.end - record.start
         keys, values = [k[:, :tokens] for k, _ in tail], [v[:, :tokens] for _, v in tail]
-        compress = self.config.compress
         codecs = codecs_for(cuts_of(compress), compress.rank_chunks, record.codec.split(","))
         try:
-            header, frames = encode_segment(codecs, keys, values, ranking)
+            reading = read_segment(codecs, keys, values, ranking)
         except CodecError as error:
             yield Notice(f"this segment is written with codec raw: {error}")
             record = replace(record, codec="raw")
-            header, frames = encode_segment("raw", keys, values, ranking)
-        record = replace(record, seal_s=time.perf_counter() - begun)
-        # One that goes on beyond a point where this path left another still serves the other.
-        replaced = [waiting.id for waiting, end in self.waiting if end == waiting.end]
-        yield from self._saver.put(record, header, frames, replaced, self.cache.tail_length)
+            reading = read_segment("raw", keys, values, ranking)
+        return reading, replace(record, seal_s=time.perf_counter() - begun)
+
+    def _take(self, reading: Reading, saving: Saving, path: Sequence[Message]) -> None:
+        """Attach a segment of the path's last messages as it is read, in place of its tail."""
+        record, header = saving.record, reading.header
+        new = Resident(record.id, header, record.end, header.ranking.num_chunks, record.from_file)
+        *_, resident = self._sized([*self.tiers.residents, new], path)
+        self.tiers.seal(resident, sealed_layers(reading, saving, resident.chunks), record.end - record.start)
 
     def _save_waiting(self, path: Sequence[Message]) -> Steps:
         """Save the finished turns in the tail that no segment has yet, exactly."""
         bounds = self.bounds(path)
         first, last = bounds.index(self.num_saved), bisect_right(bounds, self.cache.num_seen) - 1
-        if first >= last or not self._saver.worth_trying(self.cache.tail_length):
+        if first >= last or not self.saver.worth_trying(self.cache.tail_length):
             return
-        record = self._saver.record("open", "raw", path[first:last], bounds[first])
+        record = self.saver.record("open", "raw", path[first:last], bounds[first])
         part = slice(record.start - self.cache.tail_start, record.end - self.cache.tail_start)
         tail = [layer.tail() for layer in self.cache.layers]
         keys, values = [k[:, part] for k, _ in tail], [v[:, part] for _, v in tail]
         ranking = Ranking.single(record.start, len(keys), len(keys[0]), record.end - record.start)
         try:
-            encoded = encode_segment("raw", keys, values, ranking)
-            if (yield from self._saver.put(record, *encoded, [], self.cache.tail_length)):
-                self.waiting.append((record, record.end))
-        except StoreDamaged as error:
+            for attempt in twice(self.spare, "saving the newest turns", self.engine.model.device):
+                with attempt:
+                    reading = read_segment("raw", keys, values, ranking)
+                    saving = self.saver.begin(record, reading.header, [], self.cache.tail_length)
+                    if (yield from self.saver.put(saving, reading.frames)):
+                        self.waiting.append((record, record.end))
+        except (StoreDamaged, OutOfMemory) as error:
             yield Notice(f"the newest turns' KV could not be saved: {error}")
-
-    def _drop(self, segment_id: str) -> str:
-        """Remove a damaged segment; what became of it. It may lie in a page that nothing can be removed from."""
-        try:
-            self.store.drop_segment(segment_id)
-        except StoreError as error:
-            return f"cannot be removed ({error})"
-        return "removed"
-
-    def budgets(
-        self, segments: Sequence[tuple[Ranking, int]], path: Sequence[Message], stored: Sequence[int] | None = None
-    ) -> list[int]:
-        """Chunks that memory holds of segments, each given with the end of its use, of so many `stored` (None: all).
-
-        The newest token is that of the newest message that does not wait for its answer.
-        """
-        most = [ranking.num_chunks for ranking, _ in segments] if stored is None else stored
-        return chunks_held(self.config.compress, segments, most, self.bounds(path)[num_answered(path)])
-
-    def hold(self, path: Sequence[Message]) -> None:
-        """Shrink and grow the sealed segments to what the budget gives each."""
-        wanted = {one.id: one.chunks for one in self._sized(self.tiers.residents, path)}
-        for one in self.tiers.hold(wanted):
-            removed = self._drop(one.id)
-            self.lacking = True
-            turn = turn_of(path, self.bounds(path).index(one.start))
-            self.notices.append(Notice(f"saved KV from turn {turn} on is damaged and {removed}; it is computed again"))
-            self.cut(min(one.start, self.cache.num_seen))
-
-    def crop(self, path: Sequence[Message]) -> None:
-        """Forget what lies beyond the end of the path."""
-        if self._load_s is not None:
-            self.cut(min(self.bounds(path)[-1], self.cache.num_seen))
-            self.hold(path)
-
-    def cut(self, position: int) -> None:
-        """Forget every token from `position` on, and all of a segment from a file: `Store.cover` gives none in part."""
-        split = [one.start for one in self.tiers.residents if one.from_file and one.start < position < one.end]
-        split += [one.start for one, end in self.waiting if one.from_file and one.start < position < end]
-        self.tiers.crop(position := min([position, *split]))
-        self.waiting = [(record, min(used, position)) for record, used in self.waiting if record.start < position]

@@ -1,39 +1,106 @@
-"""How segments are named and put into the store, and what is said when it has no room for them."""
+"""How segments are named and put into the store, and what is said when it has no room for them.
+
+A sealed segment is in memory before it is in the store: its planes wait in host memory, are packed on the pool's
+threads, and written when the thread that owns the store has nothing else to do. Until then a crash loses them, and no
+more: KV is computed again from token ids.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
 from typing import Literal
 
+import torch
+
+from kvchat import memory
+from kvchat.cache.coded import CodedKV
 from kvchat.codecs import SegmentHeader
+from kvchat.codecs.codec import Tensors
+from kvchat.codecs.coded import coded_planes
+from kvchat.codecs.encode import Reading, Taken, pack_frame
 from kvchat.config import Config
+from kvchat.engine import Stop
+from kvchat.errors import OutOfMemory, StoreDamaged
 from kvchat.events import Notice
 from kvchat.records import segment_id
 from kvchat.store import Message, SegmentRecord, Store
 
-Frames = Iterable[tuple[int, int, bytes]]
 Kind = Literal["sealed", "open"]
 
 FULL = "the disk is as full as {limit} allows: {kept}; raise it, or delete sessions"
 NOTHING_KEPT = "new KV of this session stays in memory only, and is computed again when it is resumed"
 BEST_KEPT = "of this session's KV only the better part is kept, on disk and in memory"
+LOST = "a segment could not be saved; its KV stays in memory, and is computed again when it is resumed: {error}"
+
+MOST_WAITING = 512 * 1024 * 1024
+"""Bytes of host memory that segments waiting to be written may take; then the oldest is written at once."""
+LOOK_S = 0.01
+"""Seconds between two looks whether something else is to be done than wait."""
+
+
+@dataclass(slots=True)
+class Saving:
+    """A segment on its way to the store: its frames are packed, on the pool's threads, as they are added."""
+
+    record: SegmentRecord
+    header: SegmentHeader
+    replaces: Sequence[str]
+    """Open segments that go when it is there."""
+    tail_length: int
+    """Tokens that waited in memory when it was made."""
+    pool: Executor
+    nbytes: int = 0
+    """Of the planes, before they are packed."""
+    frames: list[tuple[int, int, Future[bytes]]] = field(default_factory=list)
+
+    def add(self, taken: Taken) -> None:
+        """Copy a frame's planes from where they lie, and begin to pack them."""
+        planes, ready = _on_host(taken.planes)
+        work = partial(_packed, self.header, taken.chunk, taken.group, planes, ready)
+        self.nbytes += sum(plane.nbytes for plane in planes.values())
+        try:
+            packed = self.pool.submit(work)
+        except RuntimeError:  # the interpreter is ending, and its pools with it
+            packed = Future()
+            packed.set_result(work())
+        self.frames.append((taken.chunk, taken.group, packed))
+
+    def is_packed(self, stop: Stop) -> bool:
+        """Wait until all frames are packed, or until `stop`."""
+        left = {packed for *_, packed in self.frames}
+        while left and not stop():
+            left = wait(left, timeout=LOOK_S).not_done
+        return not left
+
+    def packed(self) -> list[tuple[int, int, bytes]]:
+        """All frames, by chunk and group; waits for them."""
+        return sorted((chunk, group, blob.result()) for chunk, group, blob in self.frames)
 
 
 class Saver:
-    """Puts segments of one conversation into the store.
+    """Puts segments of one conversation into the store, in the order in which they were made.
 
     Args:
-        store, config: as for `Residence`.
+        store, config, pool: as for `Residence`.
         fingerprint: of the model.
         session_id: the session that gives way last when the disk is full; None: it is as any other.
     """
 
-    def __init__(self, store: Store, config: Config, fingerprint: str, session_id: int | None) -> None:
+    def __init__(self, store: Store, config: Config, fingerprint: str, session_id: int | None, pool: Executor) -> None:
         self._store = store
         self._config = config
         self._fingerprint = fingerprint
         self._session_id = session_id
+        self._pool = pool
+        self._waiting: deque[Saving] = deque()
+        self.failed = False
+        """Whether what waits could not be written when that was last tried."""
         self._retry_at = 0
         self._told_part = False
         self._taken_up_to = 0
@@ -59,17 +126,67 @@ class Saver:
             identity, self._fingerprint, start, end, kind, codec, scorer, ids, b"", 0, 0, 0, from_file=from_file
         )
 
-    def put(
-        self, record: SegmentRecord, header: SegmentHeader, frames: Frames, replaces: Sequence[str], tail_length: int
-    ) -> Generator[Notice, None, bool]:
-        """Store a segment, or the leading chunks that have room; False if none has. Each is said once.
+    # -- one segment -------------------------------------------------------------------------------------------------
 
-        `tail_length` is how many tokens wait in memory: at twice as many it is worth trying again.
-        """
+    def begin(self, record: SegmentRecord, header: SegmentHeader, replaces: Sequence[str], tail_length: int) -> Saving:
+        """A segment whose frames are to come. `tail_length`: at twice as many it is worth trying again."""
         chunks, groups = header.ranking.num_chunks, header.num_groups
         record = replace(record, header=header.to_bytes(), num_chunks=chunks, num_groups=groups, stored_chunks=chunks)
-        if not self._store.put_segment(record, frames, replaces, self._session_id):
-            refused_before, self._retry_at = self._retry_at, 2 * tail_length
+        return Saving(record, header, replaces, tail_length, self._pool)
+
+    def surely_fits(self, nbytes: int) -> bool:
+        """Whether the store will have room for a segment of so many bytes of exact KV, beside those that wait."""
+        room = self._store.room()
+        return room.in_use + sum(one.nbytes for one in self._waiting) + 2 * nbytes <= room.allowed
+
+    def put(self, saving: Saving, frames: Iterable[Taken]) -> Generator[Notice, None, bool]:
+        """Store a segment now, or the leading chunks that have room; False if none has. Each is said once.
+
+        Raises StoreDamaged, and StoreError of this one or of those that are written before it.
+        """
+        for taken in frames:
+            saving.add(taken)
+        yield from self.flush()
+        return (yield from self._write(saving, saving.packed()))
+
+    # -- segments that wait ------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Segments that wait to be written."""
+        return len(self._waiting)
+
+    def has(self, segment_id: str) -> bool:
+        """Whether that one waits."""
+        return any(one.record.id == segment_id for one in self._waiting)
+
+    def put_off(self, saving: Saving) -> Generator[Notice, None, None]:
+        """Have a segment written later; now only what is too much for host memory. Raises StoreError."""
+        self._waiting.append(saving)
+        self._retry_at = 0
+        while sum(one.nbytes for one in self._waiting) > MOST_WAITING:
+            yield from self.flush(len(self._waiting) - 1)
+
+    def flush(self, most: int = 0, stop: Stop = lambda: False) -> Generator[Notice, None, None]:
+        """Write until at most so many wait, or until `stop`; said is what `put` says.
+
+        What the store raises is raised: the oldest cannot be written now, and waits on.
+        """
+        while len(self._waiting) > most and self._waiting[0].is_packed(stop) and not stop():
+            oldest = self._waiting.popleft()
+            with ExitStack() as undo:
+                try:
+                    frames, self.failed = oldest.packed(), True
+                    undo.callback(self._waiting.appendleft, oldest)
+                    yield from self._write(oldest, frames)
+                except (StoreDamaged, OutOfMemory) as error:
+                    yield Notice(LOST.format(error=error))
+                undo.pop_all()
+            self.failed = False
+
+    def _write(self, saving: Saving, frames: Sequence[tuple[int, int, bytes]]) -> Generator[Notice, None, bool]:
+        record, chunks = saving.record, saving.record.num_chunks
+        if not self._store.put_segment(record, frames, saving.replaces, self._session_id):
+            refused_before, self._retry_at = self._retry_at, 2 * saving.tail_length
             if not refused_before:
                 yield Notice(FULL.format(limit=self._store.room().limit, kept=NOTHING_KEPT))
             return False
@@ -78,3 +195,35 @@ class Saver:
             self._told_part = True
             yield Notice(FULL.format(limit=self._store.room().limit, kept=BEST_KEPT))
         return True
+
+
+def sealed_layers(reading: Reading, saving: Saving, chunks: int) -> Iterator[tuple[int, list[tuple[CodedKV, ...]]]]:
+    """The pieces of a segment's first `chunks`, as `Tiers.seal` takes them; every frame goes to `saving`, too."""
+    for group, frames in groupby(reading.frames, lambda taken: taken.group):
+        pieces = []
+        for taken in frames:
+            saving.add(taken)
+            if taken.chunk < chunks:
+                pieces.append(coded_planes(reading, taken))
+        of_layer, pieces = list(zip(*pieces, strict=True)), []
+        yield reading.header.layers(group)[0], of_layer
+
+
+def _packed(header: SegmentHeader, chunk: int, group: int, planes: Tensors, ready: Callable[[], object]) -> bytes:
+    ready()
+    cpu = torch.device("cpu")
+    work, free = partial(pack_frame, header, chunk, group, planes), partial(memory.release, cpu)
+    return memory.again(work, free, "packing KV", cpu)
+
+
+def _on_host(planes: Tensors) -> tuple[Tensors, Callable[[], object]]:
+    """Planes in host memory, and what waits until they are there: a device copies them while it goes on."""
+    device = next(iter(planes.values())).device
+    if device.type != "cuda":
+        return {name: plane.cpu() for name, plane in planes.items()}, lambda: None
+    copies = {name: torch.empty_like(plane, device="cpu", pin_memory=True) for name, plane in planes.items()}
+    for name, plane in planes.items():
+        copies[name].copy_(plane, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record(torch.cuda.current_stream(device))
+    return copies, done.synchronize

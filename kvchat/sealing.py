@@ -116,8 +116,8 @@ def prefix_keys(cache: SegmentedCache, length: int) -> list[Tensor]:
     """Keys (H, P, D) a layer of the tokens before position `length`, which every head keeps."""
     keys = []
     for layer in cache.layers:
-        rows = layer.sealed
-        heads = [rows.keys[low:high][rows.positions[low:high] < length] for low, high in pairwise(rows.bounds)]
+        rows = layer.sealed_before(length)
+        heads = [rows.keys[low:high] for low, high in pairwise(rows.bounds)]
         # As many as all heads have: fewer than `length` only if more sinks are wanted now than at sealing.
         least = min(len(head) for head in heads)
         keys.append(torch.stack([head[:least] for head in heads]))

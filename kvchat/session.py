@@ -13,8 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from kvchat.config import GenerateConfig
 from kvchat.engine import Engine, Stop
 from kvchat.errors import CapacityError, InputError, SessionChanged
-from kvchat.events import Delta, Event, FinishReason, Notice, Progress, Timings, TurnDone, Usage
+from kvchat.events import Delta, Draft, Event, FinishReason, Notice, Progress, TurnDone, Usage
 from kvchat.residence import Residence, Steps
 from kvchat.sampling import Sampler
 from kvchat.stats import describe
@@ -33,21 +32,6 @@ Drafted = tuple[str, str, Piece]
 """Role, text and ids of a message that is not committed yet."""
 
 INTERRUPTED: FinishReason = "interrupted"
-
-
-@dataclass(slots=True)
-class Draft:
-    """A reply in the making: its ids, when each came, and when the first text could be shown."""
-
-    submitted: float
-    ids: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    first_text: float | None = None
-
-    def timings(self, load_s: float) -> Timings:
-        """Of the finished reply."""
-        gaps = tuple(later - earlier for earlier, later in pairwise(self.times))
-        return Timings(load_s, (self.first_text or time.perf_counter()) - self.submitted, gaps)
 
 
 class Conversation:
@@ -154,7 +138,13 @@ class Conversation:
             self.seal_s = time.perf_counter() - begun
             self.path[-1] = replace(self.path[-1], timings={**timings, "seal_s": self.seal_s})
             self.store.set_timings(self.path[-1].id, {**timings, "seal_s": self.seal_s})
-        self.store.fold()
+        if not len(self.residence.saver):  # else when they are written
+            self.store.fold()
+
+    def save(self) -> float:
+        """Write all that is not in the store yet; seconds that sealing the last answer's turn took."""
+        self._unseen(self.residence.save())
+        return self.seal_s
 
     def restore(self) -> Steps:
         """Bring the KV back before it is needed."""
@@ -221,6 +211,7 @@ class Conversation:
 
     def rewind(self, index: int) -> None:
         """Go back to just before message `index` of the path; the branch left stays in the store."""
+        self.save()  # what is written later must not be of messages that are gone
         self.store.set_tip(self.info.id, self.path[index - 1].id if index else None)
         self.path = self.path[:index]
         self.residence.crop(self.path)
@@ -275,6 +266,7 @@ class Conversation:
 
     def stats(self) -> dict[str, Any]:
         """Tokens, pairs and bytes of the whole, of each segment and, in proportion, of each turn."""
+        self.save()
         self._unseen(self.restore())
         return describe(self)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvchat.attention.ragged_decode import DecodePlan, Shape, Tuning
-from kvchat.cache.coded import CodedKV, Form
+from kvchat.cache.coded import Form
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.fused import Forward, fused, prove
 from kvchat.model import Model
@@ -42,7 +42,8 @@ class DecodeStep:
         self._forwards: dict[nn.Module, Forward] | None = None
         self._plans: list[DecodePlan] = []
         self._forms: frozenset[Form] = frozenset()
-        self._read: list[tuple[CodedKV, ...]] = []
+        self._read: list[int] = []
+        """Versions of the layers that the plans were brought up to; not their rows, which a seal replaces."""
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         self._captured: list[int] = []
@@ -66,11 +67,11 @@ class DecodeStep:
         if not same:
             self._forms |= forms
             self._plans = [self._new_plan() for _ in cache.layers]
-            self._read = [() for _ in cache.layers]
+            self._read = [-1 for _ in cache.layers]
         for index, (plan, layer) in enumerate(zip(self._plans, cache.layers, strict=True)):
-            if self._read[index] is not layer.forms:
+            if self._read[index] != layer.version:
                 same &= plan.update([(form, plan.work(form)) for form in layer.forms])
-                self._read[index] = layer.forms
+                self._read[index] = layer.version
         return same
 
     @torch.inference_mode()

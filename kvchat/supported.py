@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from kvchat.errors import ModelError
+from kvchat.memory import is_out_of_memory
 
 LOAD_ERRORS = (
     OSError,
@@ -54,12 +55,12 @@ def read_config(name: str, folder: Path, **where: Any) -> Any:
 
 @contextlib.contextmanager
 def one_line_errors(what: str) -> Iterator[None]:
-    """Turn the errors of transformers and of the disk into a `ModelError` of one line."""
+    """Turn the errors of transformers and of the disk into a `ModelError` of one line, but not a lack of memory."""
     try:
         yield
     except Exception as error:
         # The tokenizers library raises plain Exception.
-        if not isinstance(error, LOAD_ERRORS) and type(error) is not Exception:
+        if is_out_of_memory(error) or (not isinstance(error, LOAD_ERRORS) and type(error) is not Exception):
             raise
         reason = textwrap.shorten(str(error), 240, placeholder=" ...") or type(error).__name__
         raise ModelError(f"{what}: {reason}") from error

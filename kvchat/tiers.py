@@ -6,8 +6,9 @@ attached so. Tiers do not import the store: they are given a `fetch`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvchat.cache.coded import CodedKV
+from kvchat.cache.coded import CHUNK, START, CodedKV
+from kvchat.cache.layer import Piece
 from kvchat.cache.pack import before
-from kvchat.cache.ragged import Piece, SegmentedCache
-from kvchat.codecs import SegmentHeader, coded_frame, decode_frame
+from kvchat.cache.ragged import SegmentedCache
+from kvchat.codecs import SegmentHeader, coded_frame, decode_frame, decoded
 from kvchat.compress.allocate import chunks_held
 from kvchat.config import CompressConfig
 from kvchat.errors import CodecError
@@ -80,19 +82,19 @@ class Tiers:
 
     def load(self, resident: Resident, first: int = 0) -> Loading:
         """Read the resident's chunks from `first` on, and begin to decode them. Raises CorruptFrame."""
-        header, device = resident.header, self.cache.layers[0].device
+        header = resident.header
         return Loading(
             resident,
             [
-                (chunk, self._decoding(header, chunk, group, blob, device))
+                (chunk, self._decoding(header, chunk, group, blob))
                 for chunk, group, blob in self._fetch(resident.id, range(first, resident.chunks))
             ],
         )
 
-    def _decoding(
-        self, header: SegmentHeader, chunk: int, group: int, blob: bytes, device: torch.device
-    ) -> Callable[[], list[CodedKV]]:
-        read = partial(_read, header, chunk, group, blob, device, self.cache.encoded)
+    def _decoding(self, header: SegmentHeader, chunk: int, group: int, blob: bytes) -> Callable[[], list[CodedKV]]:
+        # What stays encoded is joined in host memory, and copied to the device once a layer.
+        plain = None if self.cache.encoded else self.cache.layers[0].device
+        read = partial(_read, header, chunk, group, blob, plain)
         try:
             return self._pool.submit(read).result
         except RuntimeError:  # the interpreter is ending, and its pools with it
@@ -102,10 +104,25 @@ class Tiers:
         """Attach loaded segments, all at once, in place of the first `tail` tokens of the tail."""
         if not loaded:
             return
-        self.cache.drop_tail(tail)
         pieces = {piece: rows for one in loaded.values() for piece, rows in one.items()}
-        self.cache.attach(pieces, max(resident.end for resident in loaded))
+        self.cache.attach(pieces, max(resident.end for resident in loaded), tail)
         self.residents = sorted([*self.residents, *loaded], key=lambda one: one.start)
+
+    def seal(self, resident: Resident, groups: Iterable[tuple[int, Sequence[Sequence[CodedKV]]]], tokens: int) -> None:
+        """Attach a new segment in place of the first `tokens` of the tail, a group of layers at a time as they come.
+
+        groups: the first layer of each, and the pieces of each of its layers. If one does not come, none is attached.
+        """
+        with self.cache.attaching(tokens):
+            for first, layers in groups:
+                for layer, pieces in zip(self.cache.layers[first:], layers, strict=False):
+                    layer.attach([self._as_held(part) for part in pieces])
+                del layers  # or they would be in memory beside the next
+        self.residents = sorted([*self.residents, resident], key=lambda one: one.start)
+
+    def _as_held(self, part: CodedKV) -> CodedKV:
+        """A piece as rows lie in this cache."""
+        return part if self.cache.encoded else CodedKV.plain(decoded(part), *part.runs[0, [START, CHUNK]].tolist())
 
     def hold(self, wanted: Mapping[str, int]) -> list[Resident]:
         """Shrink or grow segments to so many chunks, shrinks first so that the peak stays low.
@@ -113,14 +130,10 @@ class Tiers:
         Returns the segments of which chunks that were to come are damaged; they stay as small as they were.
         """
         shrunk = [replace(one, chunks=min(one.chunks, wanted.get(one.id, one.chunks))) for one in self.residents]
-        dropped = {
-            Piece(old.start, chunk)
-            for old, new in zip(self.residents, shrunk, strict=True)
-            for chunk in range(new.chunks, old.chunks)
-        }
-        if dropped:
-            self.cache.keep([piece for piece in self.cache.pieces if piece not in dropped])
+        held = {Piece(one.start, chunk) for one in shrunk for chunk in range(one.chunks)}
         self.residents, damaged, pieces = shrunk, list[Resident](), dict[Piece, list[CodedKV]]()
+        if held != set(self.cache.pieces):  # this time, or when memory ran out before
+            self.cache.keep(held)
         grown = list(shrunk)
         for index, one in enumerate(shrunk):
             if (chunks := wanted.get(one.id, one.chunks)) > one.chunks:
@@ -147,14 +160,18 @@ class Tiers:
         return sum(self.cache.rows(piece) for piece in held)
 
 
-def _read(
-    header: SegmentHeader, chunk: int, group: int, blob: bytes, device: torch.device, encoded: bool
-) -> list[CodedKV]:
-    """The rows of a frame, a CodedKV a layer. Raises CorruptFrame."""
-    if encoded:
-        return coded_frame(header, chunk, group, blob, device)
+def _read(header: SegmentHeader, chunk: int, group: int, blob: bytes, plain: torch.device | None) -> list[CodedKV]:
+    """The rows of a frame, a CodedKV a layer: encoded in host memory, or plain on a device. Raises CorruptFrame."""
+    if plain is None:
+        return coded_frame(header, chunk, group, blob)
     start = header.ranking.start
-    return [CodedKV.plain(rows, start, chunk) for rows in decode_frame(header, chunk, group, blob, device)]
+    return [CodedKV.plain(rows, start, chunk) for rows in decode_frame(header, chunk, group, blob, plain)]
+
+
+def new_pool() -> ThreadPoolExecutor:
+    """Threads that decode and pack frames, mostly in functions that leave the interpreter to others."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return ThreadPoolExecutor(max(2, min(8, cores)), thread_name_prefix="kvchat-frames")
 
 
 @dataclass(frozen=True, slots=True)

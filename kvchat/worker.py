@@ -1,15 +1,14 @@
 """Owns the model and the store, in one thread, and opens sessions.
 
-After a turn's last visible token its caller goes on, and the thread seals and saves. A turn sent meanwhile waits for
-that.
+After a turn's last visible token its caller goes on, and the thread seals. A turn sent meanwhile waits for that; what
+was sealed is written when no job waits.
 """
 
 from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from kvchat.errors import FingerprintMismatch, InputError, ModelError, SessionEx
 from kvchat.events import Listener, Notice
 from kvchat.fingerprint import TEXT_FIELDS, fingerprint_difference
 from kvchat.handle import Session
-from kvchat.jobs import Jobs, Owner, failure_notice
+from kvchat.jobs import MEND_AFTER_S, SAVE_AFTER_S, Jobs, Owner, failure_notice
 from kvchat.locks import SessionLock, held_elsewhere, kept_closed
 from kvchat.model import Model, load
 from kvchat.portable import read_manifest, take_in
@@ -32,12 +31,10 @@ from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.shed import Allowance
 from kvchat.store import SearchHit, SessionInfo, Store
-from kvchat.tiers import would_hold
+from kvchat.tiers import new_pool, would_hold
 
 Loader = Callable[[ModelConfig, Listener], Model]
 
-MEND_AFTER_S = 0.2
-"""Seconds without a job after which missing KV is computed again; a front end's first questions come sooner."""
 PROBE_AFTER_S = 10.0
 """Further seconds after which the probe's answer is recorded: nobody waits, and a chat that goes on pays nothing."""
 
@@ -61,11 +58,12 @@ class Worker:
         self.failure: Exception | None = None
         """What went wrong in the background, for no session in particular."""
         self._open: dict[int, tuple[Conversation, int]] = {}
-        self.jobs = Jobs(listener, [(MEND_AFTER_S, self._mend), (PROBE_AFTER_S, self._probe)])
+        chores = [(SAVE_AFTER_S, self._save), (MEND_AFTER_S, self._mend), (PROBE_AFTER_S, self._probe)]
+        self.jobs = Jobs(listener, chores)
         self._load = loader
         self._locks: dict[int, SessionLock] = {}
         self._engines: dict[str, Engine] = {}
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="kvchat-decode")
+        self._pool = new_pool()
         # The thread ends with the process: whatever is still to be saved must be saved before.
         atexit.register(self.close)
         try:
@@ -142,6 +140,7 @@ class Worker:
         if users > 1:
             self._open[conversation.info.id] = (conversation, users - 1)
         else:
+            self.jobs.in_background(conversation.residence.save, conversation)
             self._locks.pop(conversation.info.id).release()
 
     # -- in the thread -----------------------------------------------------------------------------------------------
@@ -160,12 +159,14 @@ class Worker:
     def _make_room(self) -> Iterator[Notice]:
         """Bring the store within its limits: they may be lower now, and the disk fuller."""
         if freed := self._store.shed():
-            yield Notice(
+            limit = (
                 f"{freed / 1e6:.1f} MB of saved KV were given up to keep to {self._store.room().limit}, those of the "
-                "sessions not used for longest; text is kept, and KV computed again when it is needed"
             )
+            kept = "sessions not used for longest; text is kept, and KV computed again when it is needed"
+            yield Notice(limit + kept)
 
     def _close_store(self) -> None:
+        self._save()
         for lock in self._locks.values():
             lock.release()
         owners: list[Owner] = [self, *(conversation for conversation, _ in self._open.values())]
@@ -174,6 +175,10 @@ class Worker:
         for owner in owners:
             if notice := failure_notice(owner):
                 self.jobs.tell(notice)
+
+    def _save(self, stop: Stop | None = None) -> None:
+        for one, _ in self._open.values():
+            self.jobs.in_background(partial(one.residence.save, stop), one)
 
     def _mend(self, stop: Stop) -> None:
         for one, _ in self._open.values():
@@ -193,6 +198,7 @@ class Worker:
                 raise InputError(f"session {info.name!r} is open; close it before opening it in another way")
             self._open[info.id] = (conversation, users + 1)
             return conversation
+        self._save()  # it may share messages with one that is open
         if info is None:
             engine = self._engine(model or self.config.model.name)
             engine.model.template.system(system)  # raises before anything is stored
@@ -226,12 +232,8 @@ class Worker:
         loaded = self._engine_for(manifest.model, model).model
         differing = fingerprint_difference(manifest.fingerprint, loaded.fingerprint)
         if differing:
-            self.jobs.tell(
-                Notice(
-                    f"{file} was made with {manifest.model}; {loaded.name} as it is loaded now differs in "
-                    f"{', '.join(differing)}: only the text is taken over, and read again"
-                )
-            )
+            made = f"{file} was made with {manifest.model}; {loaded.name} as it is loaded now differs in "
+            self.jobs.tell(Notice(f"{made}{', '.join(differing)}: only the text is taken over, and read again"))
         rebuild = rebuild or bool(differing)
         vocabulary = 1 << 32 if set(differing) & set(TEXT_FIELDS) else int(loaded.config.vocab_size)
         name = name or manifest.name
@@ -252,12 +254,9 @@ class Worker:
     def _find(self, name: str | None, create: bool) -> SessionInfo | None:
         if name is None:
             return self._store.last_session()
-        try:
+        with suppress(SessionNotFound) if create else nullcontext():
             return self._store.session(name)
-        except SessionNotFound:
-            if create:
-                return None
-            raise
+        return None
 
     def _resume(self, info: SessionInfo, engine: Engine, rebuild: bool) -> Conversation:
         differing = fingerprint_difference(info.fingerprint, engine.model.fingerprint)

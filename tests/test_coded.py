@@ -101,8 +101,8 @@ def test_a_frame_stays_what_it_says(codec: str, dtype: torch.dtype) -> None:
             assert torch.equal(found.positions, expected.positions) and found.bounds == expected.bounds
             of_layer.setdefault(first + index, []).append(rows)
     for pieces in of_layer.values():
-        whole = pack(pieces, [one.runs for one in pieces])
-        again = pack([whole], [whole.runs[::-1]])
+        whole = pack(pieces, [one.runs for one in pieces], CPU)
+        again = pack([whole], [whole.runs[::-1]], CPU)
         assert np.array_equal(whole.runs, again.runs) and torch.equal(decoded(whole).keys, decoded(again).keys)
         if whole.form.key_bits == 8:
             assert len(whole.key_scale) == 3  # one unit a head, shared by the chunks

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
-from kvchat.cache.ragged import Piece, RaggedLayer
+from kvchat.cache.layer import Piece, RaggedLayer
 from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader, encode_segment
 from kvchat.compress.compressor import chunks_within, rank

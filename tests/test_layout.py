@@ -14,11 +14,12 @@ PACKAGE = Path(kvchat.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    *("errors", "locks", "terminal", "events", "config", "transcript", "files", "fingerprint", "cipher", "keys"),
+    *("errors", "memory", "locks", "terminal", "events", "config", "transcript", "files", "fingerprint"),
+    *("cipher", "keys"),
     *("cache", "codecs", "attention", "compress"),
     *("template", "supported", "convert", "download", "model", "sampling", "fused", "step", "engine"),
     *("records", "migrations", "queries", "listing", "shed", "salvage", "kv_store", "limited_store"),
-    *("recrypt", "checks", "store", "portable", "recode", "tiers", "sealing", "saving", "residence"),
+    *("recrypt", "checks", "store", "portable", "recode", "tiers", "sealing", "saving", "holding", "residence"),
     *(
         "stats",
         "session",

@@ -16,7 +16,7 @@ from kvchat.config import Config
 from kvchat.errors import CapacityError, ConfigError, FingerprintMismatch, InputError, SessionNotFound, StoreError
 from kvchat.events import Delta, Notice, Progress, TurnDone
 from kvchat.handle import AsyncSession, Session
-from kvchat.residence import Residence
+from kvchat.residence import Residence, Steps
 from kvchat.store import Store
 from kvchat.worker import Worker
 from tests.store_parts import copy_of
@@ -414,14 +414,14 @@ def test_what_is_taken_in_at_once_is_computed_from_the_newest_tokens_whole(
     opener: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = list[float]()
-    attach = Residence._attach
+    seal = Residence._seal
 
-    def watch(residence: Residence, *args: Any, **kwargs: Any) -> None:
-        attach(residence, *args, **kwargs)
+    def watch(residence: Residence, *args: Any) -> Steps:
+        yield from seal(residence, *args)
         newest = residence.tiers.residents[-1]
         held.append(newest.chunks / newest.header.ranking.num_chunks)
 
-    monkeypatch.setattr(Residence, "_attach", watch)
+    monkeypatch.setattr(Residence, "_seal", watch)
     session = opener(compress__recent_tokens=80).open("trip")
     said = [
         {"role": role, "content": f"{text} {n}"}

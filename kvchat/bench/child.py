@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from kvchat.model import load
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.store import Store
+from kvchat.tiers import new_pool
 
 QUESTION = "What was the first thing that I told you?"
 
@@ -36,7 +37,7 @@ def main() -> None:
     shape = request.get("shape")
     model = shaped(config.model, shape) if shape else load(config.model)
     engine = Engine(model, config.model.prefill_chunk_size, config.model.residence)
-    with ThreadPoolExecutor(2) as pool:
+    with new_pool() as pool:
         if request["kind"] == "memory":
             answer = measure_memory(config, engine, pool)
         else:

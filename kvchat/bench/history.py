@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ from kvchat.keys import child_environment
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.store import Store
+from kvchat.tiers import new_pool
 
 WORDS = [
     "I",
@@ -117,7 +118,7 @@ def ranked(config: Config, path: Path) -> Config:
 @contextmanager
 def opened(config: Config, engine: Engine) -> Iterator[tuple[Conversation, Executor]]:
     """A new session "bench", and the pool that it uses."""
-    with closing(Store(config.store_path)) as store, ThreadPoolExecutor(2) as pool:
+    with closing(Store(config.store_path)) as store, new_pool() as pool:
         info = store.create_session("bench", engine.model.name, engine.model.fingerprint)
         conversation = Conversation(info, store, engine, Residence(store, engine, config, pool))
         conversation.begin(None)
@@ -137,6 +138,7 @@ def prepared(
         for event in chain(conversation.append(messages or made_up(tokens), lambda: False), conversation.finish()):
             if listener:
                 listener(event)
+        conversation.save()
         yield conversation, pool
 
 

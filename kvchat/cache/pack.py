@@ -9,6 +9,7 @@ Letters: N rows, R runs, U units of key scales, H KV heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +23,22 @@ Runs = npt.NDArray[np.int64]
 """(R, 6): head, first row, rows, first unit, start of the segment, rank chunk."""
 _SOURCE = 6
 
+FEW = 512
+"""With more slices than this a result is taken row by row: each slice costs as much time as many rows."""
+FEW_ON_DEVICE = 16
+"""The same on a device that copies a row in no time."""
 
-def pack(sources: Sequence[CodedKV], chosen: Sequence[Runs]) -> CodedKV:
-    """The chosen runs of sources of one form, in canonical order; a run may be given with fewer rows than it has."""
+
+def pack(sources: Sequence[CodedKV], chosen: Sequence[Runs], device: torch.device) -> CodedKV:
+    """The chosen runs of sources of one form, in canonical order; a run may be given with fewer rows than it has.
+
+    Sources may lie on `device` or in host memory; the result lies on `device`.
+    """
     table = _sorted(chosen)
-    rows = _slices(table[:, _SOURCE], table[:, FIRST], table[:, ROWS])
     num_units, given = _units(table, sources[0].form.key_bits)
-    units = _slices(table[given, _SOURCE], table[given, UNIT], num_units[given])
+    lengths = [one.keys.shape[0] for one in sources], [one.key_scale.shape[0] for one in sources]
+    rows = _Places(table[:, _SOURCE], table[:, FIRST], table[:, ROWS], lengths[0], device)
+    units = _Places(table[given, _SOURCE], table[given, UNIT], num_units[given], lengths[1], device)
     starts = np.cumsum(table[:, ROWS]) - table[:, ROWS]
     firsts = np.maximum(np.cumsum(np.where(given, num_units, 0)) - num_units, 0)
     runs = np.column_stack([table[:, HEAD], starts, table[:, ROWS], firsts, table[:, START], table[:, CHUNK]])
@@ -37,23 +47,28 @@ def pack(sources: Sequence[CodedKV], chosen: Sequence[Runs]) -> CodedKV:
         form=first.form,
         dtype=first.dtype,
         num_heads=first.num_heads,
-        keys=_cat(sources, "keys", rows),
-        values=_cat(sources, "values", rows),
-        key_scale=_cat(sources, "key_scale", units),
-        key_min=_cat(sources, "key_min", units),
-        value_scale=_cat(sources, "value_scale", rows),
-        value_min=_cat(sources, "value_min", rows),
-        positions=_cat(sources, "positions", rows),
+        keys=rows.take([one.keys for one in sources]),
+        values=rows.take([one.values for one in sources]),
+        key_scale=units.take([one.key_scale for one in sources]),
+        key_min=units.take([one.key_min for one in sources]),
+        value_scale=rows.take([one.value_scale for one in sources]),
+        value_min=rows.take([one.value_min for one in sources]),
+        positions=rows.take([one.positions for one in sources]),
         runs=runs,
     )
 
 
 def before(rows: CodedKV, position: int) -> CodedKV:
     """The rows of tokens before `position`: of every run its beginning, for runs stand in time order."""
-    counted = np.concatenate([[0], np.cumsum((rows.positions < position).cpu().numpy())])
     runs = rows.runs[rows.runs[:, START] < position].copy()
-    runs[:, ROWS] = counted[runs[:, FIRST] + runs[:, ROWS]] - counted[runs[:, FIRST]]
-    return pack([rows], [runs])
+    # Segments follow each other: only the last of these can go on beyond, and only its positions are looked at.
+    last = np.flatnonzero(runs[:, START] == runs[:, START].max(initial=-1))
+    first, length = runs[last, FIRST], runs[last, ROWS]
+    at = _Places(np.zeros_like(last), first, length, [rows.num_rows], rows.positions.device)
+    early = (at.take([rows.positions]) < position).cpu().numpy()
+    counted, ends = np.concatenate([[0], np.cumsum(early)]), np.cumsum(length)
+    runs[last, ROWS] = counted[ends] - counted[ends - length]
+    return pack([rows], [runs], rows.keys.device)
 
 
 def merged(forms: Sequence[CodedKV], parts: Sequence[LayerKV]) -> LayerKV:
@@ -61,17 +76,21 @@ def merged(forms: Sequence[CodedKV], parts: Sequence[LayerKV]) -> LayerKV:
     if len(parts) == 1:
         return parts[0]
     table = _sorted([form.runs for form in forms])
-    slices = _slices(table[:, _SOURCE], table[:, FIRST], table[:, ROWS])
-    keys, values, positions = (_cat(parts, name, slices) for name in ("keys", "values", "positions"))
+    lengths = [len(part.keys) for part in parts]
+    rows = _Places(table[:, _SOURCE], table[:, FIRST], table[:, ROWS], lengths, parts[0].keys.device)
+    keys, values = rows.take([part.keys for part in parts]), rows.take([part.values for part in parts])
+    positions = rows.take([part.positions for part in parts])
     return LayerKV(keys, values, positions, bounds_of(table, forms[0].num_heads))
 
 
 def _sorted(chosen: Sequence[Runs]) -> Runs:
     """Runs of all sources in canonical order, the number of the source behind each."""
-    table = np.concatenate([np.column_stack([runs, np.full(len(runs), index)]) for index, runs in enumerate(chosen)])
-    order = np.lexsort((table[:, CHUNK], table[:, START], table[:, HEAD]))
-    found: Runs = table[order]
-    return found
+    runs = np.concatenate(chosen)
+    source = np.repeat(np.arange(len(chosen)), [len(some) for some in chosen])
+    # One number for head, segment and chunk: positions have fewer than 40 bits, chunks fewer than 8.
+    place = (runs[:, HEAD] << 48) + (runs[:, START] << 8) + runs[:, CHUNK]
+    order = np.argsort(place, kind="stable")
+    return np.column_stack([runs[order], source[order]])
 
 
 def _units(table: Runs, key_bits: int) -> tuple[Runs, npt.NDArray[np.bool_]]:
@@ -84,15 +103,56 @@ def _units(table: Runs, key_bits: int) -> tuple[Runs, npt.NDArray[np.bool_]]:
     return needed, np.ones(len(table), np.bool_)
 
 
-def _slices(source: Runs, first: Runs, length: Runs) -> list[tuple[int, int, int]]:
-    """Source, beginning and end of each slice, neighbours joined."""
-    some = length > 0
-    source, first, last = source[some], first[some], (first + length)[some]
-    follows = (source[1:] == source[:-1]) & (first[1:] == last[:-1])
-    begins, ends = np.append(True, ~follows)[: len(source)], np.append(~follows, True)[: len(source)]
-    return list(zip(source[begins].tolist(), first[begins].tolist(), last[ends].tolist(), strict=True))
+class _Places:
+    """Where the rows of a result lie in planes of several sources.
+
+    source, first, length: of each run, in the order of the result; `sizes`: rows of each source.
+    """
+
+    def __init__(self, source: Runs, first: Runs, length: Runs, sizes: Sequence[int], device: torch.device) -> None:
+        self._device = device
+        some = length > 0
+        source, first, length = source[some], first[some], length[some]
+        follows = (source[1:] == source[:-1]) & (first[1:] == (first + length)[:-1])
+        begins = np.append(True, ~follows)[: len(source)]
+        self._slices: list[tuple[int, int, int]] = []
+        self._index: Tensor | None = None
+        if np.count_nonzero(begins) > (FEW_ON_DEVICE if device.type == "cuda" else FEW):
+            self._index = _numbers(first + (np.cumsum([0, *sizes])[:-1])[source], length, device)
+        else:
+            ends = np.append(~follows, True)[: len(source)]
+            lows, highs = first[begins].tolist(), (first + length)[ends].tolist()
+            self._slices = list(zip(source[begins].tolist(), lows, highs, strict=True))
+
+    def take(self, planes: Sequence[Tensor]) -> Tensor:
+        """The rows, on the device: slice by slice if these are few, else by their numbers in all planes joined."""
+        if not any(plane.shape[0] for plane in planes):  # a form has no such plane
+            return torch.empty_like(planes[0], device=self._device)
+        if self._index is not None:
+            return self._joined(planes).index_select(0, self._index)
+        # `narrow` takes half the time of a slice, and there are as many as heads and segments, in every layer.
+        parts = [planes[source].narrow(0, low, high - low) for source, low, high in self._slices]
+        return torch.cat([part.to(self._device) for part in parts] or [planes[0][:0].to(self._device)])
+
+    def _joined(self, planes: Sequence[Tensor]) -> Tensor:
+        """All planes, one after the other, on the device; neighbours in host memory are copied there at once."""
+        parts = []
+        for device, some in groupby(planes, lambda plane: plane.device):
+            given = list(some)
+            parts.append(torch.cat(given) if device == self._device else _uploaded(given, self._device))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _cat(sources: Sequence[CodedKV | LayerKV], name: str, slices: Sequence[tuple[int, int, int]]) -> Tensor:
-    planes: list[Tensor] = [getattr(one, name) for one in sources]
-    return torch.cat([planes[source][low:high] for source, low, high in slices] or [planes[0][:0]])
+def _numbers(first: Runs, length: Runs, device: torch.device) -> Tensor:
+    """The rows of all runs, one after the other: (N,) int64 on the device."""
+    shift = torch.from_numpy(np.stack([first - (np.cumsum(length) - length), length])).to(device)
+    index = torch.repeat_interleave(shift[0], shift[1], output_size=int(length.sum()))
+    return index.add_(torch.arange(len(index), device=device))
+
+
+def _uploaded(planes: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Planes in host memory, one after the other, on the device, which copies them while this thread goes on."""
+    first, rows, pinned = planes[0], sum(plane.shape[0] for plane in planes), device.type == "cuda"
+    whole = torch.empty(rows, *first.shape[1:], dtype=first.dtype, pin_memory=pinned)
+    torch.cat(list(planes), out=whole)
+    return whole.to(device, non_blocking=True)

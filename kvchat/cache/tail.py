@@ -99,18 +99,25 @@ class Tail(CacheLayerMixin):  # type: ignore[misc]
         room = max(tokens + TAIL_STEP, self.room * 3 // 2)
         old = self.tail()
         heads, _, dim = self.keys.shape
-        self.keys = torch.empty(heads, room, dim, dtype=self.dtype, device=self.device)
-        self.values = torch.empty_like(self.keys)
-        self.keys[:, : self.tail_length], self.values[:, : self.tail_length] = old
+        keys = torch.empty(heads, room, dim, dtype=self.dtype, device=self.device)
+        values = torch.empty_like(keys)  # memory may run out here: nothing has changed yet
+        keys[:, : self.tail_length], values[:, : self.tail_length] = old
+        self.keys, self.values = keys, values
+
+    @torch.inference_mode()
+    def after(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """A copy of the tail without its first `tokens`."""
+        keys, values = (part[:, tokens:].clone() for part in self.tail())
+        return keys, values
 
     # Rows written during a forward pass are inference tensors, which nothing outside inference mode may write to.
     @torch.inference_mode()
-    def drop_tail(self, tokens: int) -> None:
-        """Take the first `tokens` of the tail away, for they are sealed or belong to no one; memory is freed."""
-        keys, values = (part[:, tokens:].clone() for part in self.tail())
-        if self._reserved and keys.shape[1] < self.room <= KEPT_ROOM:
-            self.keys[:, : keys.shape[1]], self.values[:, : keys.shape[1]] = keys, values
+    def replace_tail(self, rows: tuple[Tensor, Tensor]) -> None:
+        """Hold only `rows`, the end of the tail, for what is before is sealed or belongs to no one; memory is freed."""
+        (keys, values), tokens = rows, rows[0].shape[1]
+        if self._reserved and tokens < self.room <= KEPT_ROOM:
+            self.keys[:, :tokens], self.values[:, :tokens] = keys, values
         else:
             self.keys, self.values = keys, values
-        self.tail_start += tokens
-        self.tail_length -= tokens
+        self.tail_start += self.tail_length - tokens
+        self.tail_length = tokens

@@ -40,9 +40,9 @@ from torch import Tensor
 
 from kvchat.cache.segment import Ranking
 from kvchat.codecs.bits import digit_table, pack_digits
-from kvchat.codecs.codec import Codec, Exact, FrameRows, Take
+from kvchat.codecs.codec import Codec, Exact, FrameRows, Take, Takes, Tensors
 from kvchat.codecs.frame import Planes, expect, unpack
-from kvchat.codecs.quant import refuse_what_does_not_fit
+from kvchat.codecs.quant import largest_fitting
 from kvchat.errors import CorruptFrame
 
 Side = Literal["key", "value"]
@@ -146,22 +146,29 @@ class Archive:
         """None: they are the basis."""
         return {}
 
-    def read(self, exact: Exact) -> tuple[Planes, Take]:
-        """The numbers themselves, coded when they are taken."""
-        refuse_what_does_not_fit(f"{self.side}s", exact.layers)
-        by_row, tokens = exact.by_row.cpu(), exact.tokens
+    def read(self, exact: Exact) -> tuple[Tensors, Takes]:
+        """Nothing yet: rows are coded when they are taken, on the CPU."""
+        largest_fitting(f"{self.side}s", exact)
+        heads, tokens = exact.layers[0].shape[:2]
         units = _Units(self.side, self.basis.planes)
         # The rows of a basis are not quite orthogonal, once they are integers: this undoes them exactly.
         project = torch.linalg.pinv(units.rows.double() / ONE).float()
         chunk_of, shift = self.ranking.chunk_of.reshape(-1), shifts(self.ranking)
 
-        def take(rows: npt.NDArray[np.int64]) -> Planes:
-            positions, unit = self.ranking.start + rows % tokens, rows // tokens
-            frame = _Frame(units, unit, int(shift[chunk_of[rows[0]]]) if len(rows) else 0)
-            taken = by_row[torch.from_numpy(rows)]
-            return frame.code(units.turn(taken.float(), positions, -1), project, taken, positions < NUM_SINKS)
+        def takes(first: int, last: int) -> Take:
+            group = exact.of_layers(first, last)
 
-        return {}, take
+            def take(rows: FrameRows, index: Tensor) -> Tensors:
+                flat = index.cpu().numpy() + first * heads * tokens
+                positions, unit = self.ranking.start + flat % tokens, flat // tokens
+                frame = _Frame(units, unit, int(shift[chunk_of[flat[0]]]) if len(flat) else 0)
+                taken = group.pick(rows, index).cpu()
+                planes = frame.code(units.turn(taken.float(), positions, -1), project, taken, positions < NUM_SINKS)
+                return {name: torch.from_numpy(plane) for name, plane in planes.items()}
+
+            return take
+
+        return {}, takes
 
     def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
         """The rows (N, D), computed in float32 on the CPU."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from kvchat.codecs.channel import padded_groups, row_groups
-from kvchat.codecs.codec import Exact, FrameRows, Take
+from kvchat.codecs.codec import Exact, FrameRows, Take, Takes, Tensors
 from kvchat.codecs.frame import Planes, expect
-from kvchat.codecs.quant import blocks, or_one, refuse_what_does_not_fit, round_down_half, to_tensor
+from kvchat.codecs.quant import blocks, largest_fitting, or_one, round_down_half, to_tensor
 from kvchat.errors import CorruptFrame
 
 UNIT = 64
@@ -66,26 +66,15 @@ class Bounded:
         """None: a frame stands for itself."""
         return {}
 
-    def read(self, exact: Exact) -> tuple[Planes, Take]:
-        """The numbers themselves: which rows make a unit is known when they are taken."""
-        refuse_what_does_not_fit(f"{self.side}s", exact.layers)
-        by_row, tokens = exact.by_row, exact.tokens
+    def read(self, exact: Exact) -> tuple[Tensors, Takes]:
+        """Nothing yet: which rows make a unit is known when they are taken."""
+        largest_fitting(f"{self.side}s", exact)
 
-        def take(rows: npt.NDArray[np.int64]) -> Planes:
-            counts = np.bincount(rows // tokens)
-            low, high = self._bounds(by_row, rows, counts)
-            step, low = step_and_min(low, high, self.rel)
-            unit = torch.from_numpy(self._units(counts)).to(by_row.device)
-            codes = torch.empty(len(rows), by_row.shape[1], dtype=torch.uint8)
-            index = torch.from_numpy(rows).to(by_row.device)
-            for part in blocks(codes.shape, by_row.device):
-                above = by_row.index_select(0, index[part]).float().sub_(low.index_select(0, unit[part]))
-                steps = above.div_(step.index_select(0, unit[part])).round_()
-                codes[part] = steps.clamp_(0, _LEVELS).byte().cpu()
-            planes = {f"{self.side}_step": _bytes_apart(step), f"{self.side}_min": _bytes_apart(low)}
-            return {self.side: codes.numpy(), **planes}
+        def takes(first: int, last: int) -> Take:
+            group = exact.of_layers(first, last)
+            return lambda rows, index: self._planes(group.pick(rows, index), rows.counts.reshape(-1))
 
-        return {}, take
+        return {}, takes
 
     def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
         """The rows (N, D), computed in float32."""
@@ -103,20 +92,28 @@ class Bounded:
             out[part] = codes[part].float().mul_(step.index_select(0, of)).add_(low.index_select(0, of))
         return out
 
+    def _planes(self, numbers: Tensor, counts: npt.NDArray[np.int64]) -> Tensors:
+        """Planes of the rows (N, D) of heads with `counts` rows."""
+        step, low = step_and_min(*self._bounds(numbers, counts), self.rel)
+        unit = torch.from_numpy(self._units(counts)).to(numbers.device)
+        codes = torch.empty(numbers.shape, dtype=torch.uint8, device=numbers.device)
+        for part in blocks(codes.shape, numbers.device):
+            of = unit[part]
+            steps = numbers[part].float().sub_(low.index_select(0, of)).div_(step.index_select(0, of)).round_()
+            codes[part] = steps.clamp_(0, _LEVELS)
+        return {self.side: codes, f"{self.side}_step": _bytes_apart(step), f"{self.side}_min": _bytes_apart(low)}
+
     def _units(self, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The unit of each row, (N,), of heads with `counts` rows."""
         return row_groups(counts, UNIT) if self.side == "key" else np.arange(counts.sum())
 
-    def _bounds(
-        self, by_row: Tensor, rows: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
-    ) -> tuple[Tensor, Tensor]:
+    def _bounds(self, numbers: Tensor, counts: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Least and greatest number of each unit, (U, D) or (N, 1) float32."""
         if self.side == "value":
-            low, high = by_row.index_select(0, torch.from_numpy(rows).to(by_row.device)).aminmax(dim=1, keepdim=True)
+            low, high = numbers.aminmax(dim=1, keepdim=True)
         else:
-            index, _ = padded_groups(counts, UNIT)
-            padded = by_row.index_select(0, torch.from_numpy(rows[index]).to(by_row.device))
-            low, high = padded.view(-1, UNIT, by_row.shape[1]).aminmax(dim=1)
+            padded = torch.from_numpy(padded_groups(counts, UNIT)[0]).to(numbers.device)
+            low, high = numbers.index_select(0, padded).view(-1, UNIT, numbers.shape[1]).aminmax(dim=1)
         return low.float(), high.float()
 
 
@@ -139,10 +136,10 @@ def step_and_min(low: Tensor, high: Tensor, rel: float) -> tuple[Tensor, Tensor]
     return or_one(step), low
 
 
-def _bytes_apart(plane: Tensor) -> npt.NDArray[Any]:
+def _bytes_apart(plane: Tensor) -> Tensor:
     """(U, ...) numbers as their lowest bytes, then the next, (B, U, ...) uint8: the high ones shrink well."""
-    numbers = plane.cpu().numpy()
-    return np.moveaxis(numbers.view(np.uint8).reshape(*numbers.shape, numbers.itemsize), -1, 0)
+    words = plane.view({2: torch.int16, 4: torch.int32}[plane.itemsize])
+    return torch.stack([(words >> 8 * byte).to(torch.uint8) for byte in range(words.itemsize)])
 
 
 def _bytes_together(planes: Planes, name: str, shape: tuple[int, int]) -> npt.NDArray[np.float32]:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from kvchat.cache.coded import GROUP
 from kvchat.codecs.bits import expand, level_table, pack_codes, row_bytes
-from kvchat.codecs.codec import Exact, FrameRows, Take
+from kvchat.codecs.codec import Exact, FrameRows, Take, Takes, Tensors
 from kvchat.codecs.frame import Planes, expect
-from kvchat.codecs.quant import blocks, by_unit, refuse_what_does_not_fit, scale_and_min, to_tensor
+from kvchat.codecs.quant import SURE_OF_HALF, blocks, by_unit, largest_fitting, scale_and_min, to_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +48,24 @@ class ChannelKeys:
         """None: a frame stands for itself."""
         return {}
 
-    def read(self, exact: Exact) -> tuple[Planes, Take]:
-        """The keys themselves: which rows make a group is known when they are taken."""
-        refuse_what_does_not_fit("keys", exact.layers)
-        by_row, tokens = exact.by_row, exact.tokens
+    def read(self, exact: Exact) -> tuple[Tensors, Takes]:
+        """Nothing yet: which rows make a group is known when they are taken."""
+        small = largest_fitting("keys", exact) <= SURE_OF_HALF
 
-        def take(rows: npt.NDArray[np.int64]) -> Planes:
-            index, real = padded_groups(np.bincount(rows // tokens))
-            padded = torch.from_numpy(rows[index]).to(by_row.device)
-            keys = by_row.index_select(0, padded).float().view(-1, GROUP, by_row.shape[1])
-            codes, scale, low = self._quantise(keys)
-            codes = codes.flatten(0, 1)[torch.from_numpy(real).to(codes.device)]
-            planes = {"key": pack_codes(codes, self.bits), "key_scale": scale, "key_min": low}
-            return {name: plane.cpu().numpy() for name, plane in planes.items()}
+        def takes(first: int, last: int) -> Take:
+            group = exact.of_layers(first, last)
 
-        return {}, take
+            def take(rows: FrameRows, index: Tensor) -> Tensors:
+                padded, real = padded_groups(rows.counts.reshape(-1))
+                picked, device = group.pick(rows, index), index.device
+                keys = picked.index_select(0, torch.from_numpy(padded).to(device)).float()
+                codes, scale, low = self._quantise(keys.view(-1, GROUP, rows.head_dim), small)
+                codes = codes.flatten(0, 1).index_select(0, torch.from_numpy(np.flatnonzero(real)).to(device))
+                return {"key": pack_codes(codes, self.bits), "key_scale": scale, "key_min": low}
+
+            return take
+
+        return {}, takes
 
     def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
         """Keys (N, D), computed in float32."""
@@ -82,14 +85,14 @@ class ChannelKeys:
         table, head_dim = level_table(levels, self.bits), scale.shape[1]
         return by_unit(lambda part: expand(packed[part], table, self.bits, head_dim), unit, scale, low, dtype)
 
-    def _quantise(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (G, 32, D) uint8, scale and min (G, D), of groups of keys (G, 32, D).
+    def _quantise(self, keys: Tensor, small: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (G, 32, D) uint8, scale and min (G, D), of groups of keys (G, 32, D); `small` ones fit float16.
 
         From min to max, although less would lower the squared error: it moves the keys that stand out, which attention
         looks for (choosing of 1 and .9 of the range on real KV: KL .0060 in place of .0029 in 4 bits).
         """
         low, high = keys.aminmax(dim=1)
-        scale, low = scale_and_min(low, high - low, (1 << self.bits) - 1)
+        scale, low = scale_and_min(low, high - low, (1 << self.bits) - 1, small)
         codes = torch.empty(keys.shape, dtype=torch.uint8, device=keys.device)
         for part in blocks((len(keys), GROUP * keys.shape[2]), keys.device):
             steps = (keys[part] - low[part].float().unsqueeze(1)).div_(scale[part].float().unsqueeze(1))

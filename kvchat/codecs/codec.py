@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -22,25 +21,8 @@ from kvchat.codecs.frame import Planes
 
 _FRAME_BYTES = 4 * 1024 * 1024
 
-Take = Callable[[npt.NDArray[np.int64]], Planes]
-"""Flat row indices into (L, H, T), ascending, to the planes of these rows."""
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Exact keys or values of a segment: L layers of (H, T, D)."""
-
-    layers: Sequence[Tensor]
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return int(self.layers[0].shape[1])
-
-    @cached_property
-    def by_row(self) -> Tensor:
-        """(L * H * T, D): one copy for all methods that want it."""
-        return torch.stack(list(self.layers)).flatten(0, 2)
+Tensors = Mapping[str, Tensor]
+"""Planes before they are packed, where the exact KV lies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +49,43 @@ class FrameRows:
         return rows
 
 
+Take = Callable[[FrameRows, Tensor], Tensors]
+"""Rows of a frame, and their flat indices (N,) int64 into its layers' (layers, H, T), to their planes."""
+
+Takes = Callable[[int, int], Take]
+"""A group of layers, the first and one past the last, to what takes rows of them."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Exact keys or values of a segment: layers of (H, T, D)."""
+
+    layers: Sequence[Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return int(self.layers[0].shape[1])
+
+    def of_layers(self, first: int, last: int) -> Exact:
+        """Those of layers [first, last)."""
+        return Exact([self.layers[index] for index in range(first, last)])
+
+    def pick(self, rows: FrameRows, index: Tensor) -> Tensor:
+        """The rows (N, D) of a frame over all these layers, given their flat indices; no layer is copied whole."""
+        tokens, parts = self.tokens, index.split_with_sizes(rows.per_layer.tolist())
+        picked = []
+        for layer, part in zip(self.layers, parts, strict=True):
+            heads, _, dim = layer.shape
+            # A tail has room between its heads; indices can step over it where a row is one piece.
+            kept = layer if layer.stride()[1:] == (dim, 1) and layer.stride(0) % dim == 0 else layer.contiguous()
+            room = kept.stride(0) // dim
+            flat = kept.as_strided(((heads - 1) * room + tokens, dim), (dim, 1))
+            head, token = part // tokens % heads, part % tokens
+            picked.append(flat.index_select(0, head * room + token))
+        return torch.cat(picked)
+
+
 class Method(Protocol):
     """One way to write keys or values. Stateless; decoding depends on bytes alone, not on device or thread count."""
 
@@ -80,8 +99,8 @@ class Method(Protocol):
     def param_shapes(self, layers: int, heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
         """Float32 planes that serve the whole segment and lie in its header; the first axis is L."""
 
-    def read(self, exact: Exact) -> tuple[Planes, Take]:
-        """Parameters, and what takes rows. Raises CodecError for what it cannot write."""
+    def read(self, exact: Exact) -> tuple[Tensors, Takes]:
+        """Parameters, and what takes rows of the exact KV. Raises CodecError for what it cannot write."""
 
     def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
         """The rows (N, D); `params` are those of the frame's layers. Raises CorruptFrame."""

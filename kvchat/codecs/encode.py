@@ -1,5 +1,8 @@
 """A segment's exact KV to frames, one per (rank chunk, layer group), and each frame back to ragged KV.
 
+`read_segment` gives the planes of each frame where the exact KV lies, so that rows can go from there into memory;
+`pack_frame` makes bytes of them, in any thread.
+
 Rows of a frame stand in (layer, head, time) order and are one plane for all layers of the group, so that decoding is a
 few large operations. Each rank chunk has a codec, so that the pairs that matter most can have the most bits. What every
 frame needs is in the segment's header.
@@ -10,7 +13,8 @@ Letters: L layers, H KV heads, T tokens of the segment, N rows of a frame, D hea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +22,39 @@ from torch import Tensor
 
 from kvchat.cache.segment import LayerKV, Ranking
 from kvchat.codecs.archive import Basis
-from kvchat.codecs.codec import Codec, Exact, FrameRows, Method, Take, group_size
+from kvchat.codecs.codec import Codec, Exact, FrameRows, Method, Takes, Tensors, group_size
 from kvchat.codecs.frame import Planes, pack, unpack
 from kvchat.codecs.header import ARCHIVE, SegmentHeader, codec_of
 from kvchat.codecs.lossless import Raw
 from kvchat.config import without_repeats
 from kvchat.errors import CorruptFrame
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A frame that is not packed yet.
+
+    rows     which rows it holds; where each stood is not told
+    index    their flat indices into the (layers, H, T) of its layers, (N,) int64
+    planes   the codec's planes, where the exact KV lies
+    """
+
+    chunk: int
+    group: int
+    rows: FrameRows
+    index: Tensor
+    planes: Tensors
+
+
+class Reading(NamedTuple):
+    """A segment as its codecs have read it: its header, the header's parameters as tensors, and its frames.
+
+    Frames come by group, so that a group's exact KV may go when its last frame has been made.
+    """
+
+    header: SegmentHeader
+    params: Tensors
+    frames: Iterator[Taken]
 
 
 def encode_segment(
@@ -33,12 +64,26 @@ def encode_segment(
     ranking: Ranking,
     basis: bytes = b"",
 ) -> tuple[SegmentHeader, Iterator[tuple[int, int, bytes]]]:
-    """Header, and the frames as (chunk, group, bytes), made as they are asked for.
+    """Header, and the frames as (chunk, group, bytes), by group and then chunk; arguments and errors as below."""
+    header, _, frames = read_segment(codecs, keys, values, ranking, basis)
+    return header, ((one.chunk, one.group, pack_frame(header, one.chunk, one.group, one.planes)) for one in frames)
+
+
+def read_segment(
+    codecs: str | Sequence[str],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    ranking: Ranking,
+    basis: bytes = b"",
+) -> Reading:
+    """A segment with frames that are made as they are asked for.
 
     codecs: one name for all, or the name of each rank chunk's codec, of which the last serves all further chunks.
     basis: for codec `archive`, what `fit_basis` gave.
-    keys, values: L layers of (H, T, D) exact KV in bfloat16, float16 or float32, on any device. The codecs have read
-    them when this returns. Raises UnknownCodec, and CodecError for values that a codec cannot write.
+    keys, values: L layers of (H, T, D) exact KV in bfloat16, float16 or float32, on any device. They must stay as they
+    are until the last frame of their layer has been made.
+
+    Raises UnknownCodec, and CodecError for values that a codec cannot write, before there is any frame.
     """
     assert len(keys) == len(values) == len(ranking.chunk_of) and ranking.chunk_of.size
     assert all(x.shape[:2] == ranking.chunk_of.shape[1:] and x.dtype == keys[0].dtype for x in (*keys, *values))
@@ -48,8 +93,15 @@ def encode_segment(
     found = [codec_of(name, shared, ranking) for name in names]
     size = group_size(ranking, found, head_dim, dtype)
     params, takes = _read(found, keys, values)
-    header = SegmentHeader(names, dtype, head_dim, ranking, size, params, shared)
-    return header, _frames(header, found, takes)
+    planes = {name: plane.cpu().numpy() for name, plane in params.items()}
+    header = SegmentHeader(names, dtype, head_dim, ranking, size, planes, shared)
+    return Reading(header, params, _frames(header, found, takes, keys[0].device))
+
+
+def pack_frame(header: SegmentHeader, chunk: int, group: int, planes: Tensors) -> bytes:
+    """A frame as bytes."""
+    on_cpu = {name: plane.cpu().numpy() for name, plane in planes.items()}
+    return pack(_frame_head(header, chunk, group), on_cpu, header.method(chunk).bars)
 
 
 def decode_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes, device: torch.device) -> list[LayerKV]:
@@ -103,12 +155,12 @@ def param_bytes(header: SegmentHeader) -> int:
 
 def _read(
     codecs: Sequence[Codec], keys: Sequence[Tensor], values: Sequence[Tensor]
-) -> tuple[Planes, dict[Method, Take]]:
+) -> tuple[Tensors, dict[Method, Takes]]:
     """What each method of the codecs has read, and the parameters of all."""
     of_keys, of_values = Exact(keys), Exact(values)
     sides = {method: side for codec in codecs for method, side in ((codec.keys, of_keys), (codec.values, of_values))}
-    params: Planes = {}
-    takes: dict[Method, Take] = {}
+    params: dict[str, Tensor] = {}
+    takes: dict[Method, Takes] = {}
     for method, side in sides.items():
         more, takes[method] = method.read(side)
         params |= more
@@ -116,16 +168,22 @@ def _read(
 
 
 def _frames(
-    header: SegmentHeader, codecs: Sequence[Codec], takes: dict[Method, Take]
-) -> Iterator[tuple[int, int, bytes]]:
-    per_layer = header.num_kv_heads * header.ranking.chunk_of.shape[2]
-    for chunk in range(header.ranking.num_chunks):
-        codec = codecs[min(chunk, len(codecs) - 1)]
-        for group in range(header.num_groups):
-            first, last = header.layers(group)
-            rows = header.ranking.rows(chunk, first, last) + first * per_layer
-            planes = {**takes[codec.keys](rows), **takes[codec.values](rows)}
-            yield chunk, group, pack(_frame_head(header, chunk, group), planes, codec.bars)
+    header: SegmentHeader, codecs: Sequence[Codec], takes: dict[Method, Takes], device: torch.device
+) -> Iterator[Taken]:
+    chunks = range(header.ranking.num_chunks)
+    counts = [header.ranking.counts(chunk) for chunk in chunks]
+    for group in range(header.num_groups):
+        first, last = header.layers(group)
+        of_group = {method: read(first, last) for method, read in takes.items()}
+        rows = [header.ranking.rows(chunk, first, last) for chunk in chunks]
+        # All at once: each copy to a device waits for what that is doing.
+        index = torch.from_numpy(np.concatenate(rows)).to(device).split_with_sizes([len(part) for part in rows])
+        for chunk in chunks:
+            codec = codecs[min(chunk, len(codecs) - 1)]
+            frame = FrameRows(counts[chunk][first:last], header.head_dim, header.dtype)
+            planes = {**of_group[codec.keys](frame, index[chunk]), **of_group[codec.values](frame, index[chunk])}
+            yield Taken(chunk, group, frame, index[chunk], planes)
+        del of_group, planes  # or they would be in memory beside the next
 
 
 def _frame_head(header: SegmentHeader, chunk: int, group: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.codecs.codec import Exact, FrameRows, Take
+from kvchat.codecs.codec import Exact, FrameRows, Take, Takes, Tensors
 from kvchat.codecs.frame import Planes, expect
 
 _INTEGERS: dict[int, tuple[torch.dtype, np.dtype[Any]]] = {
@@ -45,15 +45,19 @@ class Raw:
         """None: every row stands for itself."""
         return {}
 
-    def read(self, exact: Exact) -> tuple[Planes, Take]:
-        """Rows as rotated words, cut into bytes when they are taken."""
-        words = _words(exact.by_row)
+    def read(self, exact: Exact) -> tuple[Tensors, Takes]:
+        """Nothing yet: rows are cut into bytes when they are taken."""
 
-        def take(rows: npt.NDArray[np.int64]) -> Planes:
-            taken = words[rows]
-            return {f"{self.side}{byte}": (taken >> 8 * byte).astype(np.uint8) for byte in range(words.itemsize)}
+        def takes(first: int, last: int) -> Take:
+            group = exact.of_layers(first, last)
 
-        return {}, take
+            def take(rows: FrameRows, index: Tensor) -> Tensors:
+                words = _words(group.pick(rows, index))
+                return {f"{self.side}{byte}": (words >> 8 * byte).to(torch.uint8) for byte in range(words.itemsize)}
+
+            return take
+
+        return {}, takes
 
     def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
         """The rows (N, D), bit for bit what was written."""
@@ -66,9 +70,9 @@ class Raw:
         return torch.from_numpy(words).view(rows.dtype).to(device)
 
 
-def _words(rows: Tensor) -> npt.NDArray[Any]:
-    """(L*H*T, D) unsigned words, rotated left by one bit."""
-    signed, unsigned = _INTEGERS[rows.dtype.itemsize]
-    words = rows.view(signed).cpu().numpy().view(unsigned)
-    rotated: npt.NDArray[Any] = (words << 1) | (words >> (8 * words.itemsize - 1))
-    return rotated
+def _words(rows: Tensor) -> Tensor:
+    """Rows (N, D) as words of as many bits, rotated left by one."""
+    signed, _ = _INTEGERS[rows.dtype.itemsize]
+    words = rows.view(signed)
+    # A shift to the right copies the sign to every bit that it frees; the lowest is the one that counts.
+    return (words << 1).bitwise_or_((words >> 8 * words.itemsize - 1).bitwise_and_(1))

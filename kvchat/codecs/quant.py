@@ -22,9 +22,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.codecs.codec import Exact, FrameRows, Take
+from kvchat.codecs.codec import Exact, FrameRows, Take, Takes, Tensors
 from kvchat.codecs.frame import Planes, expect
 from kvchat.errors import CodecError
+
+SURE_OF_HALF = 2.0**14
+"""Of numbers up to this, ranges, scales and mins fit float16."""
 
 _LEVELS = 255
 # torch runs an operation on up to so many elements in one thread.
@@ -48,16 +51,16 @@ class Keys8:
         """Scale and min of each key channel."""
         return dict.fromkeys(("key_scale", "key_min"), (layers, heads, head_dim))
 
-    def read(self, exact: Exact) -> tuple[Planes, Take]:
-        """The whole segment's codes, of which `take` only picks rows."""
-        # By head: small enough for one core's cache, and only one head at a time is held in float32.
-        layers, heads = exact.layers, [head for layer in exact.layers for head in layer]
-        low, extent = _bounds(heads, 0)
-        _refuse_unless("keys", _fits(low, extent, layers[0].dtype).reshape(len(layers), -1).all(1))
+    def read(self, exact: Exact) -> tuple[Tensors, Takes]:
+        """Scales of the whole segment; a group's codes are made at once, and rows picked of them."""
+        low, extent = _bounds(exact, 1)
+        _refuse_unless("keys", _fits(low, extent, exact.layers[0].dtype).flatten(1).all(1))
         scale = or_one(_round_up_16_bits(extent / _LEVELS))
-        shape = (len(layers), len(layers[0]), -1)
-        params = {"key_scale": scale.reshape(shape).cpu().numpy(), "key_min": low.reshape(shape).cpu().numpy()}
-        return params, _picking({"key": _codes(heads, scale, low)})
+
+        def takes(first: int, last: int) -> Take:
+            return _picking({"key": _codes(exact, scale, low, first, last)})
+
+        return {"key_scale": scale.squeeze(2), "key_min": low.squeeze(2)}, takes
 
     def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
         """Keys (N, D), computed in float32."""
@@ -88,14 +91,17 @@ class Values8:
         """None: every row stands for itself."""
         return {}
 
-    def read(self, exact: Exact) -> tuple[Planes, Take]:
-        """The whole segment's codes, of which `take` only picks rows."""
-        layers, heads = exact.layers, [head for layer in exact.layers for head in layer]
-        low, extent = _bounds(heads, 1)
-        _refuse_unless("values", _fits(low, extent, layers[0].dtype).reshape(len(layers), -1).all(1))
+    def read(self, exact: Exact) -> tuple[Tensors, Takes]:
+        """Scales of all rows; a group's codes are made at once, and rows picked of them."""
+        low, extent = _bounds(exact, 2)
+        _refuse_unless("values", _fits(low, extent, exact.layers[0].dtype).flatten(1).all(1))
         scale, low = scale_and_min(low, extent, _LEVELS)
-        codes = _codes(heads, scale.float(), low.float())
-        return {}, _picking({"value": codes, "value_scale": scale, "value_min": low})
+
+        def takes(first: int, last: int) -> Take:
+            codes = _codes(exact, scale, low, first, last)
+            return _picking({"value": codes, "value_scale": scale[first:last], "value_min": low[first:last]})
+
+        return {}, takes
 
     def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
         """Values (N, D), computed in float32."""
@@ -144,22 +150,20 @@ def to_tensor(plane: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(plane.copy()).to(device)
 
 
-def _picking(planes: dict[str, Tensor]) -> Take:
-    """Picks rows of planes (L*H, T, ...)."""
-    by_row = {name: plane.flatten(0, 1).cpu() for name, plane in planes.items()}
-
-    def take(rows: npt.NDArray[np.int64]) -> Planes:
-        index = torch.from_numpy(rows)
-        return {name: plane.index_select(0, index).numpy() for name, plane in by_row.items()}
-
-    return take
+def _picking(planes: Tensors) -> Take:
+    """Picks rows of planes (layers, H, T, ...)."""
+    by_row = {name: plane.flatten(0, 2) for name, plane in planes.items()}
+    return lambda rows, index: {name: plane.index_select(0, index) for name, plane in by_row.items()}
 
 
-def _bounds(heads: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
-    """Least value and range over `dim` (kept) of each (T, D) head, stacked, in float32."""
-    low = torch.stack([head.amin(dim, keepdim=True) for head in heads]).float()
-    high = torch.stack([head.amax(dim, keepdim=True) for head in heads]).float()
-    return low, high - low
+def _bounds(exact: Exact, dim: int) -> tuple[Tensor, Tensor]:
+    """Least value and range over `dim` (kept) of each layer's (H, T, D), stacked, in float32."""
+    low, high = [], []
+    for layer in exact.layers:
+        low.append(layer.amin(dim, keepdim=True))
+        high.append(layer.amax(dim, keepdim=True))
+    least = torch.stack(low).float()
+    return least, torch.stack(high).float() - least
 
 
 def _fits(low: Tensor, extent: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,10 +172,14 @@ def _fits(low: Tensor, extent: Tensor, dtype: torch.dtype) -> Tensor:
     return (extent * (1 + 2**-7)).isfinite() & (largest * (1 + 2**-7) <= torch.finfo(dtype).max)
 
 
-def refuse_what_does_not_fit(what: str, layers: Sequence[Tensor]) -> None:
-    """Raise CodecError unless all numbers are finite, with room for the error of few bits: an eighth of the dtype's."""
-    largest = torch.stack([layer.abs().amax() for layer in layers]).float()
-    _refuse_unless(what, largest * 8 <= torch.finfo(layers[0].dtype).max)
+def largest_fitting(what: str, exact: Exact) -> float:
+    """The largest magnitude.
+
+    Raises CodecError unless all numbers are finite, with room for the error of few bits: an eighth of the dtype's.
+    """
+    largest = torch.stack([layer.abs().amax() for layer in exact.layers]).float()
+    _refuse_unless(what, largest * 8 <= torch.finfo(exact.layers[0].dtype).max)
+    return float(largest.max())
 
 
 def _refuse_unless(what: str, fits: Tensor) -> None:
@@ -180,19 +188,30 @@ def _refuse_unless(what: str, fits: Tensor) -> None:
         raise CodecError(f"{what} of layer {layer} are not finite or span too much to be quantised: use codec raw")
 
 
-def scale_and_min(low: Tensor, extent: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scale and min, for codes 0 .. levels, of ranges that begin at `low`: both float16 if all fit, else float32."""
+def scale_and_min(low: Tensor, extent: Tensor, levels: int, fits: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale and min, for codes 0 .. levels, of ranges that begin at `low`: both float16 if all fit, else float32.
+
+    `fits` says that they do, which else the device is asked.
+    """
     low16 = round_down_half(low)
     # The range grows by what rounding took off the min; a min that overflowed makes it infinite.
     scale16 = -round_down_half(-(low + extent - low16.float()) / levels)
-    if bool(scale16.isfinite().all()):
+    if fits or bool(scale16.isfinite().all()):
         return or_one(scale16), low16
     return or_one(_round_up_16_bits(extent / levels)), low
 
 
-def _codes(heads: Sequence[Tensor], scale: Tensor, low: Tensor) -> Tensor:
-    """(L*H, T, D) uint8."""
-    return torch.stack([(head.float() - low[i]).div_(scale[i]).round_().byte() for i, head in enumerate(heads)])
+def _codes(exact: Exact, scale: Tensor, low: Tensor, first: int, last: int) -> Tensor:
+    """Of layers [first, last), (layers, H, T, D) uint8, given scale and min of all, (L, H, 1, D) or (L, H, T, 1)."""
+    layers = exact.of_layers(first, last).layers
+    codes = torch.empty(len(layers), *layers[0].shape, dtype=torch.uint8, device=layers[0].device)
+    scale, low = scale[first:last].float(), low[first:last].float()
+    parts = [(out, *of) for out, *of in zip(codes, layers, scale, low, strict=True)]
+    if codes.device.type == "cpu":  # by head: small enough for one core's cache
+        parts = [part for layer in parts for part in zip(*layer, strict=True)]
+    for out, numbers, of_scale, of_low in parts:  # only one at a time is held in float32
+        out.copy_((numbers.float() - of_low).div_(of_scale).round_())
+    return codes
 
 
 def or_one(scale: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from kvchat.codecs.bits import expand, level_table, pack_codes, row_bytes
-from kvchat.codecs.codec import Exact, FrameRows, Take
+from kvchat.codecs.codec import Exact, FrameRows, Take, Takes, Tensors
 from kvchat.codecs.frame import Planes, expect
-from kvchat.codecs.quant import blocks, or_one, refuse_what_does_not_fit, to_tensor
+from kvchat.codecs.quant import SURE_OF_HALF, blocks, largest_fitting, or_one, to_tensor
 
 _UNIT = 64
 # Beyond the last bound between two levels, 153.5.
@@ -56,16 +56,20 @@ class RotatedValues:
         """None: every row stands for itself."""
         return {}
 
-    def read(self, exact: Exact) -> tuple[Planes, Take]:
-        """The values themselves, quantised when they are taken."""
-        refuse_what_does_not_fit("values", exact.layers)
-        by_row = exact.by_row
+    def read(self, exact: Exact) -> tuple[Tensors, Takes]:
+        """Nothing yet: rows are quantised when they are taken."""
+        largest = largest_fitting("values", exact)
 
-        def take(rows: npt.NDArray[np.int64]) -> Planes:
-            codes, scale = self._quantise(by_row.index_select(0, torch.from_numpy(rows).to(by_row.device)).float())
-            return {"value": pack_codes(codes, self.bits).cpu().numpy(), "value_scale": scale.cpu().numpy()}
+        def takes(first: int, last: int) -> Take:
+            group = exact.of_layers(first, last)
 
-        return {}, take
+            def take(rows: FrameRows, index: Tensor) -> Tensors:
+                codes, scale = self._quantise(group.pick(rows, index).float(), largest)
+                return {"value": pack_codes(codes, self.bits), "value_scale": scale}
+
+            return take
+
+        return {}, takes
 
     def decode(self, planes: Planes, params: Planes, rows: FrameRows, device: torch.device) -> Tensor:
         """Values (N, D), computed in float32."""
@@ -84,8 +88,8 @@ class RotatedValues:
             values[part] = (expand(packed[part], table, self.bits, head_dim) @ back).mul_(scale[part])
         return values
 
-    def _quantise(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (N, D) uint8 and scale (N, 1) of values (N, D).
+    def _quantise(self, values: Tensor, most: float) -> tuple[Tensor, Tensor]:
+        """Codes (N, D) uint8 and scale (N, 1) of values (N, D), no magnitude above `most`.
 
         A level is on average shorter than what it stands for. The scale makes up for it: the decoded row's projection
         on the exact one is the exact one, so that a weighted sum of rows is not biased towards zero. On real KV that is
@@ -109,7 +113,9 @@ class RotatedValues:
             scale[part] = rotated.square().sum(1, keepdim=True) / or_one(along) * (largest * rms)
         scale /= unit * _UNIT * _fixed_point(head_dim)
         half = scale.half()
-        return codes, half if bool(half.isfinite().all()) else scale
+        # A scale is at most the magnitude times sqrt(D): few rows are so large that the device must be asked.
+        sure = most * head_dim**0.5 <= SURE_OF_HALF
+        return codes, half if sure or bool(half.isfinite().all()) else scale
 
 
 def rotation(head_dim: int, device: torch.device) -> Tensor:

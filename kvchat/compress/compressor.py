@@ -34,7 +34,8 @@ def rank(scores: Tensor, protected: Sequence[bool], cuts: Sequence[float], start
     flat = scores.double().flatten()
     shield = torch.tensor(protected, device=scores.device).expand(scores.shape).flatten()
     order = torch.where(shield, torch.inf, flat).argsort(descending=True, stable=True)
-    bounds = [max(int(cut * len(flat) + 1e-6), int(shield.sum())) for cut in cuts]
+    shielded = sum(protected) * scores.shape[0] * scores.shape[1]
+    bounds = [max(int(cut * len(flat) + 1e-6), shielded) for cut in cuts]
     ranks = torch.empty(len(flat), dtype=torch.int64, device=scores.device)
     ranks[order] = torch.arange(len(flat), device=scores.device)
     # A pair of rank r lies in the first chunk whose bound is above r.
@@ -42,7 +43,7 @@ def rank(scores: Tensor, protected: Sequence[bool], cuts: Sequence[float], start
     middles = [min((low + high) // 2, len(flat) - 1) for low, high in pairwise([0, *bounds])]
     medians = flat[order[torch.tensor(middles, device=scores.device)]]
     # Protected pairs stand first whatever their scores: a chunk counts as no worse than those after it.
-    falling = medians.float().flip(0).cummax(0).values.flip(0)[: int(chunk_of.max()) + 1]
+    falling = medians.float().flip(0).cummax(0).values.flip(0)[: 1 + sum(bound < len(flat) for bound in bounds)]
     return Ranking(start, chunk_of.to(torch.uint8).view(scores.shape).cpu().numpy(), tuple(falling.tolist()))
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvchat.cache.ragged import Piece
+from kvchat.cache.layer import Piece
 from kvchat.cache.segment import LayerKV, Ranking
 from kvchat.codecs import SegmentHeader, decode_frame, encode_segment, packed_bytes, param_bytes
 from kvchat.compress.compressor import rank
@@ -96,6 +96,11 @@ class Masked(Unsaved):
         self.blocks: list[Block] = []
         self.quota: list[int] = []
         """Pairs that the session would hold of each block."""
+
+    def spare(self) -> bool:
+        """What was taken in half-way cannot be tried again."""
+        self.let_go()
+        return False
 
     @property
     def sealed_bytes(self) -> int:

@@ -9,7 +9,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
@@ -32,6 +31,7 @@ from kvchat.fingerprint import fingerprint_id
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.store import Store
+from kvchat.tiers import new_pool
 
 METHODS: dict[str, type[Residence]] = {
     "session": Residence,
@@ -183,7 +183,7 @@ class Grid:
         (config, _), model = self._settled(setting), self.engine.model
         with (
             tempfile.TemporaryDirectory(prefix="kvchat-eval-") as folder,
-            ThreadPoolExecutor(2) as pool,
+            new_pool() as pool,
             closing(Store(Path(folder) / "eval.db")) as store,
         ):
             info = store.create_session("eval", model.name, model.fingerprint)

@@ -80,26 +80,34 @@ def memory(subject: Subject, weights: int) -> dict[str, Any]:
 
 
 def seal(subject: Subject, weights: int) -> dict[str, Any]:
-    """Seconds to seal a turn of 2000 tokens and to prefill it, and the memory that sealing takes."""
+    """Seconds to prefill a turn of 2000 tokens, to seal it and to write it, and the memory that sealing takes.
+
+    A token is timed while the segment waits to be written and is packed in the background, and afterwards.
+    """
     conversation, source = subject.conversation, random.Random(9)
     engine, residence = conversation.engine, conversation.residence
-    times: dict[str, list[float]] = {"prefill_s": [], "seal_s": [], "token_s": []}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("prefill_s", "seal_s", "packing_token_s", "save_s", "token_s")
+    }
     for number in range(subject.rounds + 1):
         conversation.take([{"role": "user", "content": words(source, SEALED_TOKENS)}])
-        times["prefill_s"].append(prefill_s(residence, residence.ids(conversation.path)))
+        prefilled = prefill_s(residence, residence.ids(conversation.path))
         forget_peak(engine)
-        times["seal_s"].append(timed(lambda: drain(conversation.finish()), engine.model.device))
+        sealed = timed(lambda: drain(conversation.finish()), engine.model.device)
         peak = peak_allocated(engine) - weights - kept_bytes(conversation)
-        times["token_s"].append(token_s(conversation, 5, NEW_TOKENS))
+        meanwhile = token_s(conversation, 5, NEW_TOKENS)
+        saved, alone = timed(conversation.save), token_s(conversation, 5, NEW_TOKENS)
         segment = conversation.stats()["segments"][-1]
         conversation.rewind(len(conversation.path) - 1)
-        if not number:
-            times = {name: [] for name in times}
+        if number:
+            for name, one in zip(times, (prefilled, sealed, meanwhile, saved, alone), strict=True):
+                times[name].append(one)
     spreads = {name: spread(values) for name, values in times.items()}
     return {
         "segment_tokens": segment["end"] - segment["start"],
         **spreads,
         "seal_over_prefill": ratio(spreads["seal_s"], spreads["prefill_s"]),
+        "packing_token_over_token": ratio(spreads["packing_token_s"], spreads["token_s"]),
         "peak_beyond_kept_bytes": peak,
     }
 

@@ -1,0 +1,124 @@
+"""One layer of the cache: sealed rows (ragged, packed) and the open tail (dense, causal).
+
+Sealed rows stand in one canonical order: head, then segment, then rank chunk, then time. So the order in which pieces
+come and go leaves no trace, and dropping chunks gives the same tensors as never having attached them.
+
+Letters: H KV heads, T tokens, N sealed rows of a layer, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvchat.cache.coded import CHUNK, PLAIN, START, CodedKV, Form
+from kvchat.cache.pack import Runs, before, merged, pack
+from kvchat.cache.segment import LayerKV
+from kvchat.cache.tail import Tail
+
+Decode = Callable[[CodedKV], LayerKV]
+"""Rows in any form to plain numbers, for passes over many tokens."""
+
+
+class Piece(NamedTuple):
+    """One rank chunk of one segment; sorts in canonical order."""
+
+    start: int
+    """Position of the segment's first token: segments of one conversation never share it."""
+    chunk: int
+
+
+class RaggedLayer(Tail):
+    """One layer: sealed rows are unchanged during a turn, the tail grows in place. Nothing is re-packed per token."""
+
+    def __init__(
+        self,
+        num_key_value_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        decode: Decode = CodedKV.rows,
+    ) -> None:
+        super().__init__(num_key_value_heads, head_dim, dtype, device)
+        self._decode = decode
+        self._nothing = LayerKV.dense(self.keys, self.values, 0)
+        self.forms: tuple[CodedKV, ...] = ()
+        """Sealed rows, those of each form packed together."""
+        self._plain: LayerKV | None = self._nothing
+        self.version = 0
+        """Another number whenever what is sealed has changed."""
+
+    @property
+    def sealed(self) -> LayerKV:
+        """Sealed rows as plain numbers: as they lie, or decoded for who asks."""
+        return self._plain if self._plain is not None else merged(self.forms, [*map(self._decode, self.forms)])
+
+    def sealed_before(self, position: int) -> LayerKV:
+        """Sealed rows of tokens before `position` as plain numbers; no others are decoded."""
+        forms = [before(form, position) for form in self.forms]
+        return merged(forms, [*map(self._decode, forms)]) if forms else self._nothing
+
+    @property
+    def pieces(self) -> set[Piece]:
+        """What is attached."""
+        return _pieces(self.forms)
+
+    def attach(self, pieces: Sequence[CodedKV]) -> None:
+        """Add rows, of pieces that are not there; they may lie in host memory."""
+        self._set([(rows, rows.runs) for rows in (*self.forms, *pieces)])
+
+    def keep(self, pieces: Collection[Piece]) -> None:
+        """Drop every sealed piece that is not named; its memory is freed."""
+        if dropped := self.pieces.difference(pieces):
+            self._set([(form, form.runs[~_of_pieces(form.runs, dropped)]) for form in self.forms])
+
+    def crop(self, position: int) -> None:
+        """Forget every token from `position` on, in the tail and inside sealed segments."""
+        if position >= self.tail_start:
+            self.tail_length = min(self.tail_length, position - self.tail_start)
+            return
+        self._set([(form, form.runs) for form in (before(form, position) for form in self.forms)])
+        self.replace_tail(self.after(self.tail_length))
+        self.tail_start = position
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._set([])
+        self.replace_tail(self.after(self.tail_length))
+        self.tail_start = 0
+
+    def _set(self, chosen: Sequence[tuple[CodedKV, Runs]]) -> None:
+        """Hold these runs and nothing else, what has one form packed together."""
+        forms: dict[Form, list[tuple[CodedKV, Runs]]] = {}
+        for rows, runs in chosen:
+            if len(runs):
+                forms.setdefault(rows.form, []).append((rows, runs))
+        packed = tuple(
+            pack([rows for rows, _ in forms[form]], [runs for _, runs in forms[form]], self.device)
+            for form in sorted(forms, reverse=True)
+        )
+        plain = packed[0].rows() if forms.keys() == {PLAIN} else None
+        self.forms, self._plain = packed, plain if packed else self._nothing
+        self.version += 1
+
+
+def _of_pieces(runs: Runs, pieces: Collection[Piece]) -> npt.NDArray[np.bool_]:
+    """Which runs belong to one of these pieces."""
+    return np.isin(_places(runs), [piece.start << 8 | piece.chunk for piece in pieces])
+
+
+def _pieces(parts: Iterable[CodedKV]) -> set[Piece]:
+    """The pieces whose rows these are."""
+    # Every head has a run of each piece; numpy finds the few that differ.
+    places = {place for part in parts for place in np.unique(_places(part.runs)).tolist()}
+    return {Piece(place >> 8, place & 255) for place in places}
+
+
+def _places(runs: Runs) -> Runs:
+    """One number for the piece of each run: there are fewer than 256 chunks."""
+    places: Runs = runs[:, START] << 8 | runs[:, CHUNK]
+    return places
