@@ -152,6 +152,11 @@ class Engine:
         finally:
             cache.crop(length)
 
+    def prepare(self, cache: SegmentedCache) -> None:
+        """Make what the first answer from a cache would else wait for, a second or more; once."""
+        if cache not in self._steps:
+            self._fixed_step(cache)
+
     def _fixed_step(self, cache: SegmentedCache) -> Callable[[Tensor], Tensor | None] | None:
         """Steps from fixed buffers, on a device that has them; None, also of a step: a forward pass a token."""
         if not self.captures or (self.problem and not self._short):

@@ -241,6 +241,15 @@ def test_a_projection_that_adds_something_keeps_its_module() -> None:
     assert isinstance(found[first], WholeLayer) and isinstance(found[second], Layer)
 
 
+def test_memory_that_runs_out_is_no_proof_against_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(self: LlamaMLP, states: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(LlamaMLP, "forward", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        prove(varied("llama").network)
+
+
 def test_another_dtype_than_was_proved() -> None:
     norm = LlamaRMSNorm(64).to(DEVICE, torch.bfloat16)
     states = torch.randn(3, 64, device=DEVICE)

@@ -320,6 +320,15 @@ def test_a_step_that_cannot_be_captured_is_let_go_and_decoding_goes_on_without(
     assert bool(steps.begun) == (script[-1] == "short"), "it is tried again where memory was short, and only there"
 
 
+def test_what_an_answer_needs_is_made_before_it_and_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, cache = capturing(engine, monkeypatch, []), Played(engine, 0.6).cache
+    for _ in range(2):
+        engine.prepare(cache)
+    assert len(steps.made) == 1
+    answered(engine, cache)
+    assert len(steps.made) == 1
+
+
 def test_steps_of_other_conversations_are_let_go_for_one_that_needs_memory(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, scarce: Scarcity
 ) -> None:

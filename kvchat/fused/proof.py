@@ -18,6 +18,7 @@ from kvchat.cache.ragged import SegmentedCache
 from kvchat.fused.kernels import ONE_PLUS, WEIGHT, rms_norm, silu_mul
 from kvchat.fused.modules import NAMED, Attention, Forward, Layer, Mlp, Norm, fused
 from kvchat.fused.whole import head, whole_layers
+from kvchat.memory import is_out_of_memory
 
 WORDS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 """Numbers of a dtype as integers."""
@@ -144,7 +145,9 @@ def _tried(forward: Forward, *given: object, **named: object) -> Any:
     """What a module's own forward gives; None if it cannot be called so."""
     try:
         return forward(*given, **named)
-    except CALLED_OTHERWISE:
+    except CALLED_OTHERWISE as error:
+        if is_out_of_memory(error):
+            raise
         return None
 
 
