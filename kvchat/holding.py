@@ -22,6 +22,7 @@ from kvchat.engine import Engine
 from kvchat.errors import OutOfMemory, StoreError
 from kvchat.events import Notice
 from kvchat.records import num_answered, turn_of
+from kvchat.saving import Saver
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Resident, Tiers
 
@@ -36,6 +37,7 @@ class Holding:
     config: Config
     cache: SegmentedCache
     tiers: Tiers
+    saver: Saver
     fingerprint: str
     waiting: list[tuple[SegmentRecord, int]]
     num_computed: int
@@ -72,7 +74,9 @@ class Holding:
     def _sized(self, residents: Sequence[Resident], path: Sequence[Message]) -> list[Resident]:
         """The residents with as many chunks as the budget gives them together; never more than the store has."""
         found = self.store.stored_chunks([one.id for one in residents])
-        # Of what is gone from the store memory keeps what it has.
+        # Of what is gone from the store, or has another version there, memory keeps what it has.
+        found |= {one.id: one.chunks for one in residents if one.id in self.saver.superseded}
+        found |= {one.id: one.header.ranking.num_chunks for one in residents if self.saver.has(one.id)}
         stored = [found.get(one.id, one.chunks) for one in residents]
         chunks = self.budgets([(one.header.ranking, one.end) for one in residents], path, stored)
         return [replace(one, chunks=count) for one, count in zip(residents, chunks, strict=True)]
@@ -80,6 +84,13 @@ class Holding:
     def hold(self, path: Sequence[Message]) -> None:
         """Shrink and grow the sealed segments to what the budget gives each."""
         wanted = {one.id: one.chunks for one in self._sized(self.tiers.residents, path)}
+        if any(self.saver.has(one.id) and wanted[one.id] > one.chunks for one in self.tiers.residents):
+            # What is to grow must be in the store; should it not get there, it stays as it is.
+            with suppress(StoreError):
+                self.notices += [event for event in self.saver.flush() if isinstance(event, Notice)]
+            wanted = {one.id: one.chunks for one in self._sized(self.tiers.residents, path)}
+            still = {one.id: one.chunks for one in self.tiers.residents if self.saver.has(one.id)}
+            wanted |= {name: min(chunks, wanted[name]) for name, chunks in still.items()}
         for one in self._fit(wanted):
             removed = self._drop(one.id)
             self.lacking = True

@@ -95,6 +95,9 @@ class Residence(Holding):
 
     def restore(self, path: Sequence[Message]) -> Steps:
         """Attach what the store has of the path, once; a gap or a damaged segment is computed again from its ids."""
+        if self.saver.superseded:  # what comes is computed from what a resumed session would have
+            self.saver.superseded.clear()
+            self.let_go()
         if self._load_s is not None:
             stored = self.store.stored_chunks([one.id for one in self.tiers.residents])
             if self.short or any(one.chunks > stored.get(one.id, one.chunks) for one in self.tiers.residents):
@@ -276,6 +279,9 @@ class Residence(Holding):
         """Seal the tail up to message `last`; afterwards memory holds what the store will hold, not the exact KV."""
         bounds = self.bounds(path)
         first = bounds.index(self.cache.tail_start)
+        if first >= last:  # it was attached before memory ran out
+            self.hold(path[:last])
+            return
         if not self.saver.worth_trying(self.cache.tail_length):
             return
         record = self.saver.record("sealed", ",".join(self.config.codec.names), path[first:last], bounds[first])

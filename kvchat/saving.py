@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -26,7 +25,7 @@ from kvchat.codecs.coded import coded_planes
 from kvchat.codecs.encode import Reading, Taken, pack_frame
 from kvchat.config import Config
 from kvchat.engine import Stop
-from kvchat.errors import OutOfMemory, StoreDamaged
+from kvchat.errors import OutOfMemory, StoreError
 from kvchat.events import Notice
 from kvchat.records import segment_id
 from kvchat.store import Message, SegmentRecord, Store
@@ -40,6 +39,8 @@ LOST = "a segment could not be saved; its KV stays in memory, and is computed ag
 
 MOST_WAITING = 512 * 1024 * 1024
 """Bytes of host memory that segments waiting to be written may take; then the oldest is written at once."""
+MOST_TRIES = 3
+"""After so many errors of the store a segment is given up: what waits behind it, and the conversation, go on."""
 LOOK_S = 0.01
 """Seconds between two looks whether something else is to be done than wait."""
 
@@ -57,6 +58,8 @@ class Saving:
     pool: Executor
     nbytes: int = 0
     """Of the planes, before they are packed."""
+    tries: int = 0
+    """How often it was to be written."""
     frames: list[tuple[int, int, Future[bytes]]] = field(default_factory=list)
 
     def add(self, taken: Taken) -> None:
@@ -99,6 +102,8 @@ class Saver:
         self._session_id = session_id
         self._pool = pool
         self._waiting: deque[Saving] = deque()
+        self.superseded: set[str] = set()
+        """Segments of which the store has another version than memory, ranked or quantised otherwise."""
         self.failed = False
         """Whether what waits could not be written when that was last tried."""
         self._retry_at = 0
@@ -162,25 +167,25 @@ class Saver:
     def put_off(self, saving: Saving) -> Generator[Notice, None, None]:
         """Have a segment written later; now only what is too much for host memory. Raises StoreError."""
         self._waiting.append(saving)
-        self._retry_at = 0
+        self._retry_at, self.failed = 0, False
         while sum(one.nbytes for one in self._waiting) > MOST_WAITING:
             yield from self.flush(len(self._waiting) - 1)
 
     def flush(self, most: int = 0, stop: Stop = lambda: False) -> Generator[Notice, None, None]:
         """Write until at most so many wait, or until `stop`; said is what `put` says.
 
-        What the store raises is raised: the oldest cannot be written now, and waits on.
+        What the store raises is raised: the oldest cannot be written now, and waits on, MOST_TRIES times in all.
         """
         while len(self._waiting) > most and self._waiting[0].is_packed(stop) and not stop():
-            oldest = self._waiting.popleft()
-            with ExitStack() as undo:
-                try:
-                    frames, self.failed = oldest.packed(), True
-                    undo.callback(self._waiting.appendleft, oldest)
-                    yield from self._write(oldest, frames)
-                except (StoreDamaged, OutOfMemory) as error:
-                    yield Notice(LOST.format(error=error))
-                undo.pop_all()
+            oldest = self._waiting[0]
+            try:
+                frames, self.failed, oldest.tries = oldest.packed(), True, oldest.tries + 1
+                yield from self._write(oldest, frames)
+            except (StoreError, OutOfMemory) as error:
+                if type(error) is StoreError and oldest.tries < MOST_TRIES:
+                    raise
+                yield Notice(LOST.format(error=error))
+            self._waiting.popleft()
             self.failed = False
 
     def _write(self, saving: Saving, frames: Sequence[tuple[int, int, bytes]]) -> Generator[Notice, None, bool]:
@@ -191,7 +196,10 @@ class Saver:
                 yield Notice(FULL.format(limit=self._store.room().limit, kept=NOTHING_KEPT))
             return False
         self._retry_at = 0
-        if self._store.stored_chunks([record.id]).get(record.id, chunks) < chunks and not self._told_part:
+        stored = self._store.segment(record.id)
+        if stored is not None and stored.header != record.header:  # another session's, of the same messages
+            self.superseded.add(record.id)
+        elif self._store.stored_chunks([record.id]).get(record.id, chunks) < chunks and not self._told_part:
             self._told_part = True
             yield Notice(FULL.format(limit=self._store.room().limit, kept=BEST_KEPT))
         return True

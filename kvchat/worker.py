@@ -184,6 +184,7 @@ class Worker:
         for one, _ in self._open.values():
             one.engine.prepare(one.residence.cache)
             self.jobs.in_spare_time(partial(one.residence.mend, one.path, stop), f"{one.info.name}: computing lost KV")
+        self._save(stop)
 
     def _probe(self, stop: Stop) -> None:
         for one, _ in self._open.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from kvchat import saving, worker
+from kvchat.cache.pack import _uploaded
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.codecs import coded_frame, decode_frame, decoded
 from kvchat.codecs.coded import coded_planes
@@ -18,6 +20,7 @@ from kvchat.codecs.encode import pack_frame, read_segment
 from kvchat.compress.compressor import rank
 from kvchat.config import Config
 from kvchat.engine import Engine
+from kvchat.errors import StoreError
 from kvchat.events import Notice
 from kvchat.handle import Session
 from kvchat.shed import Allowance
@@ -259,3 +262,63 @@ def test_a_segment_that_comes_back_before_it_is_written_is_written_once(opener: 
     session.settle()
     stats = session.stats()
     assert stats["stored"] == 1 and len(stats["segments"]) == 2
+
+
+SAID = [
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "By the river, in a small street behind the old market, as you know."},
+    {"role": "user", "content": "Cost?"},
+    {"role": "assistant", "content": "Ninety, and Ann paid for all of us in the end, which was kind."},
+]
+
+
+def test_what_another_session_wrote_of_the_same_messages_takes_the_place_of_ours(opener: Open) -> None:
+    told: list[Any] = []
+    how = {"compress__segment_min": 60, "compress__recent_tokens": 20, "compress__keep_ratio": 0.55}
+    one, two = opener(**how | {"compress__keep_ratio": 0.3}).open("one"), opener(told.append, **how).open("two")
+    for session in (one, two):
+        session.append(SAID)
+    one.settle()
+    two.settle()
+    residence = two._conversation.residence
+    assert residence.saver.superseded
+    two.append(
+        [{"role": "user", "content": "And then what?"}, {"role": "assistant", "content": "Then we walked home."}]
+    )
+    two.settle()
+    assert not residence.saver.superseded
+    held = two._call(lambda: {one.id: one.header.to_bytes() for one in residence.tiers.residents})
+    assert held == two._call(lambda: {name: residence.store.segment(name).header for name in held})  # type: ignore[union-attr]
+    assert not [event for event in told if isinstance(event, Notice)]
+
+
+def test_an_error_of_the_store_passes_and_does_not_block_for_ever(
+    opener: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "SAVE_AFTER_S", 0.0)
+    session = opener(compress__segment_min=1).open("trip")
+    store, put = session._conversation.store, session._conversation.store.put_segment
+
+    def busy(*segment: Any) -> bool:
+        raise StoreError("busy")
+
+    monkeypatch.setattr(store, "put_segment", busy)
+    session.ask(QUESTIONS[0])
+    with pytest.raises(StoreError):
+        session.settle()
+    monkeypatch.setattr(store, "put_segment", put)
+    session.ask(QUESTIONS[1])
+    session.settle()
+    assert unsaved(session) == 0 and session.stats()["stored"] == 1
+    monkeypatch.setattr(store, "put_segment", busy)
+    session.ask(QUESTIONS[0])
+    for _ in range(saving.MOST_TRIES):
+        with suppress(StoreError):
+            session.settle()
+    assert unsaved(session) == 0 and session.ask(QUESTIONS[1]).text
+    monkeypatch.setattr(store, "put_segment", put)
+
+
+def test_scales_of_two_dtypes_are_joined_in_the_wider() -> None:
+    planes = [torch.ones(2, 4, dtype=torch.float16), torch.full((1, 4), 1e6)]
+    assert torch.equal(_uploaded(planes, CPU), torch.cat(planes)) and _uploaded(planes, CPU).dtype == torch.float32

@@ -9,6 +9,7 @@ Letters: N rows, R runs, U units of key scales, H KV heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from itertools import groupby
 
 import numpy as np
@@ -139,7 +140,10 @@ class _Places:
         parts = []
         for device, some in groupby(planes, lambda plane: plane.device):
             given = list(some)
-            parts.append(torch.cat(given) if device == self._device else _uploaded(given, self._device))
+            if device != self._device:
+                parts.append(_uploaded(given, self._device))
+            else:
+                parts.append(given[0] if len(given) == 1 else torch.cat(given))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -153,6 +157,8 @@ def _numbers(first: Runs, length: Runs, device: torch.device) -> Tensor:
 def _uploaded(planes: Sequence[Tensor], device: torch.device) -> Tensor:
     """Planes in host memory, one after the other, on the device, which copies them while this thread goes on."""
     first, rows, pinned = planes[0], sum(plane.shape[0] for plane in planes), device.type == "cuda"
-    whole = torch.empty(rows, *first.shape[1:], dtype=first.dtype, pin_memory=pinned)
+    # Scales are float16, or float32 in the rare frame where they overflow it.
+    dtype = reduce(torch.promote_types, {plane.dtype for plane in planes})
+    whole = torch.empty(rows, *first.shape[1:], dtype=dtype, pin_memory=pinned)
     torch.cat(list(planes), out=whole)
     return whole.to(device, non_blocking=True)
