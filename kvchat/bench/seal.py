@@ -1,4 +1,4 @@
-"""Time to seal a turn, from scoring to the commit, against prefilling it."""
+"""Time to seal a turn, from scoring until the next can begin, against prefilling it; it is written later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvchat.session import Conversation
 
 
 def seal(subject: Subject) -> dict[str, Any]:
-    """Seconds to seal a turn behind the history, from scoring to the commit, and to prefill the same turn."""
+    """Seconds to seal a turn behind the history, until the next can begin, and to prefill the same turn."""
     conversation = subject.conversation
     prefills: list[float] = []
     seals: list[float] = []

@@ -46,6 +46,7 @@ def build(conversation: Conversation, tokens: int) -> dict[str, Any]:
         drain(conversation.finish())
         turns += 1
         rest.append(allocated(conversation.engine) - weights - kept_bytes(conversation))
+    conversation.save()  # a process of its own will read it
     return {
         "turns": turns,
         "tokens": conversation.num_tokens,
