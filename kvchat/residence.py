@@ -108,7 +108,7 @@ class Residence(Holding):
                 yield from self._restore(path, together=not attempt.again)
 
     def _restore(self, path: Sequence[Message], together: bool) -> Steps:
-        """Attach what the store has, `together` as far as it is whole: quicker, but all of it is in memory twice."""
+        """Attach what the store has, `together` as far as it is whole: quicker, but pieces and whole are in memory."""
         yield from self.save()  # if all was let go before it was written
         begun, self._load_s = time.perf_counter(), 0.0
         try:

@@ -27,6 +27,7 @@ from kvchat.config import Config
 from kvchat.engine import Stop
 from kvchat.errors import OutOfMemory, StoreError
 from kvchat.events import Notice
+from kvchat.pool import submit
 from kvchat.records import segment_id
 from kvchat.store import Message, SegmentRecord, Store
 
@@ -67,12 +68,7 @@ class Saving:
         planes, ready = _on_host(taken.planes)
         work = partial(_packed, self.header, taken.chunk, taken.group, planes, ready)
         self.nbytes += sum(plane.nbytes for plane in planes.values())
-        try:
-            packed = self.pool.submit(work)
-        except RuntimeError:  # the interpreter is ending, and its pools with it
-            packed = Future()
-            packed.set_result(work())
-        self.frames.append((taken.chunk, taken.group, packed))
+        self.frames.append((taken.chunk, taken.group, submit(self.pool, work)))
 
     def is_packed(self, stop: Stop) -> bool:
         """Wait until all frames are packed, or until `stop`."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvchat.attention.ragged_decode import DecodePlan, Shape, Tuning
+from kvchat.attention.ragged_decode import DecodePlan, Shape
 from kvchat.cache.coded import Form
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.fused import Forward, fused, prove
@@ -99,11 +99,7 @@ class DecodeStep:
         model = self._model
         groups = model.num_attention_heads // model.num_key_value_heads
         shape = Shape(model.num_key_value_heads, groups, model.head_dim)
-        cuda = model.device.type == "cuda"
-        device = torch.cuda.get_device_properties(model.device) if cuda else None
-        size = device.multi_processor_count if device else shape.kv_heads
-        tunings = {form: Tuning.of(form, size, model.head_dim) for form in sorted(self._forms)}
-        return DecodePlan(shape, tunings, model.device, overlap=device is not None and device.major >= 9)
+        return DecodePlan.tuned(shape, sorted(self._forms), model.device)
 
     def _count(self, cache: SegmentedCache) -> None:
         """Set the device's counters to just before the next token."""

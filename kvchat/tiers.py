@@ -6,9 +6,8 @@ attached so. Tiers do not import the store: they are given a `fetch`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from kvchat.codecs import SegmentHeader, coded_frame, decode_frame, decoded
 from kvchat.compress.allocate import chunks_held
 from kvchat.config import CompressConfig
 from kvchat.errors import CodecError
+from kvchat.pool import submit
 from kvchat.records import SegmentRecord
 
 Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, bytes]]]
@@ -94,11 +94,7 @@ class Tiers:
     def _decoding(self, header: SegmentHeader, chunk: int, group: int, blob: bytes) -> Callable[[], list[CodedKV]]:
         # What stays encoded is joined in host memory, and copied to the device once a layer.
         plain = None if self.cache.encoded else self.cache.layers[0].device
-        read = partial(_read, header, chunk, group, blob, plain)
-        try:
-            return self._pool.submit(read).result
-        except RuntimeError:  # the interpreter is ending, and its pools with it
-            return read
+        return submit(self._pool, partial(_read, header, chunk, group, blob, plain)).result
 
     def add(self, loaded: Mapping[Resident, Mapping[Piece, Sequence[CodedKV]]], tail: int = 0) -> None:
         """Attach loaded segments, all at once, in place of the first `tail` tokens of the tail."""
@@ -166,12 +162,6 @@ def _read(header: SegmentHeader, chunk: int, group: int, blob: bytes, plain: tor
         return coded_frame(header, chunk, group, blob)
     start = header.ranking.start
     return [CodedKV.plain(rows, start, chunk) for rows in decode_frame(header, chunk, group, blob, plain)]
-
-
-def new_pool() -> ThreadPoolExecutor:
-    """Threads that decode and pack frames, mostly in functions that leave the interpreter to others."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    return ThreadPoolExecutor(max(2, min(8, cores)), thread_name_prefix="kvchat-frames")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,14 @@ from kvchat.handle import Session
 from kvchat.jobs import MEND_AFTER_S, SAVE_AFTER_S, Jobs, Owner, failure_notice
 from kvchat.locks import SessionLock, held_elsewhere, kept_closed
 from kvchat.model import Model, load
+from kvchat.pool import new_pool
 from kvchat.portable import read_manifest, take_in
 from kvchat.recode import recode
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.shed import Allowance
 from kvchat.store import SearchHit, SessionInfo, Store
-from kvchat.tiers import new_pool, would_hold
+from kvchat.tiers import would_hold
 
 Loader = Callable[[ModelConfig, Listener], Model]
 
@@ -159,11 +160,10 @@ class Worker:
     def _make_room(self) -> Iterator[Notice]:
         """Bring the store within its limits: they may be lower now, and the disk fuller."""
         if freed := self._store.shed():
-            limit = (
+            yield Notice(
                 f"{freed / 1e6:.1f} MB of saved KV were given up to keep to {self._store.room().limit}, those of the "
+                "sessions not used for longest; text is kept, and KV computed again when it is needed"
             )
-            kept = "sessions not used for longest; text is kept, and KV computed again when it is needed"
-            yield Notice(limit + kept)
 
     def _close_store(self) -> None:
         self._save()

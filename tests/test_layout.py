@@ -19,7 +19,7 @@ ORDER = [
     *("cache", "codecs", "attention", "compress"),
     *("template", "supported", "convert", "download", "model", "sampling", "fused", "step", "engine"),
     *("records", "migrations", "queries", "listing", "shed", "salvage", "kv_store", "limited_store"),
-    *("recrypt", "checks", "store", "portable", "recode", "tiers", "sealing", "saving", "holding", "residence"),
+    *("recrypt", "checks", "store", "portable", "recode", "pool", "tiers", "sealing", "saving", "holding", "residence"),
     *(
         "stats",
         "session",

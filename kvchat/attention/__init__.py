@@ -50,6 +50,11 @@ def reads_encoded(device: torch.device, dtype: torch.dtype, head_dim: int) -> bo
     return has_kernels(device, dtype) and 64 <= head_dim <= 256 and head_dim % 4 == 0
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may begin there while the one before it is still running, and wait for it inside."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def _has_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 

@@ -11,7 +11,7 @@ Letters: H KV heads, G query heads per KV head, C room of the tail, D head_dim, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from kvchat.attention import overlaps
 from kvchat.attention.decode_combine import combine
 from kvchat.attention.decode_kernel import attend_rows
 from kvchat.attention.worklist import WorkList
@@ -119,6 +120,14 @@ class DecodePlan:
         self._starts = [self._words(tuning.programs) for tuning in self.forms.values()]
         self._tiles = [self._words(self.max_tiles) for _ in self.forms]
         self._back = back_rotation(dim, self.device)
+
+    @classmethod
+    def tuned(cls, shape: Shape, forms: Iterable[Form], device: torch.device) -> DecodePlan:
+        """A plan for these forms, launched as suits the device."""
+        cuda = device.type == "cuda"
+        size = torch.cuda.get_device_properties(device).multi_processor_count if cuda else shape.kv_heads
+        tunings = {form: Tuning.of(form, size, shape.head_dim) for form in forms}
+        return cls(shape, tunings, device, overlap=overlaps(device))
 
     def work(self, part: CodedKV) -> WorkList:
         """The work list that `update` wants for a part."""

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvchat.bench.decode import decode
 from kvchat.bench.gpu import TOKENS, gpu
-from kvchat.bench.history import Subject, prepared, ranked
+from kvchat.bench.history import Subject, measured, prepared, ranked
 from kvchat.bench.llama_cpp import no_server, serving
 from kvchat.bench.machine import machine
 from kvchat.bench.memory import memory
@@ -32,8 +33,8 @@ from kvchat.bench.seal import seal
 from kvchat.bench.store import store
 from kvchat.config import Config
 from kvchat.engine import Engine
-from kvchat.errors import InputError, KVChatError
-from kvchat.events import Listener, Notice
+from kvchat.errors import InputError
+from kvchat.events import Listener
 from kvchat.model import load
 
 # In this order: `seal`, the last, adds to the history.
@@ -84,21 +85,9 @@ def run(
             wanted = kind in ("resume", "decode", "all")
             with serving(config.model.name, engine.model.device, room, listener) if wanted else no_server() as llama:
                 subject = Subject(config, conversation, pool, rounds, llama)
-                figures = _all(subject, listener) if kind == "all" else KINDS[kind](subject)
+                works = {name: partial(bench, subject) for name, bench in KINDS.items()}
+                figures = measured(works, listener) if kind == "all" else works[kind]()
     return {"bench": kind, **figures, "machine": machine(engine.model, config.model.attention)}
-
-
-def _all(subject: Subject, listener: Listener | None) -> dict[str, Any]:
-    """The figures of each; one that fails, as where the window has no room for another turn, costs only its own."""
-    figures = {}
-    for name, bench in KINDS.items():
-        if listener:
-            listener(Notice(f"measuring {name}"))
-        try:
-            figures[name] = bench(subject)
-        except KVChatError as error:
-            figures[name] = {"problem": str(error)}
-    return figures
 
 
 def rows(figures: Mapping[str, Any], above: str = "") -> Iterator[dict[str, str]]:

@@ -22,10 +22,10 @@ from kvchat.config import Config, GenerateConfig
 from kvchat.engine import Engine
 from kvchat.events import TurnDone
 from kvchat.model import load
+from kvchat.pool import new_pool
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.store import Store
-from kvchat.tiers import new_pool
 
 QUESTION = "What was the first thing that I told you?"
 

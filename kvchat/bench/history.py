@@ -23,13 +23,13 @@ from transformers import DynamicCache
 from kvchat.bench.llama_cpp import LlamaCpp
 from kvchat.config import Config
 from kvchat.engine import Engine
-from kvchat.errors import InputError
-from kvchat.events import Listener
+from kvchat.errors import InputError, KVChatError
+from kvchat.events import Listener, Notice
 from kvchat.keys import child_environment
+from kvchat.pool import new_pool
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.store import Store
-from kvchat.tiers import new_pool
 
 WORDS = [
     "I",
@@ -140,6 +140,19 @@ def prepared(
                 listener(event)
         conversation.save()
         yield conversation, pool
+
+
+def measured(works: Mapping[str, Callable[[], dict[str, Any]]], listener: Listener | None) -> dict[str, Any]:
+    """The figures of each; one that fails, as where the window has no room for another turn, costs only its own."""
+    figures = {}
+    for name, work in works.items():
+        if listener:
+            listener(Notice(f"measuring {name}"))
+        try:
+            figures[name] = work()
+        except KVChatError as error:
+            figures[name] = {"problem": str(error)}
+    return figures
 
 
 def made_up(tokens: int, seed: int = 0) -> list[dict[str, str]]:

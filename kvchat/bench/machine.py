@@ -12,6 +12,7 @@ import torch
 
 from kvchat.attention import BackendName, backend_for
 from kvchat.model import Model
+from kvchat.pool import num_cores
 
 PACKAGES = ("kvchat", "torch", "transformers", "xllamacpp")
 
@@ -21,7 +22,7 @@ def machine(model: Model, attention: BackendName) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory_bytes(),
         "gpu": gpu,

@@ -1,7 +1,7 @@
 """Joining and cutting sealed rows of a layer, whatever form they lie in.
 
 Rows always stand in canonical order: head, then segment, then rank chunk, then time. A run is what one head holds of
-one piece; packing is one concatenation of as few slices as can be.
+one piece. Packing joins as few slices as can be, or, where these are many, takes rows by their numbers.
 
 Letters: N rows, R runs, U units of key scales, H KV heads.
 """

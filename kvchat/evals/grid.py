@@ -28,10 +28,10 @@ from kvchat.evals.measures import ANSWER_TOKENS, MEASURES, Truth, truth
 from kvchat.evals.rescoring import OneShot, Recompress, SnapRecompress
 from kvchat.events import Listener, Notice, Progress
 from kvchat.fingerprint import fingerprint_id
+from kvchat.pool import new_pool
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.store import Store
-from kvchat.tiers import new_pool
 
 METHODS: dict[str, type[Residence]] = {
     "session": Residence,

@@ -54,15 +54,19 @@ def _rms_norm(
 
 
 @triton.jit
+def _silu(x, DTYPE: tl.constexpr):
+    """SiLU of float32, rounded. The plain division gives 0 where the denominator is near float32's largest."""
+    return _rounded(tl.div_rn(x, 1.0 + tl.exp(-x)), DTYPE)
+
+
+@triton.jit
 def _silu_mul(gate, up, out, size, BLOCK: tl.constexpr):
     DTYPE: tl.constexpr = gate.dtype.element_ty
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     x = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    # The plain division gives 0 where the denominator is near float32's largest.
-    x = _rounded(tl.div_rn(x, 1.0 + tl.exp(-x)), DTYPE)
-    tl.store(out + at, x * y, mask=inside)
+    tl.store(out + at, _silu(x, DTYPE) * y, mask=inside)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvchat.fused.kernels import NONE, Weight, _rounded, _weighted
+from kvchat.fused.kernels import NONE, Weight, _rounded, _silu, _weighted
 
 PLAIN = tl.constexpr(0)
 ADD = tl.constexpr(1)
@@ -83,7 +83,7 @@ def _project(
     result = _product(weights, x, bias, first, ROWS, BIAS, DTYPE)
     if KIND == GATED:
         other = _product(others, x, b_bias, first, ROWS, BIAS, DTYPE)
-        result = _rounded(tl.div_rn(result, 1.0 + tl.exp(-result)), DTYPE) * other
+        result = _silu(result, DTYPE) * other
     at = place + tl.arange(0, ROWS)
     if KIND == ADD:
         result += tl.load(added + at).to(tl.float32)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvchat.attention import overlaps
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.fused.kernels import ONE_PLUS, WEIGHT, rms_norm, silu_mul
 from kvchat.fused.modules import NAMED, Attention, Forward, Layer, Mlp, Norm, fused
@@ -60,8 +61,7 @@ class _Trial:
         self._source = torch.Generator().manual_seed(0)
         self._position = torch.full((1, 1), 3, device=network.device)
         rope = _tried(network.base_model.rotary_emb, self.numbers(1, 1, 1), position_ids=self._position)
-        device = network.device
-        self.overlap = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self.overlap = overlaps(network.device)
         self.rope: Sequence[int] | None = rope[0].shape if isinstance(rope, tuple) else None
         """Shape of cos and sin, (1, 1, R)."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -137,13 +136,10 @@ def _coded(
 
 def kernel(given: Inputs) -> tuple[Callable[[], None], Tensor]:
     """A call of the decode kernel as a captured step makes it, and where its output is."""
-    from kvchat.attention.ragged_decode import DecodePlan, Shape, Tuning
+    from kvchat.attention.ragged_decode import DecodePlan, Shape  # needs Triton
 
-    device, form, out = given.query.device, given.rows.form, torch.empty_like(given.query)
-    cuda = device.type == "cuda"
-    size = torch.cuda.get_device_properties(device).multi_processor_count if cuda else H
-    overlap = cuda and torch.cuda.get_device_capability(device)[0] >= 9
-    plan = DecodePlan(Shape(H, G, D), {form: Tuning.of(form, size, D)}, device, overlap=overlap)
+    out = torch.empty_like(given.query)
+    plan = DecodePlan.tuned(Shape(H, G, D), [given.rows.form], given.query.device)
     plan.update([(given.rows, plan.work(given.rows))])
     return lambda: plan.run(given.query, given.keys, given.values, given.length, out, SCALE), out
 
@@ -152,14 +148,8 @@ def error(given: Inputs) -> float:
     """Relative error of the kernel against attention in float32 over the dequantised rows and the tail."""
     run, out = kernel(given)
     run()
-    rows, tail = decoded(given.rows), int(given.length)
-    whole = []
-    for head, (low, high) in enumerate(pairwise(rows.bounds)):
-        keys = torch.cat([rows.keys[low:high], given.keys[head, :tail]]).float()
-        values = torch.cat([rows.values[low:high], given.values[head, :tail]]).float()
-        logits = given.query[head * G : (head + 1) * G].float() @ keys.T * SCALE
-        whole.append(logits.softmax(-1) @ values)
-    truth = torch.cat(whole)
+    keys, values = (part[:, : int(given.length)].float() for part in (given.keys, given.values))
+    truth = reference.attend(given.query.float().unsqueeze(1), decoded(given.rows), keys, values, SCALE).squeeze(1)
     return float((out.float() - truth).norm() / truth.norm())
 
 
