@@ -119,3 +119,19 @@ def error_code(error: Exception) -> int:
 def row_class(connection: Any) -> Any:
     """The rows with names of the module that a connection is of."""
     return sqlite3.Row if isinstance(connection, sqlite3.Connection) else sqlcipher().Row
+
+
+def read_blob(connection: Any, table: str, column: str, rowid: int) -> bytes | None:
+    """One value of a table; None if it is gone. Raises the errors of the module that the connection is of."""
+    opening = connection.blobopen if isinstance(connection, sqlite3.Connection) else connection.open_blob
+    try:
+        blob = opening(table, column, rowid, readonly=True)
+    except database_errors() as error:
+        if error_code(error) in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_OK):  # no such row
+            return None
+        raise
+    try:
+        body: bytes = blob.read()
+    finally:
+        blob.close()
+    return body

@@ -21,10 +21,11 @@ from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import OutOfMemory, StoreError
 from kvchat.events import Notice
+from kvchat.loading import Resident
 from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver
 from kvchat.store import Message, SegmentRecord, Store
-from kvchat.tiers import Resident, Tiers
+from kvchat.tiers import Tiers
 
 Result = TypeVar("Result")
 

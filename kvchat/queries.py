@@ -6,6 +6,11 @@ SQLite to the written order: from the few rows of the walk to the indexed table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvchat.records import Row
+
 # In thousandths, for SQLite divides integers to integers.
 _STORED_TOKENS = "sum((segments.end_token - segments.start_token) * 1000 * stored_chunks / num_chunks) AS stored_tokens"
 _KV_BYTES = "(SELECT total(nbytes) FROM segments) + (SELECT total(length(body)) FROM bases)"
@@ -165,3 +170,24 @@ PAGES = """
 SELECT (page_count - freelist_count) * page_size AS in_use, freelist_count * page_size AS reusable
 FROM pragma_page_count, pragma_freelist_count, pragma_page_size
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A segment of which the first `count` messages stand on a path, from index `place` on."""
+
+    id: str
+    place: int
+    count: int
+    order: tuple[int, int, bool, bool, int, str]
+
+
+def candidate_of(rows: Sequence[Row]) -> Candidate | None:
+    """From a segment's messages on the path, in the segment's order; None if it is not to be used there."""
+    place = rows[0]["place"]
+    count = sum(row["ordinal"] == i and row["place"] == place + i for i, row in enumerate(rows))
+    beyond = rows[0]["num_messages"] > count
+    if count == 0 or (beyond and rows[0]["from_file"]):
+        return None
+    segment_id, kind, end = rows[0]["segment_id"], rows[0]["kind"], rows[0]["end_token"]
+    return Candidate(segment_id, place, count, (place, -count, beyond, kind != "sealed", end, segment_id))

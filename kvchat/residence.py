@@ -28,12 +28,13 @@ from kvchat.errors import CodecError, OutOfMemory, StoreDamaged, UnknownCodec
 from kvchat.events import Notice, Phase, Progress
 from kvchat.fingerprint import fingerprint_id
 from kvchat.holding import Holding
+from kvchat.loading import Resident
 from kvchat.memory import twice
 from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver, Saving, sealed_layers
 from kvchat.sealing import cuts_of, rank_turns, read_header
 from kvchat.store import Message, SegmentRecord, Store
-from kvchat.tiers import Resident, Tiers
+from kvchat.tiers import Tiers
 
 Steps = Generator[Progress | Notice, None, None]
 
@@ -146,14 +147,16 @@ class Residence(Holding):
                     break
                 residents.append(self._resident(record, used, path))
                 position = residents[-1].end
+        sized = self._sized(residents, path)
+        brought = 0 if self.cache.num_seen else self.tiers.bring(sized)
         with suppress(CodecError):
-            for resident in self._sized(residents, path):
+            for resident in sized[brought:]:
                 loading.append(self.tiers.load(resident))
         with suppress(CodecError):
             for one in loading:
                 ready[one.resident] = one.pieces()
         self.tiers.add(ready)
-        return len(ready)
+        return brought + len(ready)
 
     def _restore_one(self, record: SegmentRecord, used: int, path: Sequence[Message]) -> Steps:
         """Attach one segment, after computing what is missing before it."""

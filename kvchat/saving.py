@@ -48,7 +48,10 @@ LOOK_S = 0.01
 
 @dataclass(slots=True)
 class Saving:
-    """A segment on its way to the store: its frames are packed, on the pool's threads, as they are added."""
+    """A segment on its way to the store: its frames are packed on the pool's threads, when all have been added.
+
+    Not before: who adds them does many small things, and would wait for the interpreter at each.
+    """
 
     record: SegmentRecord
     header: SegmentHeader
@@ -61,17 +64,24 @@ class Saving:
     """Of the planes, before they are packed."""
     tries: int = 0
     """How often it was to be written."""
+    works: list[tuple[int, int, Callable[[], bytes]]] = field(default_factory=list)
     frames: list[tuple[int, int, Future[bytes]]] = field(default_factory=list)
 
     def add(self, taken: Taken) -> None:
-        """Copy a frame's planes from where they lie, and begin to pack them."""
+        """Copy a frame's planes from where they lie."""
         planes, ready = _on_host(taken.planes)
         work = partial(_packed, self.header, taken.chunk, taken.group, planes, ready)
         self.nbytes += sum(plane.nbytes for plane in planes.values())
-        self.frames.append((taken.chunk, taken.group, submit(self.pool, work)))
+        self.works.append((taken.chunk, taken.group, work))
+
+    def begin(self) -> None:
+        """Have what was added packed."""
+        self.frames += [(chunk, group, submit(self.pool, work)) for chunk, group, work in self.works]
+        self.works = []
 
     def is_packed(self, stop: Stop) -> bool:
         """Wait until all frames are packed, or until `stop`."""
+        self.begin()
         left = {packed for *_, packed in self.frames}
         while left and not stop():
             left = wait(left, timeout=LOOK_S).not_done
@@ -79,6 +89,7 @@ class Saving:
 
     def packed(self) -> list[tuple[int, int, bytes]]:
         """All frames, by chunk and group; waits for them."""
+        self.begin()
         return sorted((chunk, group, blob.result()) for chunk, group, blob in self.frames)
 
 
@@ -162,6 +173,7 @@ class Saver:
 
     def put_off(self, saving: Saving) -> Generator[Notice, None, None]:
         """Have a segment written later; now only what is too much for host memory. Raises StoreError."""
+        saving.begin()
         self._waiting.append(saving)
         self._retry_at, self.failed = 0, False
         while sum(one.nbytes for one in self._waiting) > MOST_WAITING:

@@ -6,63 +6,24 @@ attached so. Tiers do not import the store: they are given a `fetch`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from kvchat.cache.coded import CHUNK, START, CodedKV
 from kvchat.cache.layer import Piece
-from kvchat.cache.pack import before
 from kvchat.cache.ragged import SegmentedCache
-from kvchat.codecs import SegmentHeader, coded_frame, decode_frame, decoded
+from kvchat.codecs import SegmentHeader, decoded
 from kvchat.compress.allocate import chunks_held
 from kvchat.config import CompressConfig
 from kvchat.errors import CodecError
-from kvchat.pool import submit
+from kvchat.loading import Fetch, Loading, Resident, assembled
 from kvchat.records import SegmentRecord
-
-Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, bytes]]]
-"""Segment id and chunks to (chunk, group, blob), ordered by chunk and group; raises CorruptFrame."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Resident:
-    """A sealed segment whose first `chunks` chunks are in memory."""
-
-    id: str
-    header: SegmentHeader
-    end: int
-    """One past the last position in use: the segment's own end, or less after a rewind into it."""
-    chunks: int
-    from_file: bool = False
-
-    @property
-    def start(self) -> int:
-        """Position of the first token."""
-        return self.header.ranking.start
-
-
-class Loading:
-    """Rank chunks of a segment on their way into memory, decoded on the pool's threads."""
-
-    def __init__(self, resident: Resident, decoding: Sequence[tuple[int, Callable[[], list[CodedKV]]]]) -> None:
-        self.resident = resident
-        self._decoding = decoding
-
-    def pieces(self) -> dict[Piece, list[CodedKV]]:
-        """Rows before the resident's end, a CodedKV a layer; waits for them. Raises CodecError."""
-        resident, pieces = self.resident, dict[Piece, list[CodedKV]]()
-        for chunk, rows in self._decoding:
-            pieces.setdefault(Piece(resident.start, chunk), []).extend(rows())
-        if resident.end < resident.header.ranking.end:
-            return {piece: [before(rows, resident.end) for rows in layers] for piece, layers in pieces.items()}
-        return pieces
 
 
 class Tiers:
@@ -80,21 +41,25 @@ class Tiers:
         self._fetch = fetch
         self._pool = pool
 
+    def bring(self, residents: Sequence[Resident]) -> int:
+        """Attach leading segments to the empty cache, all at once; how many: none if one is not as most are.
+
+        Only rows that stay encoded go this way, and only of whole segments.
+        """
+        whole = list(takewhile(lambda one: one.end == one.header.ranking.end, residents))
+        if not (self.cache.encoded and whole) or self.residents:
+            return 0
+        with suppress(CodecError):  # which it is comes out when they are attached one by one
+            self.cache.place(assembled(whole, self._fetch, self._pool, self.cache.layers[0].device), whole[-1].end)
+            self.residents = whole
+            return len(whole)
+        return 0
+
     def load(self, resident: Resident, first: int = 0) -> Loading:
         """Read the resident's chunks from `first` on, and begin to decode them. Raises CorruptFrame."""
-        header = resident.header
-        return Loading(
-            resident,
-            [
-                (chunk, self._decoding(header, chunk, group, blob))
-                for chunk, group, blob in self._fetch(resident.id, range(first, resident.chunks))
-            ],
-        )
-
-    def _decoding(self, header: SegmentHeader, chunk: int, group: int, blob: bytes) -> Callable[[], list[CodedKV]]:
         # What stays encoded is joined in host memory, and copied to the device once a layer.
         plain = None if self.cache.encoded else self.cache.layers[0].device
-        return submit(self._pool, partial(_read, header, chunk, group, blob, plain)).result
+        return Loading(resident, first, self._fetch, self._pool, plain)
 
     def add(self, loaded: Mapping[Resident, Mapping[Piece, Sequence[CodedKV]]], tail: int = 0) -> None:
         """Attach loaded segments, all at once, in place of the first `tail` tokens of the tail."""
@@ -154,14 +119,6 @@ class Tiers:
         """Pairs in memory."""
         held = (Piece(resident.start, chunk) for chunk in range(resident.chunks))
         return sum(self.cache.rows(piece) for piece in held)
-
-
-def _read(header: SegmentHeader, chunk: int, group: int, blob: bytes, plain: torch.device | None) -> list[CodedKV]:
-    """The rows of a frame, a CodedKV a layer: encoded in host memory, or plain on a device. Raises CorruptFrame."""
-    if plain is None:
-        return coded_frame(header, chunk, group, blob)
-    start = header.ranking.start
-    return [CodedKV.plain(rows, start, chunk) for rows in decode_frame(header, chunk, group, blob, plain)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from kvchat import model, residence, saving, tiers
+from kvchat import loading, model, residence, saving
 from kvchat.cache import layer as layers
 from kvchat.cache.layer import RaggedLayer
 from kvchat.cache.ragged import SegmentedCache
@@ -89,7 +89,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "encoding": (residence, "read_segment"),
     "a layer's rows": (saving, "coded_planes"),
     "a frame": (saving, "pack_frame"),
-    "reading back": (tiers, "_read"),
+    "reading back": (loading, "_read"),
     "packing": (layers, "pack"),
     "the tail's end": (Tail, "after"),
     "shrinking": (RaggedLayer, "keep"),
@@ -191,7 +191,7 @@ def test_what_is_saved_and_cannot_be_attached_is_let_go_and_comes_back(
     other.close()
     session = life.worker().open("trip")
     assert play(session, QUESTIONS[:3]) == said[:3]
-    scarce(tiers, "_read", 1, ALWAYS)
+    scarce(loading, "_read", 1, ALWAYS)
     assert play(session, QUESTIONS[3:]) == said[3:] and life.notices
     assert session._conversation.residence.cache.num_seen == 0
     scarce.end()
@@ -243,7 +243,7 @@ def test_a_session_that_cannot_be_restored_is_restored_later(life: Life, scarce:
     play(session, QUESTIONS[:3])
     expected = probe(session)
     life.close()
-    scarce(tiers, "_read", 1, ALWAYS)
+    scarce(loading, "_read", 1, ALWAYS)
     session = life.worker().open("trip")
     assert "restoring saved turns" in failed(session, QUESTIONS[3])
     assert any("restoring saved turns" in line for line in life.notices), "it was begun before the message"
@@ -279,7 +279,7 @@ def test_segments_that_cannot_grow_are_told_and_grow_with_the_next_turn(life: Li
     path = session.messages()
     session._call(lambda: held.tiers.hold({one.id: 1 for one in held.tiers.residents}))
     smaller = probe(session)
-    scarce(tiers, "_read", 1, ALWAYS)
+    scarce(loading, "_read", 1, ALWAYS)
     session._call(lambda: held.hold(path))
     assert smaller != expected and probe(session) == smaller and held.short
     session._call(lambda: held.hold(path))

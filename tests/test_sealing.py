@@ -138,6 +138,22 @@ def test_rows_before_a_position_are_those_of_all_rows(codec: Any, position: int)
         assert torch.equal(found.values, rows.values[early]) and found.bounds[-1] == int(early.sum())
 
 
+def test_the_beginning_of_a_conversation_is_decoded_once_and_again_when_it_changes() -> None:
+    played = Played(Engine(make_model("qwen2", heads=6, kv_heads=2), 16, "encoded"), 0.6, "k8v8")
+    cache, layer = played.cache, played.cache.layers[0]
+    start = max(piece.start for piece in layer.pieces)
+    early = layer.sealed_before(start)
+    played.engine.forward(cache, [9] * 40)
+    played.seal("late", 0.6, "k8v8")
+    assert layer.sealed_before(start) is early, "a later segment changes nothing"
+    assert layer.sealed_before(start - 1) is not early
+    for change in (lambda: cache.keep(sorted(cache.pieces)[1:]), lambda: cache.crop(start - 5), cache.clear):
+        before = layer.sealed_before(start)
+        change()
+        rows, found = layer.sealed, layer.sealed_before(start)
+        assert found is not before and torch.equal(found.positions, rows.positions[rows.positions < start])
+
+
 # -- writing later -----------------------------------------------------------------------------------------------------
 
 

@@ -112,3 +112,11 @@ def bounds_of(runs: npt.NDArray[np.int64], num_heads: int) -> Tensor:
     """Where the rows of each head begin, and the last end, given runs in canonical order; (H + 1,) int32."""
     counts = np.bincount(runs[:, HEAD], weights=runs[:, ROWS], minlength=num_heads)
     return torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
+
+
+def num_units(form: Form, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Units of key scales that runs of so many rows have; in 8 bits those of a segment share one."""
+    if form.key_bits == 4:
+        groups: npt.NDArray[np.int64] = -(-counts // GROUP)
+        return groups
+    return np.full_like(counts, 1 if form.key_bits == 8 else 0)

@@ -23,6 +23,9 @@ from kvchat.cache.tail import Tail
 Decode = Callable[[CodedKV], LayerKV]
 """Rows in any form to plain numbers, for passes over many tokens."""
 
+FEW = 4096
+"""Rows of a beginning that are worth keeping as plain numbers, because every sealing asks for them."""
+
 
 class Piece(NamedTuple):
     """One rank chunk of one segment; sorts in canonical order."""
@@ -49,6 +52,8 @@ class RaggedLayer(Tail):
         self.forms: tuple[CodedKV, ...] = ()
         """Sealed rows, those of each form packed together."""
         self._plain: LayerKV | None = self._nothing
+        self._early: tuple[int, set[Piece], LayerKV] | None = None
+        """What `sealed_before` gave last, if that is little: the position, the pieces that it is of, and the rows."""
         self.version = 0
         """Another number whenever what is sealed has changed."""
 
@@ -59,8 +64,13 @@ class RaggedLayer(Tail):
 
     def sealed_before(self, position: int) -> LayerKV:
         """Sealed rows of tokens before `position` as plain numbers; no others are decoded."""
+        pieces = {piece for piece in self.pieces if piece.start < position}
+        if self._early and self._early[:2] == (position, pieces):
+            return self._early[2]
         forms = [before(form, position) for form in self.forms]
-        return merged(forms, [*map(self._decode, forms)]) if forms else self._nothing
+        rows = merged(forms, [*map(self._decode, forms)]) if forms else self._nothing
+        self._early = (position, pieces, rows) if len(rows.keys) <= FEW else None
+        return rows
 
     @property
     def pieces(self) -> set[Piece]:
@@ -74,6 +84,7 @@ class RaggedLayer(Tail):
     def keep(self, pieces: Collection[Piece]) -> None:
         """Drop every sealed piece that is not named; its memory is freed."""
         if dropped := self.pieces.difference(pieces):
+            self._early = None if self._early and dropped & self._early[1] else self._early
             self._set([(form, form.runs[~_of_pieces(form.runs, dropped)]) for form in self.forms])
 
     def crop(self, position: int) -> None:
@@ -82,12 +93,14 @@ class RaggedLayer(Tail):
             self.tail_length = min(self.tail_length, position - self.tail_start)
             return
         self._set([(form, form.runs) for form in (before(form, position) for form in self.forms)])
+        self._early = None
         self.replace_tail(self.after(self.tail_length))
         self.tail_start = position
 
     def clear(self) -> None:
         """Forget everything."""
         self._set([])
+        self._early = None
         self.replace_tail(self.after(self.tail_length))
         self.tail_start = 0
 
@@ -101,8 +114,12 @@ class RaggedLayer(Tail):
             pack([rows for rows, _ in forms[form]], [runs for _, runs in forms[form]], self.device)
             for form in sorted(forms, reverse=True)
         )
-        plain = packed[0].rows() if forms.keys() == {PLAIN} else None
-        self.forms, self._plain = packed, plain if packed else self._nothing
+        self.place(packed)
+
+    def place(self, forms: tuple[CodedKV, ...]) -> None:
+        """Hold these rows and no others: one CodedKV a form, as `pack` makes them, the form with most bits first."""
+        plain = forms[0].rows() if len(forms) == 1 and forms[0].form == PLAIN else None
+        self.forms, self._plain = forms, plain if forms else self._nothing
         self.version += 1
 
 

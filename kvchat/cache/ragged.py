@@ -119,6 +119,13 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.tail_start = max(layer.tail_start, end)
 
+    def place(self, layers: Sequence[tuple[CodedKV, ...]], end: int) -> None:
+        """Hold these sealed rows of tokens before `end`, of every layer those of each form; nothing is held yet."""
+        assert not self.num_seen
+        for layer, forms in zip(self.layers, layers, strict=True):
+            layer.place(forms)
+            layer.tail_start = end
+
     @contextmanager
     def attaching(self, tail: int) -> Iterator[None]:
         """Inside, pieces are attached to layers; at the end of it they have taken the place of that much of the tail.

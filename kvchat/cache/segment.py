@@ -107,15 +107,14 @@ class Ranking:
     @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Pairs of every chunk over all layers and heads, (C,)."""
-        flat, sizes = self.chunk_of.reshape(-1), np.zeros(256, np.int64)
-        # Part by part: numpy counts numbers of 8 bytes, of which it makes a copy.
-        for first in range(0, len(flat), _COUNTED):
-            sizes += np.bincount(flat[first : first + _COUNTED], minlength=256)
-        return np.trim_zeros(sizes, "b")
+        # Chunks are few; numpy's bincount would make a copy in numbers of 8 bytes.
+        most = int(self.chunk_of.max(initial=0))
+        return np.array([np.count_nonzero(self.chunk_of == chunk) for chunk in range(most + 1)], np.int64)
 
     def counts(self, chunk: int) -> npt.NDArray[np.int64]:
         """Pairs of a chunk, (L, H)."""
-        counts: npt.NDArray[np.int64] = np.count_nonzero(self.chunk_of == chunk, axis=2)
+        # numpy adds numbers of 32 bits three times as fast as of 64.
+        counts: npt.NDArray[np.int64] = (self.chunk_of == chunk).sum(axis=2, dtype=np.uint32).astype(np.int64)
         return counts
 
     def rows(self, chunk: int, first_layer: int, last_layer: int) -> npt.NDArray[np.int64]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.cache.coded import CHUNK, FIRST, GROUP, HEAD, ROWS, START, UNIT, CodedKV, Form
+from kvchat.cache.coded import CHUNK, FIRST, GROUP, HEAD, ROWS, START, UNIT, CodedKV, Form, num_units
 from kvchat.cache.segment import LayerKV
 from kvchat.codecs.bits import row_bytes
 from kvchat.codecs.channel import ChannelKeys
@@ -28,21 +28,48 @@ Side = tuple[Tensor, Tensor, Tensor]
 """Keys or values as they lie, their scales and mins, of all layers of a frame."""
 
 _CPU = torch.device("cpu")
-_UNIT_PLANES, _ROW_PLANES = ("key_scale", "key_min"), ("value_scale", "value_min")
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+UNIT_PLANES, _ROW_PLANES = ("key_scale", "key_min"), ("value_scale", "value_min")
+
+
+def coded_arrays(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> Planes:
+    """The planes of a frame by the names of `CodedKV`'s, in host memory, rows by layer, head and time; read-only.
+
+    What has 8 or 4 bits stays encoded; the rest is decoded, and given as integers of as many bits. Left out is what
+    serves the whole segment: the scales of 8-bit keys. Raises CorruptFrame.
+    """
+    codec, rows, planes, params = open_frame(header, chunk, group, blob)
+    form, (num_rows, dim) = form_of(codec), rows.shape
+    assert rows.positions is not None
+    found: Planes = {"positions": rows.positions}
+    for side, method, bits in (("key", codec.keys, form.key_bits), ("value", codec.values, form.value_bits)):
+        if bits == 16:
+            found[f"{side}s"] = method.decode(planes, params, rows, _CPU).view(_INTEGERS[rows.dtype.itemsize]).numpy()
+        else:
+            found[f"{side}s"] = expect(planes, side, (num_rows, row_bytes(dim, bits)), "|u1")
+    if form.key_bits == 4:
+        shape = int(num_units(form, rows.counts).sum()), dim
+        found |= {name: expect(planes, name, shape, "<f2", "<f4") for name in UNIT_PLANES}
+    of_rows = {8: _ROW_PLANES, 4: _ROW_PLANES[:1]}.get(form.value_bits, ())
+    return found | {name: expect(planes, name, (num_rows, 1), "<f2", "<f4")[:, 0] for name in of_rows}
 
 
 def coded_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> list[CodedKV]:
-    """As `encode.decode_frame`, but what has 8 or 4 bits stays encoded, and all lies in host memory.
-
-    Keys and values of other methods are decoded. Raises CorruptFrame.
-    """
-    codec, rows, planes, params = open_frame(header, chunk, group, blob)
-    form, units = _form(codec), _units(_form(codec), rows.counts)
-    keys = _keys(codec.keys, form, rows, planes, params, int(units.sum()))
-    values = _values(codec.values, form, rows, planes, params)
-    assert rows.positions is not None
-    positions = torch.from_numpy(rows.positions)
-    return _layers(form, rows, units, (header.ranking.start, chunk), keys, values, positions)
+    """A CodedKV for each layer of a frame, in host memory, encoded as in `coded_arrays`. Raises CorruptFrame."""
+    found, form = coded_arrays(header, chunk, group, blob), form_of(header.method(chunk))
+    first, last = header.layers(group)
+    rows = FrameRows(header.ranking.counts(chunk)[first:last], header.head_dim, header.dtype)
+    if form.key_bits == 8:
+        found |= {name: header.params[name][first:last].reshape(-1, rows.head_dim) for name in UNIT_PLANES}
+    planes = {name: to_tensor(plane, _CPU) for name, plane in found.items()}
+    keys, values = (
+        planes[name].view(header.dtype) if bits == 16 else planes[name]
+        for name, bits in (("keys", form.key_bits), ("values", form.value_bits))
+    )
+    scale, low = (planes.get(name, torch.zeros(0, rows.head_dim)) for name in UNIT_PLANES)
+    v_scale, v_low = (planes.get(name, torch.zeros(0)) for name in _ROW_PLANES)
+    place, units = (header.ranking.start, chunk), num_units(form, rows.counts)
+    return _layers(form, rows, units, place, (keys, scale, low), (values, v_scale, v_low), planes["positions"])
 
 
 def coded_planes(reading: Reading, taken: Taken) -> list[CodedKV]:
@@ -52,14 +79,14 @@ def coded_planes(reading: Reading, taken: Taken) -> list[CodedKV]:
     """
     header, rows, planes, device = reading.header, taken.rows, taken.planes, taken.index.device
     codec, (first, last) = header.method(taken.chunk), header.layers(taken.group)
-    form, units = _form(codec), _units(_form(codec), rows.counts)
+    form, units = form_of(codec), num_units(form_of(codec), rows.counts)
     none = torch.zeros(0, device=device)
     if form.key_bits == 16:
         packed, scale = _plain(codec.keys, taken), torch.zeros(0, rows.head_dim, device=device)
         keys = packed, scale, scale
     else:
-        of_units = planes if form.key_bits == 4 else {name: reading.params[name][first:last] for name in _UNIT_PLANES}
-        scale, low = (of_units[name].reshape(-1, rows.head_dim) for name in _UNIT_PLANES)
+        of_units = planes if form.key_bits == 4 else {name: reading.params[name][first:last] for name in UNIT_PLANES}
+        scale, low = (of_units[name].reshape(-1, rows.head_dim) for name in UNIT_PLANES)
         keys = planes["key"], scale, low
     if form.value_bits == 16:
         values = _plain(codec.values, taken), none, none
@@ -130,7 +157,7 @@ _KEYS: dict[int, Keys8 | ChannelKeys] = {8: Keys8(), 4: ChannelKeys(4)}
 _VALUES8, _VALUES4 = Values8(), RotatedValues(4)
 
 
-def _form(codec: Codec) -> Form:
+def form_of(codec: Codec) -> Form:
     """What stays encoded of a codec's rows."""
     return Form(_bits(codec.keys), _bits(codec.values))
 
@@ -139,45 +166,3 @@ def _bits(method: Method) -> int:
     """Bits of a side that can stay encoded, else 16."""
     known: dict[Method, int] = {_KEYS[8]: 8, _VALUES8: 8, _KEYS[4]: 4, _VALUES4: 4}
     return known.get(method, 16)
-
-
-def _units(form: Form, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Units of key scales of each layer and head."""
-    if form.key_bits == 4:
-        groups: npt.NDArray[np.int64] = -(-counts // GROUP)
-        return groups
-    return np.full_like(counts, 1 if form.key_bits == 8 else 0)
-
-
-def _keys(
-    method: Method,
-    form: Form,
-    rows: FrameRows,
-    planes: Planes,
-    params: Planes,
-    num_units: int,
-) -> Side:
-    """Keys as they lie, and their scales and mins, of all layers of a frame."""
-    dim = rows.head_dim
-    if form.key_bits == 16:
-        none = torch.zeros(0, dim)
-        return method.decode(planes, params, rows, _CPU), none, none
-    packed = to_tensor(expect(planes, "key", (rows.shape[0], row_bytes(dim, form.key_bits)), "|u1"), _CPU)
-    if form.key_bits == 8:
-        of_units = [params[name].reshape(-1, dim) for name in _UNIT_PLANES]
-    else:
-        of_units = [expect(planes, name, (num_units, dim), "<f2", "<f4") for name in _UNIT_PLANES]
-    scale, low = (to_tensor(plane, _CPU) for plane in of_units)
-    return packed, scale, low
-
-
-def _values(method: Method, form: Form, rows: FrameRows, planes: Planes, params: Planes) -> Side:
-    """Values as they lie, and their scales and mins, of all layers of a frame."""
-    num_rows, none = rows.shape[0], torch.zeros(0)
-    if form.value_bits == 16:
-        return method.decode(planes, params, rows, _CPU), none, none
-    packed = to_tensor(expect(planes, "value", (num_rows, row_bytes(rows.head_dim, form.value_bits)), "|u1"), _CPU)
-    scale = to_tensor(expect(planes, "value_scale", (num_rows, 1), "<f2", "<f4")[:, 0], _CPU)
-    if form.value_bits == 4:
-        return packed, scale, none
-    return packed, scale, to_tensor(expect(planes, "value_min", (num_rows, 1), "<f2", "<f4")[:, 0], _CPU)

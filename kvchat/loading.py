@@ -1,0 +1,175 @@
+"""Sealed segments on their way from the store into memory: some rank chunks of one, or a whole conversation's at once.
+
+One thread reads frames, the pool's threads check and decode them. Where rows stay encoded, `assembled` has the threads
+copy a conversation's planes into batches, of which one goes to the device while the next are filled; what comes out is
+what attaching the segments one after the other gives.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from kvchat.cache.assembly import Assembly, Batch, Part
+from kvchat.cache.coded import CodedKV, Form
+from kvchat.cache.layer import Piece
+from kvchat.cache.pack import before
+from kvchat.codecs import SegmentHeader, coded_frame, decode_frame
+from kvchat.codecs.coded import UNIT_PLANES, coded_arrays, form_of
+from kvchat.errors import CorruptFrame
+from kvchat.pool import submit
+
+BATCH_BYTES = 64 * 1024 * 1024
+"""Of a batch, unless a single frame is larger."""
+AHEAD = 2
+"""Batches that are read or filled while one goes to the device."""
+
+Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, bytes]]]
+"""Segment id and chunks to (chunk, group, blob), ordered by chunk and group; raises CorruptFrame."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resident:
+    """A sealed segment whose first `chunks` chunks are in memory."""
+
+    id: str
+    header: SegmentHeader
+    end: int
+    """One past the last position in use: the segment's own end, or less after a rewind into it."""
+    chunks: int
+    from_file: bool = False
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+        return self.header.ranking.start
+
+
+Chunks = Sequence[tuple[Resident, int]]
+"""Rank chunks of segments, in canonical order."""
+Place = tuple[SegmentHeader, int, int]
+"""A frame's segment, chunk and group."""
+
+
+class Loading:
+    """Rank chunks of a segment, from `first` on, on their way into memory, decoded on the pool's threads.
+
+    plain: the device on which rows become plain numbers; None: they stay encoded, in host memory.
+    """
+
+    def __init__(
+        self, resident: Resident, first: int, fetch: Fetch, pool: Executor, plain: torch.device | None
+    ) -> None:
+        self.resident = resident
+        self._decoding = [
+            (chunk, submit(pool, partial(_read, resident.header, chunk, group, blob, plain)).result)
+            for chunk, group, blob in fetch(resident.id, range(first, resident.chunks))
+        ]
+
+    def pieces(self) -> dict[Piece, list[CodedKV]]:
+        """Rows before the resident's end, a CodedKV a layer; waits for them. Raises CodecError."""
+        resident, pieces = self.resident, dict[Piece, list[CodedKV]]()
+        for chunk, rows in self._decoding:
+            pieces.setdefault(Piece(resident.start, chunk), []).extend(rows())
+        if resident.end < resident.header.ranking.end:
+            return {piece: [before(rows, resident.end) for rows in layers] for piece, layers in pieces.items()}
+        return pieces
+
+
+def _read(header: SegmentHeader, chunk: int, group: int, blob: bytes, plain: torch.device | None) -> list[CodedKV]:
+    """The rows of a frame, a CodedKV a layer: encoded in host memory, or plain on a device. Raises CorruptFrame."""
+    if plain is None:
+        return coded_frame(header, chunk, group, blob)
+    start = header.ranking.start
+    return [CodedKV.plain(rows, start, chunk) for rows in decode_frame(header, chunk, group, blob, plain)]
+
+
+def assembled(
+    residents: Sequence[Resident], fetch: Fetch, pool: Executor, device: torch.device
+) -> list[tuple[CodedKV, ...]]:
+    """The rows of whole segments, at least one, in order of their positions: of every layer those of each form.
+
+    Raises:
+        CodecError: a frame is damaged; or has scales that float16 does not hold, and must be attached by itself.
+    """
+    forms: dict[Form, list[tuple[Resident, int]]] = {}
+    for resident in residents:
+        for chunk in range(resident.chunks):
+            forms.setdefault(form_of(resident.header.method(chunk)), []).append((resident, chunk))
+    of_forms = []
+    for form in sorted(forms, reverse=True):
+        assembly = _assembly(form, forms[form], device)
+        _bring(assembly, forms[form], fetch, pool)
+        of_forms.append(assembly.finished())
+    return list(zip(*of_forms, strict=True))
+
+
+def _assembly(form: Form, chunks: Chunks, device: torch.device) -> Assembly:
+    header = chunks[0][0].header
+    # The scales of 8-bit keys serve a whole segment, and stand in its header.
+    scaled = [one.header for one, _ in groupby(one for one, _ in chunks)] if form.key_bits == 8 else []
+    return Assembly(
+        form,
+        header.dtype,
+        [Piece(one.start, chunk) for one, chunk in chunks],
+        np.stack([one.header.ranking.counts(chunk) for one, chunk in chunks]),
+        [np.stack([each.params[name] for each in scaled], axis=2) for name in UNIT_PLANES if scaled],
+        header.head_dim,
+        device,
+    )
+
+
+def _bring(assembly: Assembly, chunks: Chunks, fetch: Fetch, pool: Executor) -> None:
+    """Bring all rows to their places."""
+    blobs = _blobs(chunks, fetch)
+    under_way = deque[tuple[Batch, list[Future[None]]]]()
+    for parts, places in _batches(assembly, chunks):
+        batch = Batch(assembly, parts)
+        jobs = (partial(_fill, batch, index, *place, next(blobs)) for index, place in enumerate(places))
+        under_way.append((batch, [submit(pool, job) for job in jobs]))
+        if len(under_way) > AHEAD:
+            _land(*under_way.popleft())
+    while under_way:
+        _land(*under_way.popleft())
+
+
+def _blobs(chunks: Chunks, fetch: Fetch) -> Iterator[bytes]:
+    """Frames by segment, chunk and group, each read when it is asked for."""
+    of_segments = groupby(chunks, lambda place: place[0])
+    return (blob for one, places in of_segments for *_, blob in fetch(one.id, [chunk for _, chunk in places]))
+
+
+def _batches(assembly: Assembly, chunks: Chunks) -> Iterator[tuple[list[Part], list[Place]]]:
+    """The frames of all chunks, as many together as a batch takes."""
+    parts: list[Part] = []
+    places: list[Place] = []
+    filled = 0
+    for index, (resident, chunk) in enumerate(chunks):
+        for group in range(resident.header.num_groups):
+            part = Part(index, *resident.header.layers(group))
+            size = assembly.nbytes(part)
+            if parts and filled + size > BATCH_BYTES:
+                yield parts, places
+                parts, places, filled = [], [], 0
+            parts.append(part)
+            places.append((resident.header, chunk, group))
+            filled += size
+    yield parts, places
+
+
+def _fill(batch: Batch, index: int, header: SegmentHeader, chunk: int, group: int, blob: bytes) -> None:
+    if not batch.fill(index, coded_arrays(header, chunk, group, blob)):
+        raise CorruptFrame(f"chunk {chunk} of layer group {group} has scales beyond float16")
+
+
+def _land(batch: Batch, filling: Sequence[Future[None]]) -> None:
+    for filled in filling:
+        filled.result()
+    batch.land()
