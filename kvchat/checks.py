@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from kvchat.cipher import Key, database_errors, error_code
-from kvchat.errors import StoreDamaged, StoreError
+from kvchat.codecs import frame
+from kvchat.errors import CodecError, StoreDamaged, StoreError
 from kvchat.kv_store import KVStore, short
 from kvchat.migrations import explained
 from kvchat.queries import ORPHANS, PATH
-from kvchat.records import message_id, now, pack_ids, place_below, unpack_ids
+from kvchat.records import SegmentRecord, message_id, now, pack_ids, place_below, unpack_ids
 from kvchat.recrypt import salvage_encrypted
 from kvchat.salvage import DERIVED, salvage
 
@@ -180,6 +182,37 @@ class Checks(KVStore):
             if problems:
                 label = f"session {', '.join(map(repr, names))}: segment {short(record.id)}"
                 yield Damaged(record.id, label, problems)
+
+    def _segment_problems(self, record: SegmentRecord) -> Iterator[str]:
+        """What is wrong with a segment, its messages and every frame."""
+        rows = self._rows(
+            "SELECT ordinal, messages.* FROM segment_messages LEFT JOIN messages ON id = message_id"
+            " WHERE segment_id = :id ORDER BY ordinal",
+            id=record.id,
+        )
+        chained = all(after["parent"] == before["id"] for before, after in pairwise(rows))
+        if not chained or [row["ordinal"] for row in rows] != list(range(len(rows))) or not rows:
+            yield "its messages do not follow each other"
+        elif (rows[0]["start_token"], rows[-1]["end_token"]) != (record.start, record.end):
+            yield f"its tokens [{record.start}, {record.end}) are not those of its messages"
+        count, nbytes = self._rows(
+            "SELECT count(*), total(length(body)) FROM frames WHERE segment_id = :id", id=record.id
+        )[0]
+        expected, stored = record.stored_chunks * record.num_groups, int(nbytes) + len(record.header)
+        if not 1 <= record.stored_chunks <= record.num_chunks:
+            yield f"it says that {record.stored_chunks} of its {record.num_chunks} rank chunks are stored"
+        if count > expected or (count == expected and stored != record.nbytes):
+            yield f"it has {stored} bytes in {count} frames, and should have {record.nbytes} in {expected}"
+        for place, bodies in [("header", iter([record.header])), *self._bodies(record)]:
+            try:
+                for body in bodies:
+                    frame.check(body)
+            except CodecError as error:
+                yield f"{place}: {error}"
+
+    def _bodies(self, record: SegmentRecord) -> Iterator[tuple[str, Iterator[bytes]]]:
+        for chunk in range(record.stored_chunks):
+            yield f"chunk {chunk}", (body for _, _, body in self.frames(record.id, [chunk]))
 
 
 def _require_whole(copy: Path, key: Key | None = None) -> None:

@@ -141,7 +141,7 @@ class Holding:
         self.engine.free()
         if not self.cache.is_whole:
             with memory.Attempt():
-                self.cache.keep(set.intersection(*(layer.pieces for layer in self.cache.layers)))
+                self.cache.keep(frozenset.intersection(*(layer.pieces for layer in self.cache.layers)))
         if self._load_s is None or not self.cache.is_whole:
             self.let_go()
             return False

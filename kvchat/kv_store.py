@@ -6,18 +6,19 @@ A segment is derived from its messages and may go at any time; who asks for it t
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import blake2b
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from kvchat.cipher import Key, read_blob, row_class
-from kvchat.codecs import frame
-from kvchat.errors import CodecError, CorruptFrame, StoreDamaged, StoreError
+from kvchat.errors import CorruptFrame, StoreDamaged, StoreError
 from kvchat.migrations import explained, open_database, transaction
 from kvchat.queries import CANDIDATES, DROP_REPLACED, SEGMENTS, Candidate, candidate_of
+from kvchat.readers import Readers
 from kvchat.records import Row, SegmentRecord, now, segment_of
 from kvchat.salvage import remove_leftovers
 
@@ -37,6 +38,7 @@ class KVStore:
         self._db = open_database(path, busy_timeout_s, key)
         self._row = row_class(self._db.conn)
         remove_leftovers(path)  # who made a copy would have kept this connection out
+        self._readers = Readers(path, busy_timeout_s)
         self._busy_timeout_s = busy_timeout_s
         self._patience = f"PRAGMA busy_timeout = {int(busy_timeout_s * 1000)}"
 
@@ -57,7 +59,8 @@ class KVStore:
             raise
 
     def close(self) -> None:
-        """End the connection; the last one to close folds the log into the file."""
+        """End the connections; the last one to close folds the log into the file."""
+        self._readers.close()
         self._db.close()
 
     def fold(self) -> None:
@@ -95,6 +98,29 @@ class KVStore:
         Raises:
             CorruptFrame: the segment or one of its frames is missing, or lies in a damaged page.
         """
+        for chunk, grp, rowid in self._places(segment_id, chunks):
+            with self._damage_of(segment_id), self._explained():
+                body = None if rowid is None else read_blob(self._db.conn, "frames", "body", rowid)
+            yield chunk, grp, _found(body, segment_id, chunk, grp)
+
+    def readings(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, Callable[[], bytes]]]:
+        """As `frames`, but each is read by whoever calls for it, in any thread; it raises CorruptFrame and StoreError.
+
+        Those of an encrypted store are read at once.
+        """
+        if self._key is not None:
+            yield from ((chunk, grp, partial(bytes, body)) for chunk, grp, body in self.frames(segment_id, chunks))
+            return
+        for chunk, grp, rowid in self._places(segment_id, chunks):
+            yield chunk, grp, partial(self._body, segment_id, chunk, grp, rowid)
+
+    def _body(self, segment_id: str, chunk: int, grp: int, rowid: int | None) -> bytes:
+        with self._damage_of(segment_id):
+            body = None if rowid is None else self._readers.blob("frames", "body", rowid)
+        return _found(body, segment_id, chunk, grp)
+
+    def _places(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, int | None]]:
+        """(chunk, group, rowid) of the frames of the asked chunks; None where there is none. Raises CorruptFrame."""
         found = self._readable("SELECT num_groups FROM segments WHERE id = :id", segment_id)
         if not found:
             raise CorruptFrame(f"segment {short(segment_id)} is not in the store")
@@ -104,15 +130,7 @@ class KVStore:
         places = {(row["chunk"], row["grp"]): row["rowid"] for row in rows}
         for chunk in asked:
             for grp in range(found[0]["num_groups"]):
-                yield chunk, grp, self._body(segment_id, chunk, grp, places.get((chunk, grp)))
-
-    def _body(self, segment_id: str, chunk: int, grp: int, rowid: int | None) -> bytes:
-        """The bytes of one frame, by incremental reading: a query for them takes two to three times as long."""
-        with self._damage_of(segment_id), self._explained():
-            body = None if rowid is None else read_blob(self._db.conn, "frames", "body", rowid)
-        if body is None:
-            raise CorruptFrame(f"segment {short(segment_id)} chunk {chunk}: group {grp} is missing")
-        return body
+                yield chunk, grp, places.get((chunk, grp))
 
     def drop_segment(self, segment_id: str) -> None:
         """Remove a segment with its frames: a miss from now on."""
@@ -208,37 +226,6 @@ class KVStore:
             halves = (ids[: len(ids) // 2], ids[len(ids) // 2 :]) if len(ids) > 1 else ()
             return {key: record for half in halves for key, record in self._whole(half).items()}
 
-    def _segment_problems(self, record: SegmentRecord) -> Iterator[str]:
-        """What is wrong with a segment, its messages and every frame."""
-        rows = self._rows(
-            "SELECT ordinal, messages.* FROM segment_messages LEFT JOIN messages ON id = message_id"
-            " WHERE segment_id = :id ORDER BY ordinal",
-            id=record.id,
-        )
-        chained = all(after["parent"] == before["id"] for before, after in pairwise(rows))
-        if not chained or [row["ordinal"] for row in rows] != list(range(len(rows))) or not rows:
-            yield "its messages do not follow each other"
-        elif (rows[0]["start_token"], rows[-1]["end_token"]) != (record.start, record.end):
-            yield f"its tokens [{record.start}, {record.end}) are not those of its messages"
-        count, nbytes = self._rows(
-            "SELECT count(*), total(length(body)) FROM frames WHERE segment_id = :id", id=record.id
-        )[0]
-        expected, stored = record.stored_chunks * record.num_groups, int(nbytes) + len(record.header)
-        if not 1 <= record.stored_chunks <= record.num_chunks:
-            yield f"it says that {record.stored_chunks} of its {record.num_chunks} rank chunks are stored"
-        if count > expected or (count == expected and stored != record.nbytes):
-            yield f"it has {stored} bytes in {count} frames, and should have {record.nbytes} in {expected}"
-        for place, bodies in [("header", iter([record.header])), *self._bodies(record)]:
-            try:
-                for body in bodies:
-                    frame.check(body)
-            except CodecError as error:
-                yield f"{place}: {error}"
-
-    def _bodies(self, record: SegmentRecord) -> Iterator[tuple[str, Iterator[bytes]]]:
-        for chunk in range(record.stored_chunks):
-            yield f"chunk {chunk}", (body for _, _, body in self.frames(record.id, [chunk]))
-
     def _readable(self, sql: str, segment_id: str, **values: object) -> list[Row]:
         """Rows of one segment. Raises CorruptFrame."""
         with self._damage_of(segment_id):
@@ -277,6 +264,12 @@ class KVStore:
         """Bytes of the file and its log."""
         files = [self.file, self.file.with_name(self.file.name + "-wal")]
         return sum(file.stat().st_size for file in files if file.exists())
+
+
+def _found(body: bytes | None, segment_id: str, chunk: int, grp: int) -> bytes:
+    if body is None:
+        raise CorruptFrame(f"segment {short(segment_id)} chunk {chunk}: group {grp} is missing")
+    return body
 
 
 def short(identity: str) -> str:

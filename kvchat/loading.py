@@ -1,15 +1,14 @@
 """Sealed segments on their way from the store into memory: some rank chunks of one, or a whole conversation's at once.
 
-One thread reads frames, the pool's threads check and decode them. Where rows stay encoded, `assembled` has the threads
-copy a conversation's planes into batches, of which one goes to the device while the next are filled; what comes out is
-what attaching the segments one after the other gives.
+The pool's threads read frames, check and decode them. Where rows stay encoded, `assembled` has them copy all planes of
+a conversation into batches, which go to the device as a whole; what comes out is what attaching the segments one after
+the other gives.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -26,13 +25,11 @@ from kvchat.codecs.coded import UNIT_PLANES, coded_arrays, form_of
 from kvchat.errors import CorruptFrame
 from kvchat.pool import submit
 
-BATCH_BYTES = 64 * 1024 * 1024
+BATCH_BYTES = 128 * 1024 * 1024
 """Of a batch, unless a single frame is larger."""
-AHEAD = 2
-"""Batches that are read or filled while one goes to the device."""
 
-Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, bytes]]]
-"""Segment id and chunks to (chunk, group, blob), ordered by chunk and group; raises CorruptFrame."""
+Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, Callable[[], bytes]]]]
+"""Segment id and chunks to (chunk, group, what reads the blob), ordered by chunk and group; both raise CorruptFrame."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,8 +66,8 @@ class Loading:
     ) -> None:
         self.resident = resident
         self._decoding = [
-            (chunk, submit(pool, partial(_read, resident.header, chunk, group, blob, plain)).result)
-            for chunk, group, blob in fetch(resident.id, range(first, resident.chunks))
+            (chunk, submit(pool, partial(_read, resident.header, chunk, group, read, plain)).result)
+            for chunk, group, read in fetch(resident.id, range(first, resident.chunks))
         ]
 
     def pieces(self) -> dict[Piece, list[CodedKV]]:
@@ -83,8 +80,11 @@ class Loading:
         return pieces
 
 
-def _read(header: SegmentHeader, chunk: int, group: int, blob: bytes, plain: torch.device | None) -> list[CodedKV]:
+def _read(
+    header: SegmentHeader, chunk: int, group: int, read: Callable[[], bytes], plain: torch.device | None
+) -> list[CodedKV]:
     """The rows of a frame, a CodedKV a layer: encoded in host memory, or plain on a device. Raises CorruptFrame."""
+    blob = read()
     if plain is None:
         return coded_frame(header, chunk, group, blob)
     start = header.ranking.start
@@ -94,7 +94,7 @@ def _read(header: SegmentHeader, chunk: int, group: int, blob: bytes, plain: tor
 def assembled(
     residents: Sequence[Resident], fetch: Fetch, pool: Executor, device: torch.device
 ) -> list[tuple[CodedKV, ...]]:
-    """The rows of whole segments, at least one, in order of their positions: of every layer those of each form.
+    """All rows of segments, at least one, in order of their positions: of every layer those of each form.
 
     Raises:
         CodecError: a frame is damaged; or has scales that float16 does not hold, and must be attached by itself.
@@ -128,22 +128,20 @@ def _assembly(form: Form, chunks: Chunks, device: torch.device) -> Assembly:
 
 def _bring(assembly: Assembly, chunks: Chunks, fetch: Fetch, pool: Executor) -> None:
     """Bring all rows to their places."""
-    blobs = _blobs(chunks, fetch)
-    under_way = deque[tuple[Batch, list[Future[None]]]]()
+    readings = _readings(chunks, fetch)
     for parts, places in _batches(assembly, chunks):
         batch = Batch(assembly, parts)
-        jobs = (partial(_fill, batch, index, *place, next(blobs)) for index, place in enumerate(places))
-        under_way.append((batch, [submit(pool, job) for job in jobs]))
-        if len(under_way) > AHEAD:
-            _land(*under_way.popleft())
-    while under_way:
-        _land(*under_way.popleft())
+        jobs = [partial(_fill, batch, index, *place, next(readings)) for index, place in enumerate(places)]
+        for filled in [submit(pool, job) for job in jobs]:
+            filled.result()
+        # Not beside the next batch: with many threads at work each small operation waits for the interpreter.
+        batch.land()
 
 
-def _blobs(chunks: Chunks, fetch: Fetch) -> Iterator[bytes]:
-    """Frames by segment, chunk and group, each read when it is asked for."""
+def _readings(chunks: Chunks, fetch: Fetch) -> Iterator[Callable[[], bytes]]:
+    """What reads each frame, by segment, chunk and group."""
     of_segments = groupby(chunks, lambda place: place[0])
-    return (blob for one, places in of_segments for *_, blob in fetch(one.id, [chunk for _, chunk in places]))
+    return (read for one, places in of_segments for *_, read in fetch(one.id, [chunk for _, chunk in places]))
 
 
 def _batches(assembly: Assembly, chunks: Chunks) -> Iterator[tuple[list[Part], list[Place]]]:
@@ -164,12 +162,6 @@ def _batches(assembly: Assembly, chunks: Chunks) -> Iterator[tuple[list[Part], l
     yield parts, places
 
 
-def _fill(batch: Batch, index: int, header: SegmentHeader, chunk: int, group: int, blob: bytes) -> None:
-    if not batch.fill(index, coded_arrays(header, chunk, group, blob)):
+def _fill(batch: Batch, index: int, header: SegmentHeader, chunk: int, group: int, read: Callable[[], bytes]) -> None:
+    if not batch.fill(index, coded_arrays(header, chunk, group, read())):
         raise CorruptFrame(f"chunk {chunk} of layer group {group} has scales beyond float16")
-
-
-def _land(batch: Batch, filling: Sequence[Future[None]]) -> None:
-    for filled in filling:
-        filled.result()
-    batch.land()

@@ -175,6 +175,13 @@ def open_database(path: Path, busy_timeout_s: float, key: Key | None = None) -> 
         raise StoreError(f"{path} was encrypted or decrypted by another kvchat meanwhile; try again") from None
 
 
+def open_reader(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
+    """One more connection to a database that is open and not encrypted, for any one thread at a time."""
+    connection = sqlite3.connect(path, timeout=busy_timeout_s, check_same_thread=False)
+    connection.execute(f"PRAGMA mmap_size = {MMAP_SIZE}").fetchall()
+    return connection
+
+
 def _opened(path: Path, busy_timeout_s: float, key: Key | None) -> Database:
     if key is None:
         connection: Any = sqlite3.connect(path, timeout=busy_timeout_s)

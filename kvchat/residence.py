@@ -15,11 +15,12 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 
 from torch import Tensor
 
 from kvchat.cache.segment import Ranking
-from kvchat.codecs import decode_frame
+from kvchat.codecs import SegmentHeader, decode_frame
 from kvchat.codecs.encode import Reading, read_segment
 from kvchat.compress.compressor import codecs_for
 from kvchat.config import Config
@@ -59,7 +60,8 @@ class Residence(Holding):
         self.engine = engine
         self.config = config
         self.cache = engine.new_cache()
-        self.tiers = Tiers(self.cache, store.frames, pool)
+        self.pool = pool
+        self.tiers = Tiers(self.cache, store.readings, pool)
         self.fingerprint = fingerprint_id(engine.model.fingerprint)
         self.saver = Saver(store, config, self.fingerprint, session_id, pool)
         self.waiting: list[tuple[SegmentRecord, int]] = []
@@ -140,23 +142,16 @@ class Residence(Holding):
     def _restore_together(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> int:
         """Attach the leading sealed segments at once, as far as they are whole; how many those are."""
         residents: list[Resident] = []
-        loading, ready, position = [], {}, 0
+        position = 0
         with suppress(CodecError):  # the first that is damaged is reported when its turn comes
-            for record, used in cover:
-                if record.kind != "sealed" or record.start != position:
+            leading = [*takewhile(lambda one: one[0].kind == "sealed", cover)]
+            headers = self.pool.map(partial(read_header, model=self.engine.model), (record for record, _ in leading))
+            for (record, used), header in zip(leading, headers, strict=True):
+                if record.start != position:
                     break
-                residents.append(self._resident(record, used, path))
+                residents.append(self._resident(record, used, path, header))
                 position = residents[-1].end
-        sized = self._sized(residents, path)
-        brought = 0 if self.cache.num_seen else self.tiers.bring(sized)
-        with suppress(CodecError):
-            for resident in sized[brought:]:
-                loading.append(self.tiers.load(resident))
-        with suppress(CodecError):
-            for one in loading:
-                ready[one.resident] = one.pieces()
-        self.tiers.add(ready)
-        return brought + len(ready)
+        return self.tiers.bring(self._sized(residents, path))
 
     def _restore_one(self, record: SegmentRecord, used: int, path: Sequence[Message]) -> Steps:
         """Attach one segment, after computing what is missing before it."""
@@ -180,12 +175,12 @@ class Residence(Holding):
 
     def _attach(self, record: SegmentRecord, used: int, path: Sequence[Message], tail: int = 0) -> None:
         """Attach one sealed segment beside those there are, in place of so many tokens of the tail."""
-        *_, resident = self._sized([*self.tiers.residents, self._resident(record, used, path)], path)
+        resident = self._resident(record, used, path, read_header(record, self.engine.model))
+        *_, resident = self._sized([*self.tiers.residents, resident], path)
         self.tiers.add({resident: self.tiers.load(resident).pieces()}, tail)
 
-    def _resident(self, record: SegmentRecord, used: int, path: Sequence[Message]) -> Resident:
+    def _resident(self, record: SegmentRecord, used: int, path: Sequence[Message], header: SegmentHeader) -> Resident:
         """A sealed segment of whose messages the first `used` lie on the path, whole."""
-        header = read_header(record, self.engine.model)
         last = next(index for index, message in enumerate(path) if message.id == record.messages[used - 1])
         end = self.bounds(path)[last + 1]
         return Resident(record.id, header, end, record.stored_chunks, record.from_file)

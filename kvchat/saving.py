@@ -1,6 +1,6 @@
 """How segments are named and put into the store, and what is said when it has no room for them.
 
-A sealed segment is in memory before it is in the store: its planes wait in host memory, are packed on the pool's
+A sealed segment is in memory before it is in the store: its planes are copied to host memory and packed on the pool's
 threads, and written when the thread that owns the store has nothing else to do. Until then a crash loses them, and no
 more: KV is computed again from token ids.
 """
@@ -68,10 +68,9 @@ class Saving:
     frames: list[tuple[int, int, Future[bytes]]] = field(default_factory=list)
 
     def add(self, taken: Taken) -> None:
-        """Copy a frame's planes from where they lie."""
-        planes, ready = _on_host(taken.planes)
-        work = partial(_packed, self.header, taken.chunk, taken.group, planes, ready)
-        self.nbytes += sum(plane.nbytes for plane in planes.values())
+        """Take over a frame's planes; the thread that packs them copies them to host memory."""
+        work = partial(_packed, self.header, taken.chunk, taken.group, taken.planes)
+        self.nbytes += sum(plane.nbytes for plane in taken.planes.values())
         self.works.append((taken.chunk, taken.group, work))
 
     def begin(self) -> None:
@@ -225,21 +224,7 @@ def sealed_layers(reading: Reading, saving: Saving, chunks: int) -> Iterator[tup
         yield reading.header.layers(group)[0], of_layer
 
 
-def _packed(header: SegmentHeader, chunk: int, group: int, planes: Tensors, ready: Callable[[], object]) -> bytes:
-    ready()
+def _packed(header: SegmentHeader, chunk: int, group: int, planes: Tensors) -> bytes:
     cpu = torch.device("cpu")
     work, free = partial(pack_frame, header, chunk, group, planes), partial(memory.release, cpu)
     return memory.again(work, free, "packing KV", cpu)
-
-
-def _on_host(planes: Tensors) -> tuple[Tensors, Callable[[], object]]:
-    """Planes in host memory, and what waits until they are there: a device copies them while it goes on."""
-    device = next(iter(planes.values())).device
-    if device.type != "cuda":
-        return {name: plane.cpu() for name, plane in planes.items()}, lambda: None
-    copies = {name: torch.empty_like(plane, device="cpu", pin_memory=True) for name, plane in planes.items()}
-    for name, plane in planes.items():
-        copies[name].copy_(plane, non_blocking=True)
-    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    done.record(torch.cuda.current_stream(device))
-    return copies, done.synchronize

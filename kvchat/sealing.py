@@ -50,8 +50,11 @@ def run_passes(engine: Engine, cache: SegmentedCache, scorer: Scorer, total: int
 
 
 def pass_length(engine: Engine, cache: SegmentedCache, config: CompressConfig) -> int:
-    """Most tokens of one pass: passes stand behind the conversation, and near the window's end must be shorter."""
-    return min(config.score_chunk, max(256, engine.model.context_window - cache.num_seen - 64))
+    """About how many tokens of a segment one pass repeats, or a quarter more.
+
+    Passes stand behind the conversation, and near the window's end must be shorter.
+    """
+    return min(config.score_chunk, max(256, (engine.model.context_window - cache.num_seen - 64) * 4 // 5))
 
 
 def cuts_of(config: CompressConfig) -> list[float]:

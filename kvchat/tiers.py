@@ -42,17 +42,32 @@ class Tiers:
         self._pool = pool
 
     def bring(self, residents: Sequence[Resident]) -> int:
-        """Attach leading segments to the empty cache, all at once; how many: none if one is not as most are.
+        """Attach the leading segments, all at once, as far as they are whole; how many those are."""
+        brought, loading, ready = self._assemble(residents), [], {}
+        with suppress(CodecError):
+            for resident in residents[brought:]:
+                loading.append(self.load(resident))
+        with suppress(CodecError):
+            for one in loading:
+                ready[one.resident] = one.pieces()
+        self.add(ready)
+        return brought + len(ready)
 
-        Only rows that stay encoded go this way, and only of whole segments.
+    def _assemble(self, residents: Sequence[Resident]) -> int:
+        """Attach leading segments to an empty cache in which rows stay encoded; how many, none if one is damaged.
+
+        Of a segment that is used in part, what is beyond goes after it has come.
         """
-        whole = list(takewhile(lambda one: one.end == one.header.ranking.end, residents))
-        if not (self.cache.encoded and whole) or self.residents:
+        whole = [*takewhile(lambda one: one.end == one.header.ranking.end, residents)]
+        chosen = residents[: len(whole) + 1]
+        if not (self.cache.encoded and chosen) or self.cache.num_seen:
             return 0
         with suppress(CodecError):  # which it is comes out when they are attached one by one
-            self.cache.place(assembled(whole, self._fetch, self._pool, self.cache.layers[0].device), whole[-1].end)
-            self.residents = whole
-            return len(whole)
+            rows = assembled(chosen, self._fetch, self._pool, self.cache.layers[0].device)
+            self.cache.place(rows, chosen[-1].header.ranking.end)
+            self.cache.crop(chosen[-1].end)
+            self.residents = list(chosen)
+            return len(chosen)
         return 0
 
     def load(self, resident: Resident, first: int = 0) -> Loading:

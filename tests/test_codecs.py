@@ -512,11 +512,11 @@ def test_a_realistic_segment_is_small_and_cut_into_handy_frames() -> None:
 
 
 def test_a_long_segment_is_cut_into_groups_of_layers() -> None:
-    x = normal(7, 2, 3000, 64, torch.bfloat16)
-    header, frames = encode_segment("k8v8", x, x, Ranking.single(0, 7, 2, 3000))
+    x = normal(7, 2, 12000, 64, torch.bfloat16)
+    header, frames = encode_segment("k8v8", x, x, Ranking.single(0, 7, 2, 12000))
     sizes = {group: len(blob) for _, group, blob in frames}
     assert header.num_groups == len(sizes) == 2
-    assert max(sizes.values()) <= 4 * 1024 * 1024
+    assert max(sizes.values()) <= 16 * 1024 * 1024
     assert [header.layers(group) for group in sizes] == [(0, 4), (4, 7)]
 
 

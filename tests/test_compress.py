@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvchat.compress.compressor import chunks_within, rank
 from kvchat.compress.scorers import Subject
-from kvchat.compress.scorers.kvzip import FIRST, LATER, KVzip, attention_received, attention_received_plainly
+from kvchat.compress.scorers.kvzip import FIRST, LATER, KVzip, attention_received, attention_received_plainly, even_size
 
 CUTS = (0.1, 0.3, 0.5, 1.0)
 
@@ -58,10 +58,10 @@ def subject(tokens: int, before: tuple[int, ...]) -> Subject:
 
 def test_passes_cover_the_segment_and_begin_where_the_last_one_ended() -> None:
     passes = list(KVzip(subject(45, ()), 20).passes())
-    assert passes[0] == (1, len(FIRST), 2, *range(100, 120))
-    # The eight spoken tokens before token 120: every fifth is a template token.
-    assert passes[1] == (1, len(LATER), 111, 112, 113, 114, 116, 117, 118, 119, 2, *range(120, 140))
-    assert passes[2][-5:] == (140, 141, 142, 143, 144)
+    assert passes[0] == (1, len(FIRST), 2, *range(100, 123))
+    # The eight spoken tokens before token 123: every fifth is a template token.
+    assert passes[1] == (1, len(LATER), 113, 114, 116, 117, 118, 119, 121, 122, 2, *range(123, 145))
+    assert len(passes) == 2
 
 
 def test_a_later_segment_is_asked_for_by_the_words_before_it() -> None:
@@ -100,3 +100,10 @@ def test_equal_scores_rank_the_same_every_time() -> None:
 )
 def test_the_budget_is_never_passed_but_for_the_first_chunk(sizes: tuple[int, ...], keep: float, held: int) -> None:
     assert chunks_within(np.array(sizes), keep) == held
+
+
+@pytest.mark.parametrize(("tokens", "size", "chunks"), [(1, 2000, 1), (2500, 2000, 1), (2501, 2000, 2)])
+def test_a_text_is_repeated_in_chunks_of_one_length(tokens: int, size: int, chunks: int) -> None:
+    length = even_size(tokens, size)
+    assert -(-tokens // length) == chunks and length <= size * 5 // 4
+    assert tokens - (chunks - 1) * length > length - chunks, "none is much shorter than the others"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ class Played:
             self.seal(str(number), keep, codec)
 
     def fetch(self, segment: str, chunks: Any) -> Any:
-        return [(c, g, blob) for (c, g), blob in self.frames[segment].items() if c in chunks]
+        return [(c, g, partial(bytes, blob)) for (c, g), blob in self.frames[segment].items() if c in chunks]
 
     def seal(self, name: str, keep: float, codec: str) -> None:
         start, tokens = self.cache.tail_start, self.cache.tail_length

@@ -18,7 +18,7 @@ ORDER = [
     *("cipher", "keys"),
     *("cache", "codecs", "attention", "compress"),
     *("template", "supported", "convert", "download", "model", "sampling", "fused", "step", "engine"),
-    *("records", "migrations", "queries", "listing", "shed", "salvage", "kv_store", "limited_store"),
+    *("records", "migrations", "queries", "listing", "shed", "salvage", "readers", "kv_store", "limited_store"),
     *(
         "recrypt",
         "checks",

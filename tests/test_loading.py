@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from kvchat.loading import Resident
 from kvchat.tiers import Tiers
 
 LAYERS, HEADS, DIM = 5, 2, 32
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
@@ -35,10 +37,10 @@ class Frames:
     def __init__(self) -> None:
         self.blobs: dict[tuple[str, int, int], bytes] = {}
 
-    def __call__(self, name: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
+    def __call__(self, name: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, Callable[[], bytes]]]:
         for (segment, chunk, group), blob in sorted(self.blobs.items()):
             if segment == name and chunk in chunks:
-                yield chunk, group, blob
+                yield chunk, group, partial(bytes, blob)
 
 
 def segments(
@@ -67,7 +69,7 @@ def segments(
 
 
 def new_tiers(frames: Frames, pool: Executor, dtype: torch.dtype = torch.bfloat16) -> Tiers:
-    return Tiers(SegmentedCache(LAYERS, HEADS, DIM, dtype, torch.device("cpu"), decoded), frames, pool)
+    return Tiers(SegmentedCache(LAYERS, HEADS, DIM, dtype, DEVICE, decoded), frames, pool)
 
 
 def assert_same(one: SegmentedCache, other: SegmentedCache) -> None:
@@ -98,7 +100,7 @@ def test_all_at_once_is_as_one_by_one(
     residents = segments(frames, codecs, [70, 33, 150, 1, 40])
     assert residents[2].header.num_groups > 1 == residents[3].header.num_groups
     together, single = new_tiers(frames, pool), new_tiers(frames, pool)
-    assert together.bring(residents) == 5
+    assert together._assemble(residents) == 5
     for resident in residents:
         single.add({resident: single.load(resident).pieces()})
     assert_same(together.cache, single.cache)
@@ -109,7 +111,7 @@ def test_what_is_brought_shrinks_grows_and_is_cut_like_all_else(pool: Executor) 
     frames = Frames()
     residents = segments(frames, ["k8v8", "k4v4"], [70, 90, 60])
     together, single = new_tiers(frames, pool), new_tiers(frames, pool)
-    assert together.bring(residents) == 3
+    assert together._assemble(residents) == 3
     single.add({resident: single.load(resident).pieces() for resident in residents})
     for tiers in (together, single):
         assert not tiers.hold({"0": 1, "1": 3})
@@ -117,15 +119,17 @@ def test_what_is_brought_shrinks_grows_and_is_cut_like_all_else(pool: Executor) 
     assert_same(together.cache, single.cache)
 
 
-def test_a_damaged_frame_brings_nothing_and_leaves_the_cache_empty(pool: Executor) -> None:
+def test_a_damaged_frame_leaves_what_is_before_it(pool: Executor) -> None:
     frames = Frames()
     residents = segments(frames, ["k8v8"], [70, 90, 60])
     place = ("1", 0, 0)
     frames.blobs[place] = frames.blobs[place][:-1] + b"\0\0"
-    tiers = new_tiers(frames, pool)
-    assert tiers.bring(residents) == 0
+    tiers, single = new_tiers(frames, pool), new_tiers(frames, pool)
+    assert tiers._assemble(residents) == 0
     assert not tiers.residents and not tiers.cache.num_seen and not tiers.cache.pieces
-    tiers.add({residents[0]: tiers.load(residents[0]).pieces()})
+    assert tiers.bring(residents) == 1
+    single.add({residents[0]: single.load(residents[0]).pieces()})
+    assert_same(tiers.cache, single.cache)
     with pytest.raises(CorruptFrame):
         tiers.load(residents[1]).pieces()
 
@@ -134,24 +138,26 @@ def test_scales_that_float16_does_not_hold_go_the_other_way(pool: Executor) -> N
     frames = Frames()
     residents = segments(frames, ["k8v8"], [70, 90], large=1, dtype=torch.float32)
     tiers = new_tiers(frames, pool, torch.float32)
-    assert tiers.bring(residents) == 0
+    assert tiers._assemble(residents) == 0
     tiers.add({one: tiers.load(one).pieces() for one in residents})
     assert tiers.cache.layers[2].forms[0].value_scale.dtype == torch.float32
 
 
-def test_a_segment_used_in_part_and_those_behind_it_are_left(pool: Executor) -> None:
+def test_a_segment_used_in_part_is_cut_and_those_behind_it_are_left(pool: Executor) -> None:
     frames = Frames()
-    first, second = segments(frames, ["k8v8"], [70, 90])
-    tiers = new_tiers(frames, pool)
+    first, second, third = segments(frames, ["k8v8", "k4v4"], [70, 90, 60])
     cut = Resident(second.id, second.header, 100, second.chunks)
-    assert tiers.bring([cut]) == 0
-    assert tiers.bring([first, cut]) == 1
-    assert tiers.residents == [first] and tiers.cache.num_seen == 70
-    assert tiers.bring([second]) == 0, "only an empty cache takes all at once"
+    together, single = new_tiers(frames, pool), new_tiers(frames, pool)
+    assert together._assemble([first, cut, third]) == 2
+    for resident in (first, cut):
+        single.add({resident: single.load(resident).pieces()})
+    assert_same(together.cache, single.cache)
+    assert together.residents == [first, cut] and together.cache.num_seen == 100
+    assert together._assemble([third]) == 0, "only an empty cache takes all at once"
 
 
 def test_plain_rows_are_not_brought(pool: Executor) -> None:
     frames = Frames()
     residents = segments(frames, ["k8v8"], [70])
-    cache = SegmentedCache(LAYERS, HEADS, DIM, torch.bfloat16, torch.device("cpu"))
-    assert Tiers(cache, frames, pool).bring(residents) == 0
+    cache = SegmentedCache(LAYERS, HEADS, DIM, torch.bfloat16, DEVICE)
+    assert Tiers(cache, frames, pool)._assemble(residents) == 0

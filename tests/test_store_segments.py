@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +137,25 @@ def test_a_missing_frame_names_segment_and_chunk(store: Store) -> None:
     assert len(list(store.frames(identity, [0, 2]))) == 4
     with pytest.raises(CorruptFrame, match=r"segment b2:sealed-\w+ chunk 1: group 1 is missing"):
         list(store.frames(identity, [0, 1]))
+
+
+def test_frames_are_read_by_many_threads_at_once_and_only_then(store: Store) -> None:
+    _, chain = converse(store, "trip", *WORDS)
+    record, frames = segment(chain, 0, 4, num_chunks=4, num_groups=3)
+    identity = put(store, (record, frames))
+    readings = [*store.readings(identity, range(4))] * 20
+    with ThreadPoolExecutor(6) as pool:
+        bodies = list(pool.map(lambda reading: reading[2](), readings))
+    assert [(chunk, group, body) for (chunk, group, _), body in zip(readings, bodies, strict=True)] == frames * 20
+    store._db.execute("DELETE FROM frames WHERE chunk = 1 AND grp = 1")
+    with pytest.raises(CorruptFrame, match=r"segment b2:sealed-\w+ chunk 1: group 1 is missing"):
+        [read() for *_, read in store.readings(identity, [0, 1])]
+    gone = [*store.readings(identity, [0])]
+    store.drop_segment(identity)
+    with pytest.raises(CorruptFrame, match=r"chunk 0: group 0 is missing"):
+        gone[0][2]()
+    with pytest.raises(CorruptFrame, match="is not in the store"):
+        list(store.readings(identity, [0]))
 
 
 def test_reading_frames_holds_no_lock_between_them(store: Store) -> None:

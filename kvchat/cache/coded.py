@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +74,11 @@ class CodedKV:
         unit, number = (rows.keys.new_empty(shape, dtype=torch.float32) for shape in ((0, rows.keys.shape[1]), (0,)))
         planes = (rows.keys, rows.values, unit, unit, number, number, rows.positions)
         return cls(PLAIN, rows.keys.dtype, len(bounds) - 1, *planes, runs)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """First row, rows and first unit of each run, (3, R) int64 where the rows lie."""
+        return torch.from_numpy(self.runs[:, [FIRST, ROWS, UNIT]].T.copy()).to(self.keys.device)
 
     @property
     def planes(self) -> tuple[Tensor, ...]:

@@ -52,6 +52,7 @@ class RaggedLayer(Tail):
         self.forms: tuple[CodedKV, ...] = ()
         """Sealed rows, those of each form packed together."""
         self._plain: LayerKV | None = self._nothing
+        self._pieces: frozenset[Piece] | None = frozenset()
         self._early: tuple[int, set[Piece], LayerKV] | None = None
         """What `sealed_before` gave last, if that is little: the position, the pieces that it is of, and the rows."""
         self.version = 0
@@ -73,9 +74,11 @@ class RaggedLayer(Tail):
         return rows
 
     @property
-    def pieces(self) -> set[Piece]:
+    def pieces(self) -> frozenset[Piece]:
         """What is attached."""
-        return _pieces(self.forms)
+        if self._pieces is None:
+            self._pieces = _pieces(self.forms)
+        return self._pieces
 
     def attach(self, pieces: Sequence[CodedKV]) -> None:
         """Add rows, of pieces that are not there; they may lie in host memory."""
@@ -93,7 +96,7 @@ class RaggedLayer(Tail):
             self.tail_length = min(self.tail_length, position - self.tail_start)
             return
         self._set([(form, form.runs) for form in (before(form, position) for form in self.forms)])
-        self._early = None
+        self._early = self._early if self._early and self._early[0] <= position else None
         self.replace_tail(self.after(self.tail_length))
         self.tail_start = position
 
@@ -119,7 +122,7 @@ class RaggedLayer(Tail):
     def place(self, forms: tuple[CodedKV, ...]) -> None:
         """Hold these rows and no others: one CodedKV a form, as `pack` makes them, the form with most bits first."""
         plain = forms[0].rows() if len(forms) == 1 and forms[0].form == PLAIN else None
-        self.forms, self._plain = forms, plain if forms else self._nothing
+        self.forms, self._plain, self._pieces = forms, plain if forms else self._nothing, None
         self.version += 1
 
 
@@ -128,11 +131,11 @@ def _of_pieces(runs: Runs, pieces: Collection[Piece]) -> npt.NDArray[np.bool_]:
     return np.isin(_places(runs), [piece.start << 8 | piece.chunk for piece in pieces])
 
 
-def _pieces(parts: Iterable[CodedKV]) -> set[Piece]:
+def _pieces(parts: Iterable[CodedKV]) -> frozenset[Piece]:
     """The pieces whose rows these are."""
     # Every head has a run of each piece; numpy finds the few that differ.
     places = {place for part in parts for place in np.unique(_places(part.runs)).tolist()}
-    return {Piece(place >> 8, place & 255) for place in places}
+    return frozenset(Piece(place >> 8, place & 255) for place in places)
 
 
 def _places(runs: Runs) -> Runs:

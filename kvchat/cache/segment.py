@@ -102,14 +102,13 @@ class Ranking:
     @property
     def num_chunks(self) -> int:
         """Chunks, at least one."""
-        return len(self.sizes)
+        return int(self.chunk_of.max(initial=0)) + 1
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Pairs of every chunk over all layers and heads, (C,)."""
         # Chunks are few; numpy's bincount would make a copy in numbers of 8 bytes.
-        most = int(self.chunk_of.max(initial=0))
-        return np.array([np.count_nonzero(self.chunk_of == chunk) for chunk in range(most + 1)], np.int64)
+        return np.array([np.count_nonzero(self.chunk_of == chunk) for chunk in range(self.num_chunks)], np.int64)
 
     def counts(self, chunk: int) -> npt.NDArray[np.int64]:
         """Pairs of a chunk, (L, H)."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from kvchat.cache.segment import Ranking
 from kvchat.codecs.frame import Planes
 
-_FRAME_BYTES = 4 * 1024 * 1024
+_FRAME_BYTES = 16 * 1024 * 1024
+"""Sealing and loading take time by the frame; but those of a short conversation should still occupy some threads."""
 
 Tensors = Mapping[str, Tensor]
 """Planes before they are packed, where the exact KV lies."""

@@ -143,8 +143,7 @@ def decoded(part: CodedKV) -> LayerKV:
 
 def _unit_of_rows(part: CodedKV) -> Tensor:
     """The unit of key scales of every row, (N,)."""
-    device = part.keys.device
-    first, rows, unit = torch.from_numpy(part.runs[:, [FIRST, ROWS, UNIT]].T.copy()).to(device)
+    device, (first, rows, unit) = part.keys.device, part.places
     size = len(part.keys)
     of_rows = torch.repeat_interleave(unit, rows, output_size=size)
     if part.form.key_bits == 4:

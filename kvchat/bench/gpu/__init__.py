@@ -57,8 +57,8 @@ def conversation(
             works: dict[str, Callable[[], dict[str, Any]]] = {
                 "build": lambda: chat.build(session, tokens),
                 "memory": lambda: chat.memory(subject, weights),
-                "seal": lambda: chat.seal(subject, weights),
                 "resume": lambda: chat.resume(subject, shape),
+                "seal": lambda: chat.seal(subject, weights),
                 "decode": lambda: chat.decode(subject, [session.num_tokens, tokens // 2, tokens // 8], read),
             }
             figures = measured(works, listener)

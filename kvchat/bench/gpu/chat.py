@@ -33,7 +33,7 @@ KEEP = 0.3
 
 def words(source: random.Random, tokens: int) -> str:
     """About so many tokens."""
-    return " ".join(source.choices(WORDS, k=max(1, tokens * 4 // 5)))
+    return " ".join(source.choices(WORDS, k=max(1, tokens)))
 
 
 def build(conversation: Conversation, tokens: int) -> dict[str, Any]:

@@ -36,8 +36,9 @@ class KVzip:
     def passes(self) -> Iterator[tuple[int, ...]]:
         """One request to repeat, with the repetition, per chunk."""
         ids = self.subject.token_ids
-        for start in range(0, len(ids), self.chunk_size):
-            self._chunk = slice(start, min(start + self.chunk_size, len(ids)))
+        size = even_size(len(ids), self.chunk_size)
+        for start in range(0, len(ids), size):
+            self._chunk = slice(start, min(start + size, len(ids)))
             spoken = [token for token, other in zip(ids[:start], self.subject.template, strict=False) if not other]
             before = tuple(spoken[-8:]) or self.subject.before
             request = self.subject.ask(self.subject.encode(LATER if before else FIRST) + before)
@@ -56,6 +57,14 @@ class KVzip:
     def scores(self) -> Tensor:
         """(L, H, T) float32."""
         return torch.stack([torch.cat(parts, dim=1) for parts in self._scores])
+
+
+def even_size(tokens: int, chunk_size: int) -> int:
+    """Tokens of a chunk, if all are to be of about `chunk_size` or up to a quarter more, and of one length.
+
+    A chunk of a few tokens would cost nearly as much as a full one: all that is sealed is read for it.
+    """
+    return -(-tokens // max(1, -(-tokens * 4 // (chunk_size * 5))))
 
 
 def attention_received(
