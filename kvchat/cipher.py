@@ -121,17 +121,22 @@ def row_class(connection: Any) -> Any:
     return sqlite3.Row if isinstance(connection, sqlite3.Connection) else sqlcipher().Row
 
 
-def read_blob(connection: Any, table: str, column: str, rowid: int) -> bytes | None:
-    """One value of a table; None if it is gone. Raises the errors of the module that the connection is of."""
-    opening = connection.blobopen if isinstance(connection, sqlite3.Connection) else connection.open_blob
-    try:
-        blob = opening(table, column, rowid, readonly=True)
-    except database_errors() as error:
-        if error_code(error) in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_OK):  # no such row
+def read_blob(connection: Any, table: str, column: str, where: str, values: tuple[object, ...]) -> bytes | None:
+    """The value in the one row that `where` finds; None if there is none.
+
+    Incremental reading takes a third to a half of a query's time. It goes by row numbers, which are given out again: so
+    both see one state of the file. Raises the errors of the module that the connection is of.
+    """
+    plain = isinstance(connection, sqlite3.Connection)
+    with ExitStack() as undo:
+        if not connection.in_transaction:
+            connection.execute("BEGIN")
+            undo.callback(connection.rollback)
+        row = connection.execute(f"SELECT rowid FROM {table} WHERE {where}", values).fetchone()
+        if row is None:
             return None
-        raise
-    try:
+        opening = connection.blobopen if plain else connection.open_blob
+        blob = opening(table, column, row[0], readonly=True)
+        undo.callback(blob.close)
         body: bytes = blob.read()
-    finally:
-        blob.close()
-    return body
+        return body

@@ -67,7 +67,9 @@ class StoreConfig(Section):
 class CompressConfig(Section):
     """What is kept of a sealed segment."""
 
-    scorer: Literal["kvzip", "random"] = "kvzip"
+    scorer: Literal["kvzip", "keydiff", "knorm", "lagkv", "streaming", "random"] = "kvzip"
+    allocate: Literal["global", "layer", "uniform", "pyramid"] = "global"
+    """How pairs of different layers and heads compare: see `kvchat.compress.order`."""
     keep_ratio: float = Field(default=0.5, gt=0, le=1)
     """Fraction of the KV pairs of older segments held in memory; the store keeps all while it has room."""
     budget: Literal["session", "segment"] = "session"
@@ -83,6 +85,11 @@ class CompressConfig(Section):
     """Tokens that one reconstruction pass of KVzip repeats."""
     rank_chunks: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
     """Cumulative fractions at which a segment's ranking is cut; `keep_ratio` is added to them."""
+
+    @property
+    def method(self) -> str:
+        """How new segments are ranked, which is part of their names."""
+        return self.scorer if self.allocate == "global" else f"{self.scorer}-{self.allocate}"
 
     @field_validator("rank_chunks")
     @classmethod

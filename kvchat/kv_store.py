@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import blake2b
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,10 @@ AS_THEY_ARE = (
     *("header", "from_file"),
 )
 """Columns of a segment that have the names of its record's fields."""
+
+
+PLACE = "(segment_id, chunk, grp) = (?, ?, ?)"
+"""Finds a frame."""
 
 
 class KVStore:
@@ -98,9 +102,9 @@ class KVStore:
         Raises:
             CorruptFrame: the segment or one of its frames is missing, or lies in a damaged page.
         """
-        for chunk, grp, rowid in self._places(segment_id, chunks):
+        for chunk, grp in self._places(segment_id, chunks):
             with self._damage_of(segment_id), self._explained():
-                body = None if rowid is None else read_blob(self._db.conn, "frames", "body", rowid)
+                body = read_blob(self._db.conn, "frames", "body", PLACE, (segment_id, chunk, grp))
             yield chunk, grp, _found(body, segment_id, chunk, grp)
 
     def readings(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, Callable[[], bytes]]]:
@@ -111,26 +115,20 @@ class KVStore:
         if self._key is not None:
             yield from ((chunk, grp, partial(bytes, body)) for chunk, grp, body in self.frames(segment_id, chunks))
             return
-        for chunk, grp, rowid in self._places(segment_id, chunks):
-            yield chunk, grp, partial(self._body, segment_id, chunk, grp, rowid)
+        for chunk, grp in self._places(segment_id, chunks):
+            yield chunk, grp, partial(self._body, segment_id, chunk, grp)
 
-    def _body(self, segment_id: str, chunk: int, grp: int, rowid: int | None) -> bytes:
+    def _body(self, segment_id: str, chunk: int, grp: int) -> bytes:
         with self._damage_of(segment_id):
-            body = None if rowid is None else self._readers.blob("frames", "body", rowid)
+            body = self._readers.blob("frames", "body", PLACE, (segment_id, chunk, grp))
         return _found(body, segment_id, chunk, grp)
 
-    def _places(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, int | None]]:
-        """(chunk, group, rowid) of the frames of the asked chunks; None where there is none. Raises CorruptFrame."""
+    def _places(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(chunk, group) of each frame of the asked chunks. Raises CorruptFrame."""
         found = self._readable("SELECT num_groups FROM segments WHERE id = :id", segment_id)
         if not found:
             raise CorruptFrame(f"segment {short(segment_id)} is not in the store")
-        sql = "SELECT rowid, chunk, grp FROM frames WHERE segment_id = :id AND chunk BETWEEN :first AND :last"
-        asked = sorted(set(chunks))
-        rows = self._readable(sql, segment_id, first=min(asked, default=0), last=max(asked, default=-1))
-        places = {(row["chunk"], row["grp"]): row["rowid"] for row in rows}
-        for chunk in asked:
-            for grp in range(found[0]["num_groups"]):
-                yield chunk, grp, places.get((chunk, grp))
+        yield from product(sorted(set(chunks)), range(found[0]["num_groups"]))
 
     def drop_segment(self, segment_id: str) -> None:
         """Remove a segment with its frames: a miss from now on."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product, zip_longest
 
 import numpy as np
 import torch
@@ -131,17 +131,23 @@ def _bring(assembly: Assembly, chunks: Chunks, fetch: Fetch, pool: Executor) -> 
     readings = _readings(chunks, fetch)
     for parts, places in _batches(assembly, chunks):
         batch = Batch(assembly, parts)
-        jobs = [partial(_fill, batch, index, *place, next(readings)) for index, place in enumerate(places)]
-        for filled in [submit(pool, job) for job in jobs]:
+        filling = [submit(pool, partial(_fill, batch, i, *place, next(readings))) for i, place in enumerate(places)]
+        for filled in filling:
             filled.result()
         # Not beside the next batch: with many threads at work each small operation waits for the interpreter.
         batch.land()
+        del batch, filling, filled  # or they would be in memory beside the next
 
 
 def _readings(chunks: Chunks, fetch: Fetch) -> Iterator[Callable[[], bytes]]:
-    """What reads each frame, by segment, chunk and group."""
-    of_segments = groupby(chunks, lambda place: place[0])
-    return (read for one, places in of_segments for *_, read in fetch(one.id, [chunk for _, chunk in places]))
+    """What reads each frame, by segment, chunk and group. Raises CorruptFrame if the store has others."""
+    for one, places in groupby(chunks, lambda place: place[0]):
+        asked = [chunk for _, chunk in places]
+        wanted = product(asked, range(one.header.num_groups))
+        for place, (chunk, group, read) in zip_longest(wanted, fetch(one.id, asked), fillvalue=(-1, -1, bytes)):
+            if place != (chunk, group):
+                raise CorruptFrame(f"a segment has other frames than its header says: chunk {chunk}, group {group}")
+            yield read
 
 
 def _batches(assembly: Assembly, chunks: Chunks) -> Iterator[tuple[list[Part], list[Place]]]:

@@ -176,9 +176,15 @@ def open_database(path: Path, busy_timeout_s: float, key: Key | None = None) -> 
 
 
 def open_reader(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
-    """One more connection to a database that is open and not encrypted, for any one thread at a time."""
-    connection = sqlite3.connect(path, timeout=busy_timeout_s, check_same_thread=False)
-    connection.execute(f"PRAGMA mmap_size = {MMAP_SIZE}").fetchall()
+    """One more connection to the database at an absolute path that is not encrypted, for any one thread at a time."""
+    # Not to make a file where there is none any more.
+    uri = f"{path.as_uri()}?mode=rw"
+    connection = sqlite3.connect(uri, timeout=busy_timeout_s, check_same_thread=False, uri=True)
+    try:
+        connection.execute(f"PRAGMA mmap_size = {MMAP_SIZE}").fetchall()
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

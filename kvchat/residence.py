@@ -31,6 +31,7 @@ from kvchat.fingerprint import fingerprint_id
 from kvchat.holding import Holding
 from kvchat.loading import Resident
 from kvchat.memory import twice
+from kvchat.pool import submit
 from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver, Saving, sealed_layers
 from kvchat.sealing import cuts_of, rank_turns, read_header
@@ -145,11 +146,11 @@ class Residence(Holding):
         position = 0
         with suppress(CodecError):  # the first that is damaged is reported when its turn comes
             leading = [*takewhile(lambda one: one[0].kind == "sealed", cover)]
-            headers = self.pool.map(partial(read_header, model=self.engine.model), (record for record, _ in leading))
-            for (record, used), header in zip(leading, headers, strict=True):
+            reading = [submit(self.pool, partial(read_header, record, self.engine.model)) for record, _ in leading]
+            for (record, used), header in zip(leading, reading, strict=True):
                 if record.start != position:
                     break
-                residents.append(self._resident(record, used, path, header))
+                residents.append(self._resident(record, used, path, header.result()))
                 position = residents[-1].end
         return self.tiers.bring(self._sized(residents, path))
 

@@ -39,7 +39,9 @@ BEST_KEPT = "of this session's KV only the better part is kept, on disk and in m
 LOST = "a segment could not be saved; its KV stays in memory, and is computed again when it is resumed: {error}"
 
 MOST_WAITING = 512 * 1024 * 1024
-"""Bytes of host memory that segments waiting to be written may take; then the oldest is written at once."""
+"""Bytes that segments waiting to be written may have; then the oldest is written at once."""
+MOST_HELD = 64 * 1024 * 1024
+"""Bytes of planes that may lie where the exact KV does before they are packed, which takes them to host memory."""
 MOST_TRIES = 3
 """After so many errors of the store a segment is given up: what waits behind it, and the conversation, go on."""
 LOOK_S = 0.01
@@ -48,9 +50,9 @@ LOOK_S = 0.01
 
 @dataclass(slots=True)
 class Saving:
-    """A segment on its way to the store: its frames are packed on the pool's threads, when all have been added.
+    """A segment on its way to the store: its frames are packed on the pool's threads, many at a time.
 
-    Not before: who adds them does many small things, and would wait for the interpreter at each.
+    Not as they are added: who adds them does many small things, and would wait for the interpreter at each.
     """
 
     record: SegmentRecord
@@ -64,6 +66,8 @@ class Saving:
     """Of the planes, before they are packed."""
     tries: int = 0
     """How often it was to be written."""
+    held: int = 0
+    """Of those that are not given to the pool yet."""
     works: list[tuple[int, int, Callable[[], bytes]]] = field(default_factory=list)
     frames: list[tuple[int, int, Future[bytes]]] = field(default_factory=list)
 
@@ -72,11 +76,14 @@ class Saving:
         work = partial(_packed, self.header, taken.chunk, taken.group, taken.planes)
         self.nbytes += sum(plane.nbytes for plane in taken.planes.values())
         self.works.append((taken.chunk, taken.group, work))
+        self.held += sum(plane.nbytes for plane in taken.planes.values())
+        if self.held > MOST_HELD:
+            self.begin()
 
     def begin(self) -> None:
         """Have what was added packed."""
         self.frames += [(chunk, group, submit(self.pool, work)) for chunk, group, work in self.works]
-        self.works = []
+        self.works, self.held = [], 0
 
     def is_packed(self, stop: Stop) -> bool:
         """Wait until all frames are packed, or until `stop`."""
@@ -128,7 +135,7 @@ class Saver:
 
     def record(self, kind: Kind, codec: str, messages: Sequence[Message], start: int) -> SegmentRecord:
         """A segment of these messages still without header; the first of its tokens stands at `start`."""
-        scorer = self._config.compress.scorer if kind == "sealed" else ""
+        scorer = self._config.compress.method if kind == "sealed" else ""
         identity = segment_id(self._fingerprint, kind, scorer, codec, messages[0].id, messages[-1].id)
         end = start + sum(len(message.token_ids) for message in messages)
         ids = tuple(message.id for message in messages)
@@ -157,6 +164,7 @@ class Saver:
         """
         for taken in frames:
             saving.add(taken)
+        saving.begin()
         yield from self.flush()
         return (yield from self._write(saving, saving.packed()))
 

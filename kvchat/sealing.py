@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -12,6 +13,7 @@ from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader
 from kvchat.compress.compressor import rank
+from kvchat.compress.order import ORDERS
 from kvchat.compress.scorers import SCORERS, Scorer, Subject
 from kvchat.config import CompressConfig
 from kvchat.engine import Engine
@@ -27,9 +29,11 @@ def rank_turns(
 ) -> Generator[Progress, None, Ranking]:
     """Rank the pairs of messages [first, last), whose tokens begin the tail; the cache is left as it was."""
     subject = describe(engine.model.template, cache, path, first, last, config)
+    tail, tokens = [layer.tail() for layer in cache.layers], len(subject.token_ids)
+    subject = replace(subject, keys=[k[:, :tokens] for k, _ in tail], values=[v[:, :tokens] for _, v in tail])
     scorer = SCORERS[config.scorer](subject, pass_length(engine, cache, config))
     yield from run_passes(engine, cache, scorer, len(subject.token_ids))
-    return rank(scorer.scores(), subject.protected, cuts_of(config), cache.tail_start)
+    return rank(ORDERS[config.allocate](scorer.scores()), subject.protected, cuts_of(config), cache.tail_start)
 
 
 def read_header(record: SegmentRecord, model: Model) -> SegmentHeader:
@@ -54,7 +58,7 @@ def pass_length(engine: Engine, cache: SegmentedCache, config: CompressConfig) -
 
     Passes stand behind the conversation, and near the window's end must be shorter.
     """
-    return min(config.score_chunk, max(256, (engine.model.context_window - cache.num_seen - 64) * 4 // 5))
+    return min(config.score_chunk, max(256, engine.model.context_window - cache.num_seen - 64) * 4 // 5)
 
 
 def cuts_of(config: CompressConfig) -> list[float]:

@@ -60,7 +60,7 @@ class Tiers:
         """
         whole = [*takewhile(lambda one: one.end == one.header.ranking.end, residents)]
         chosen = residents[: len(whole) + 1]
-        if not (self.cache.encoded and chosen) or self.cache.num_seen:
+        if not (self.cache.encoded and any(one.chunks for one in chosen)) or self.cache.num_seen:
             return 0
         with suppress(CodecError):  # which it is comes out when they are attached one by one
             rows = assembled(chosen, self._fetch, self._pool, self.cache.layers[0].device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
@@ -154,6 +154,20 @@ def test_a_segment_used_in_part_is_cut_and_those_behind_it_are_left(pool: Execut
     assert_same(together.cache, single.cache)
     assert together.residents == [first, cut] and together.cache.num_seen == 100
     assert together._assemble([third]) == 0, "only an empty cache takes all at once"
+
+
+def test_other_frames_than_the_header_says_are_damage(pool: Executor) -> None:
+    for change in (lambda blobs: blobs.pop(("1", 0, 0)), lambda blobs: blobs.update({("1", 0, 7): b""})):
+        frames = Frames()
+        residents = segments(frames, ["k8v8"], [70, 90])
+        change(frames.blobs)
+        assert new_tiers(frames, pool)._assemble(residents) == 0
+
+
+def test_segments_of_which_nothing_is_stored_are_not_brought(pool: Executor) -> None:
+    frames = Frames()
+    residents = [replace(one, chunks=0) for one in segments(frames, ["k8v8"], [70])]
+    assert new_tiers(frames, pool)._assemble(residents) == 0
 
 
 def test_plain_rows_are_not_brought(pool: Executor) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvchat.errors import CorruptFrame, StoreError
+from kvchat.readers import Readers
 from kvchat.store import Message, SegmentRecord, Store
 from tests.store_parts import MODEL, Frames, converse, say, segment, talk
 
@@ -152,10 +155,38 @@ def test_frames_are_read_by_many_threads_at_once_and_only_then(store: Store) -> 
         [read() for *_, read in store.readings(identity, [0, 1])]
     gone = [*store.readings(identity, [0])]
     store.drop_segment(identity)
+    put(store, segment(chain, 0, 2, num_chunks=4, num_groups=3))  # which takes over its rows' numbers
     with pytest.raises(CorruptFrame, match=r"chunk 0: group 0 is missing"):
         gone[0][2]()
     with pytest.raises(CorruptFrame, match="is not in the store"):
         list(store.readings(identity, [0]))
+
+
+def test_frames_are_read_from_the_file_that_was_opened_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    store = Store(Path("relative.db"))
+    _, chain = converse(store, "trip", *WORDS)
+    record, frames = segment(chain, 0, 2)
+    identity = put(store, (record, frames))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [read() for *_, read in store.readings(identity, range(2))] == [body for *_, body in frames]
+    readings = [*store.readings(identity, [0])]
+    with closing(store):
+        reading = store._readers._taken()
+        assert reading is not None
+    store._readers._give_back(reading)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        reading.execute("SELECT 1")
+    with pytest.raises(StoreError, match="is closed"):
+        readings[0][2]()
+    assert not list(Path().iterdir())
+    moved = Readers(tmp_path / "gone.db", 1)
+    with pytest.raises(StoreError, match="cannot be opened"):
+        moved.blob("frames", "body", "rowid = ?", (1,))
+    assert not (tmp_path / "gone.db").exists()
 
 
 def test_reading_frames_holds_no_lock_between_them(store: Store) -> None:

@@ -53,7 +53,7 @@ class RaggedLayer(Tail):
         """Sealed rows, those of each form packed together."""
         self._plain: LayerKV | None = self._nothing
         self._pieces: frozenset[Piece] | None = frozenset()
-        self._early: tuple[int, set[Piece], LayerKV] | None = None
+        self._early: tuple[int, frozenset[Piece], LayerKV] | None = None
         """What `sealed_before` gave last, if that is little: the position, the pieces that it is of, and the rows."""
         self.version = 0
         """Another number whenever what is sealed has changed."""
@@ -65,7 +65,7 @@ class RaggedLayer(Tail):
 
     def sealed_before(self, position: int) -> LayerKV:
         """Sealed rows of tokens before `position` as plain numbers; no others are decoded."""
-        pieces = {piece for piece in self.pieces if piece.start < position}
+        pieces = frozenset(piece for piece in self.pieces if piece.start < position)
         if self._early and self._early[:2] == (position, pieces):
             return self._early[2]
         forms = [before(form, position) for form in self.forms]

@@ -17,8 +17,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_COUNTED = 1 << 20
-
 
 @dataclass(frozen=True)
 class LayerKV:
@@ -99,7 +97,7 @@ class Ranking:
         """One past the position of the last token."""
         return self.start + int(self.chunk_of.shape[2])
 
-    @property
+    @cached_property
     def num_chunks(self) -> int:
         """Chunks, at least one."""
         return int(self.chunk_of.max(initial=0)) + 1

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvchat.compress.scorers.base import Scorer, Subject
+from kvchat.compress.scorers.base import Alone, Scorer, Subject
+from kvchat.compress.scorers.keydiff import KeyDiff
+from kvchat.compress.scorers.knorm import KNorm
 from kvchat.compress.scorers.kvzip import KVzip
+from kvchat.compress.scorers.lagkv import LagKV
 from kvchat.compress.scorers.random import Random
+from kvchat.compress.scorers.streaming import Streaming
 
-SCORERS: dict[str, Callable[[Subject, int], Scorer]] = {"kvzip": KVzip, "random": Random}
+SCORERS: dict[str, Callable[[Subject, int], Scorer]] = {
+    "kvzip": KVzip,
+    "keydiff": KeyDiff,
+    "knorm": KNorm,
+    "lagkv": LagKV,
+    "streaming": Streaming,
+    "random": Random,
+}
 """Name to a constructor from the segment and the most tokens that one pass may take in."""
 
-__all__ = ["SCORERS", "KVzip", "Random", "Scorer", "Subject"]
+__all__ = ["SCORERS", "Alone", "KNorm", "KVzip", "KeyDiff", "LagKV", "Random", "Scorer", "Streaming", "Subject"]

@@ -1,11 +1,11 @@
-"""The contract of scorers, and what they are told about the segment.
+"""The contract of scorers, what they are told about the segment, and what those that need no pass share.
 
 Letters: L layers, H KV heads, T tokens of the segment, P tokens of the prefix, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,10 @@ class Subject:
     """Text to ids, as inside a message."""
     ask: Callable[[tuple[int, ...]], tuple[int, ...]]
     """Ids of a user's message to the whole message with its template tokens and the opening of the reply."""
+    keys: Sequence[Tensor] = ()
+    """The segment's exact keys, (H, T, D) a layer."""
+    values: Sequence[Tensor] = ()
+    """Its exact values, as the keys."""
 
 
 class Scorer(Protocol):
@@ -43,3 +47,20 @@ class Scorer(Protocol):
 
     def scores(self) -> Tensor:
         """(L, H, T) float32, higher = keep."""
+
+
+class Alone:
+    """A scorer that looks at the segment's own keys and values alone: no pass, hardly any time.
+
+    Scores of two heads then say nothing about each other: use `compress.allocate` "uniform" or "pyramid".
+    """
+
+    def __init__(self, subject: Subject, chunk_size: int) -> None:
+        self.subject = subject
+
+    def passes(self) -> Iterator[tuple[int, ...]]:
+        """None."""
+        return iter(())
+
+    def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
+        """Never called."""

@@ -64,7 +64,7 @@ def even_size(tokens: int, chunk_size: int) -> int:
 
     A chunk of a few tokens would cost nearly as much as a full one: all that is sealed is read for it.
     """
-    return -(-tokens // max(1, -(-tokens * 4 // (chunk_size * 5))))
+    return max(1, -(-tokens // max(1, -(-tokens * 4 // (chunk_size * 5)))))
 
 
 def attention_received(
