@@ -52,7 +52,7 @@ class Scorer(Protocol):
 class Alone:
     """A scorer that looks at the segment's own keys and values alone: no pass, hardly any time.
 
-    Scores of two heads then say nothing about each other: use `compress.allocate` "uniform" or "pyramid".
+    Nothing says that scores of two heads compare; `compress.allocate` need not compare them.
     """
 
     def __init__(self, subject: Subject, chunk_size: int) -> None:
