@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from kvchat.cache.assembly import Assembly, Batch, Part
-from kvchat.cache.coded import CodedKV, Form
+from kvchat.cache.coded import UNIT_PLANES, CodedKV, Form
 from kvchat.cache.layer import Piece
 from kvchat.cache.pack import before
 from kvchat.codecs import SegmentHeader, coded_frame, decode_frame
-from kvchat.codecs.coded import UNIT_PLANES, coded_arrays, form_of
+from kvchat.codecs.coded import coded_arrays, form_of
 from kvchat.errors import CorruptFrame
 from kvchat.pool import submit
 

@@ -325,8 +325,7 @@ class Residence(Holding):
         """Score, rank and read one segment, and its record: with codec raw, if its own cannot write it."""
         begun, compress = time.perf_counter(), self.config.compress
         ranking = yield from rank_turns(self.engine, self.cache, path, first, last, compress)
-        tail, tokens = [layer.tail() for layer in self.cache.layers], record.end - record.start
-        keys, values = [k[:, :tokens] for k, _ in tail], [v[:, :tokens] for _, v in tail]
+        keys, values = self.cache.tail(record.start, record.end)
         codecs = codecs_for(cuts_of(compress), compress.rank_chunks, record.codec.split(","))
         try:
             reading = read_segment(codecs, keys, values, ranking)
@@ -350,9 +349,7 @@ class Residence(Holding):
         if first >= last or not self.saver.worth_trying(self.cache.tail_length):
             return
         record = self.saver.record("open", "raw", path[first:last], bounds[first])
-        part = slice(record.start - self.cache.tail_start, record.end - self.cache.tail_start)
-        tail = [layer.tail() for layer in self.cache.layers]
-        keys, values = [k[:, part] for k, _ in tail], [v[:, part] for _, v in tail]
+        keys, values = self.cache.tail(record.start, record.end)
         ranking = Ranking.single(record.start, len(keys), len(keys[0]), record.end - record.start)
         try:
             for attempt in twice(self.spare, "saving the newest turns", self.engine.model.device):

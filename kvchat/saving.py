@@ -74,9 +74,9 @@ class Saving:
     def add(self, taken: Taken) -> None:
         """Take over a frame's planes; the thread that packs them copies them to host memory."""
         work = partial(_packed, self.header, taken.chunk, taken.group, taken.planes)
-        self.nbytes += sum(plane.nbytes for plane in taken.planes.values())
+        nbytes = sum(plane.nbytes for plane in taken.planes.values())
         self.works.append((taken.chunk, taken.group, work))
-        self.held += sum(plane.nbytes for plane in taken.planes.values())
+        self.nbytes, self.held = self.nbytes + nbytes, self.held + nbytes
         if self.held > MOST_HELD:
             self.begin()
 

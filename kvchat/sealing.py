@@ -29,8 +29,8 @@ def rank_turns(
 ) -> Generator[Progress, None, Ranking]:
     """Rank the pairs of messages [first, last), whose tokens begin the tail; the cache is left as it was."""
     subject = describe(engine.model.template, cache, path, first, last, config)
-    tail, tokens = [layer.tail() for layer in cache.layers], len(subject.token_ids)
-    subject = replace(subject, keys=[k[:, :tokens] for k, _ in tail], values=[v[:, :tokens] for _, v in tail])
+    keys, values = cache.tail(cache.tail_start, cache.tail_start + len(subject.token_ids))
+    subject = replace(subject, keys=keys, values=values)
     scorer = SCORERS[config.scorer](subject, pass_length(engine, cache, config))
     yield from run_passes(engine, cache, scorer, len(subject.token_ids))
     return rank(ORDERS[config.allocate](scorer.scores()), subject.protected, cuts_of(config), cache.tail_start)

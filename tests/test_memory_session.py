@@ -80,6 +80,15 @@ def play(session: Session, questions: list[str]) -> list[str]:
     return texts
 
 
+def undisturbed(folder: Path, **given: Any) -> tuple[list[str], list[tuple[str, float]]]:
+    """What is said where memory always suffices, and log-probabilities afterwards."""
+    life = Life(folder / "undisturbed.db")
+    session = life.worker(**given).open("trip")
+    said, expected = play(session, QUESTIONS), probe(session)
+    life.close()
+    return said, expected
+
+
 PLACES: dict[str, tuple[Any, str]] = {
     "a pass": (Engine, "_forward"),
     "the tail": (Tail, "append_tail"),
@@ -139,11 +148,7 @@ def test_a_turn_that_finds_no_memory_is_one_line_and_can_be_answered_later(
 ) -> None:
     if place == "the tail's room":
         first = 1
-    other = Life(tmp_path / "undisturbed.db")
-    session = other.worker(**EXACT).open("trip")
-    said = play(session, QUESTIONS)
-    expected = dict(probe(session))
-    other.close()
+    said, expected = undisturbed(tmp_path, **EXACT)
     session = life.worker(**EXACT).open("trip")
     assert play(session, QUESTIONS[:2]) == said[:2]
     scarce(*PLACES[place], first, ALWAYS)
@@ -154,7 +159,7 @@ def test_a_turn_that_finds_no_memory_is_one_line_and_can_be_answered_later(
     assert done.text == said[2]
     session.settle()
     assert play(session, QUESTIONS[3:]) == said[3:]
-    assert dict(probe(session)) == pytest.approx(expected, abs=1e-4)
+    assert dict(probe(session)) == pytest.approx(dict(expected), abs=1e-4)
     live = probe(session)
     assert probe(life.worker(**EXACT).open("trip")) == live
 
@@ -163,9 +168,7 @@ def test_a_turn_that_finds_no_memory_is_one_line_and_can_be_answered_later(
 def test_what_cannot_be_sealed_stays_exact_and_is_sealed_with_the_next_turn(
     life: Life, tmp_path: Path, scarce: Scarcity, place: str
 ) -> None:
-    other = Life(tmp_path / "undisturbed.db")
-    said = play(other.worker(**EXACT).open("trip"), QUESTIONS)
-    other.close()
+    said, _ = undisturbed(tmp_path, **EXACT)
     session = life.worker(**EXACT).open("trip")
     assert play(session, QUESTIONS[:1]) == said[:1]
     scarce(*PLACES[place], 1, ALWAYS)
@@ -185,10 +188,7 @@ def test_what_is_saved_and_cannot_be_attached_is_let_go_and_comes_back(
 ) -> None:
     # As when the disk may be full: the store has a segment before memory has it.
     monkeypatch.setattr(saving.Saver, "surely_fits", lambda *_: False)
-    other = Life(tmp_path / "undisturbed.db")
-    session = other.worker().open("trip")
-    said, expected = play(session, QUESTIONS), probe(session)
-    other.close()
+    said, expected = undisturbed(tmp_path)
     session = life.worker().open("trip")
     assert play(session, QUESTIONS[:3]) == said[:3]
     scarce(loading, "_read", 1, ALWAYS)
@@ -221,10 +221,7 @@ def test_sealing_makes_room_by_what_older_segments_hold_beyond_their_budget(
 def test_a_segment_that_cannot_be_packed_is_told_and_kept_in_memory(
     life: Life, tmp_path: Path, scarce: Scarcity
 ) -> None:
-    other = Life(tmp_path / "undisturbed.db")
-    session = other.worker().open("trip")
-    said, expected = play(session, QUESTIONS), probe(session)
-    other.close()
+    said, expected = undisturbed(tmp_path)
     session = life.worker().open("trip")
     assert play(session, QUESTIONS[:1]) == said[:1]
     scarce(saving, "pack_frame", 1, ALWAYS)

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.cache.coded import CodedKV, Form, num_units
+from kvchat.cache.coded import ROW_PLANES, UNIT_PLANES, CodedKV, Form, num_units
 from kvchat.cache.layer import Piece
+from kvchat.cache.pack import numbers_of
 
 Counts = npt.NDArray[np.int64]
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -99,9 +100,9 @@ class Assembly:
         }
         none = torch.zeros(0, self.head_dim, device=self.device)
         scales = [scale[layer].to(self.device, copy=True) for scale in self._scales] or [none, none]
-        for name, scale in zip(("key_scale", "key_min"), scales, strict=True):
+        for name, scale in zip(UNIT_PLANES, scales, strict=True):
             planes.setdefault(name, scale)
-        for name in ("value_scale", "value_min"):
+        for name in ROW_PLANES:
             planes.setdefault(name, none[:, 0])
         return planes
 
@@ -183,12 +184,7 @@ class Batch:
             runs.append(np.stack([layer, source, firsts[first:last, :, piece], rows]).reshape(4, -1))
         table = np.concatenate(runs, axis=1)
         layer, source, target, rows = table[:, np.argsort(table[0], kind="stable")]
-        total, ends = int(rows.sum()), np.cumsum(rows)
-        # Of the row numbers in a run each is one more than the one before, so is the place among all.
-        shifts = np.stack([source - (ends - rows), target - (ends - rows), rows])
-        shift = torch.from_numpy(shifts).to(self._assembly.device)
-        at = torch.arange(total, device=self._assembly.device)
-        both = [torch.repeat_interleave(part, shift[2], output_size=total).add_(at) for part in shift[:2]]
+        both = [numbers_of(first, rows, self._assembly.device) for first in (source, target)]
         of_layer = np.bincount(layer, weights=rows).astype(np.int64)
         present = np.flatnonzero(of_layer).tolist()
         split = (part.split_with_sizes(of_layer[present].tolist()) for part in both)
@@ -199,13 +195,12 @@ class Batch:
 def _planes(form: Form, dtype: torch.dtype, head_dim: int) -> list[_Plane]:
     """What parts bring."""
     widths = {16: ((head_dim,), dtype), 8: ((head_dim,), torch.uint8), 4: ((head_dim // 2,), torch.uint8)}
-    of_rows = {16: [], 8: ["value_scale", "value_min"], 4: ["value_scale"]}[form.value_bits]
-    of_units = ["key_scale", "key_min"] if form.key_bits == 4 else []
+    of_units = UNIT_PLANES if form.key_bits == 4 else ()
     return [
         _Plane("keys", *widths[form.key_bits]),
         _Plane("values", *widths[form.value_bits]),
         _Plane("positions", (), torch.int32),
-        *(_Plane(name, (), torch.float16) for name in of_rows),
+        *(_Plane(name, (), torch.float16) for name in form.row_planes),
         *(_Plane(name, (head_dim,), torch.float16, of_units=True) for name in of_units),
     ]
 

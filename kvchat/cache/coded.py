@@ -23,11 +23,20 @@ HEAD, FIRST, ROWS, UNIT, START, CHUNK = range(6)
 """Columns of runs."""
 
 
+UNIT_PLANES, ROW_PLANES = ("key_scale", "key_min"), ("value_scale", "value_min")
+"""Names of the scales of keys and of values."""
+
+
 class Form(NamedTuple):
     """Bits of keys and values, each 16 (plain rows), 8 or 4."""
 
     key_bits: int
     value_bits: int
+
+    @property
+    def row_planes(self) -> tuple[str, ...]:
+        """Those of ROW_PLANES that rows of this form have."""
+        return {8: ROW_PLANES, 4: ROW_PLANES[:1]}.get(self.value_bits, ())
 
 
 PLAIN = Form(16, 16)

@@ -119,7 +119,7 @@ class _Places:
         self._slices: list[tuple[int, int, int]] = []
         self._index: Tensor | None = None
         if np.count_nonzero(begins) > (FEW_ON_DEVICE if device.type == "cuda" else FEW):
-            self._index = _numbers(first + (np.cumsum([0, *sizes])[:-1])[source], length, device)
+            self._index = numbers_of(first + (np.cumsum([0, *sizes])[:-1])[source], length, device)
         else:
             ends = np.append(~follows, True)[: len(source)]
             lows, highs = first[begins].tolist(), (first + length)[ends].tolist()
@@ -147,7 +147,7 @@ class _Places:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _numbers(first: Runs, length: Runs, device: torch.device) -> Tensor:
+def numbers_of(first: Runs, length: Runs, device: torch.device) -> Tensor:
     """The rows of all runs, one after the other: (N,) int64 on the device."""
     shift = torch.from_numpy(np.stack([first - (np.cumsum(length) - length), length])).to(device)
     index = torch.repeat_interleave(shift[0], shift[1], output_size=int(length.sum()))

@@ -74,6 +74,11 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         """Tokens in the open tail."""
         return int(self.layers[0].tail_length)
 
+    def tail(self, start: int, end: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Exact keys and values of the open tail's tokens at positions start .. end, (H, end - start, D) a layer."""
+        part, rows = slice(start - self.tail_start, end - self.tail_start), [layer.tail() for layer in self.layers]
+        return [keys[:, part] for keys, _ in rows], [values[:, part] for _, values in rows]
+
     @property
     def num_sealed_rows(self) -> int:
         """KV pairs that sealed segments hold, over all layers and heads."""

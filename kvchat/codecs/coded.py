@@ -13,7 +13,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvchat.cache.coded import CHUNK, FIRST, GROUP, HEAD, ROWS, START, UNIT, CodedKV, Form, num_units
+from kvchat.cache.coded import (
+    CHUNK,
+    FIRST,
+    GROUP,
+    HEAD,
+    ROW_PLANES,
+    ROWS,
+    START,
+    UNIT,
+    UNIT_PLANES,
+    CodedKV,
+    Form,
+    num_units,
+)
 from kvchat.cache.segment import LayerKV
 from kvchat.codecs.bits import row_bytes
 from kvchat.codecs.channel import ChannelKeys
@@ -29,7 +42,6 @@ Side = tuple[Tensor, Tensor, Tensor]
 
 _CPU = torch.device("cpu")
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-UNIT_PLANES, _ROW_PLANES = ("key_scale", "key_min"), ("value_scale", "value_min")
 
 
 def coded_arrays(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> Planes:
@@ -50,8 +62,7 @@ def coded_arrays(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> 
     if form.key_bits == 4:
         shape = int(num_units(form, rows.counts).sum()), dim
         found |= {name: expect(planes, name, shape, "<f2", "<f4") for name in UNIT_PLANES}
-    of_rows = {8: _ROW_PLANES, 4: _ROW_PLANES[:1]}.get(form.value_bits, ())
-    return found | {name: expect(planes, name, (num_rows, 1), "<f2", "<f4")[:, 0] for name in of_rows}
+    return found | {name: expect(planes, name, (num_rows, 1), "<f2", "<f4")[:, 0] for name in form.row_planes}
 
 
 def coded_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> list[CodedKV]:
@@ -67,7 +78,7 @@ def coded_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> l
         for name, bits in (("keys", form.key_bits), ("values", form.value_bits))
     )
     scale, low = (planes.get(name, torch.zeros(0, rows.head_dim)) for name in UNIT_PLANES)
-    v_scale, v_low = (planes.get(name, torch.zeros(0)) for name in _ROW_PLANES)
+    v_scale, v_low = (planes.get(name, torch.zeros(0)) for name in ROW_PLANES)
     place, units = (header.ranking.start, chunk), num_units(form, rows.counts)
     return _layers(form, rows, units, place, (keys, scale, low), (values, v_scale, v_low), planes["positions"])
 
@@ -91,7 +102,7 @@ def coded_planes(reading: Reading, taken: Taken) -> list[CodedKV]:
     if form.value_bits == 16:
         values = _plain(codec.values, taken), none, none
     else:
-        scale, low = (planes[name][:, 0] if name in planes else none for name in _ROW_PLANES)
+        scale, low = (planes[name][:, 0] if name in planes else none for name in ROW_PLANES)
         values = planes["value"], scale, low
     start, tokens = header.ranking.start, header.ranking.chunk_of.shape[2]
     return _layers(form, rows, units, (start, taken.chunk), keys, values, (taken.index % tokens + start).int())
