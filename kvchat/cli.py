@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from kvchat import cli_archive, cli_crypt, cli_eval, cli_import, cli_store, cli_verify
+from kvchat import cli_archive, cli_crypt, cli_eval, cli_fit, cli_import, cli_settings, cli_store, cli_tune, cli_verify
 from kvchat.cipher import database_errors
 from kvchat.errors import InputError, KVChatError, SessionBusy, SessionExists
 from kvchat.flags import Json, ModelFlags, WorkerFactory, command
@@ -102,8 +103,13 @@ def chat(
     plain: Annotated[bool, typer.Option("--plain", help="Read lines and print answers, without a screen.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt of a new session.")] = None,
     new: Annotated[bool, typer.Option("--new", help="Begin a new session.")] = False,
+    keep: Annotated[
+        float | None, typer.Option(help="Fraction of older turns' KV to hold in memory, for this run.")
+    ] = None,
 ) -> None:
     """Chat on the screen: resume a session or begin one."""
+    if keep is not None:
+        flags = replace(flags, set=[*(flags.set or ()), f"compress.keep_ratio={keep}"])
     _chat(flags, name, plain=plain, system=system, new=new)
 
 
@@ -244,10 +250,13 @@ def doctor_(flags: ModelFlags, as_json: Json = False) -> None:
 
 app.add_typer(cli_import.app)
 app.add_typer(cli_store.app)
+app.add_typer(cli_settings.app)
 app.add_typer(cli_verify.app)
 app.add_typer(cli_archive.app)
 app.add_typer(cli_crypt.app)
 app.add_typer(cli_eval.app, name="eval")
+app.add_typer(cli_fit.app, name="fit")
+app.add_typer(cli_tune.app)
 
 if __name__ == "__main__":
     sys.exit(main())

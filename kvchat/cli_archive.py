@@ -44,7 +44,7 @@ def archive(
 
 def _codecs(text: str) -> tuple[str, ...]:
     """The codecs of a list with commas. Raises InputError."""
-    from kvchat.config import CODEC_NAMES, without_repeats
+    from kvchat.sections import CODEC_NAMES, without_repeats
 
     names = [one.strip() for one in text.split(",")]
     if names != ["archive"] and not all(one in CODEC_NAMES for one in names):
@@ -121,7 +121,7 @@ def _segments(store: Store, info: SessionInfo) -> list[SegmentRecord]:
 def _bits(record: SegmentRecord, codecs: Sequence[str]) -> float:
     """Bits of an element of a segment's stored chunks in these codecs, by rank. Raises CodecError."""
     from kvchat.codecs import SegmentHeader
-    from kvchat.config import without_repeats
+    from kvchat.sections import without_repeats
     from kvchat.shed import bits
 
     names = without_repeats(codecs)

@@ -15,7 +15,9 @@ from kvchat.errors import InputError
 from kvchat.flags import ModelFlags, StoreFlags, command
 
 if TYPE_CHECKING:
+    from kvchat.config import Config
     from kvchat.evals.cases import Case
+    from kvchat.evals.grid import Setting
 
 app = typer.Typer(
     help="Measure what compression costs in quality: a grid of settings over conversations. A stopped run goes on.",
@@ -29,8 +31,18 @@ Seed = Annotated[int, typer.Option(help="What is asked and planted depends on it
 
 
 @dataclass(frozen=True)
-class GridFlags(ModelFlags):
-    """What every evaluation takes: the cells of its grid, and where results go."""
+class RunFlags(ModelFlags):
+    """What every evaluation takes: how much it reads, and where results go."""
+
+    tokens: Annotated[int | None, typer.Option(min=1, help="Use so many tokens of each conversation at most.")] = None
+    step: Annotated[int, typer.Option(min=1, help="Turns fed at once; more is faster.")] = 1
+    out: Annotated[Path | None, typer.Option(help="Results, without suffix: OUT.jsonl, OUT.md, OUT.png.")] = None
+    plot: Annotated[bool, typer.Option("--plot", help="Draw quality against bytes; needs matplotlib.")] = False
+
+
+@dataclass(frozen=True)
+class GridFlags(RunFlags):
+    """The cells of a grid."""
 
     methods: Annotated[
         str, typer.Option(help="session (kvchat), full, window, recompress, recompress-snapkv, one-shot.")
@@ -41,12 +53,14 @@ class GridFlags(ModelFlags):
     segment_min: Annotated[str | None, typer.Option(help="Tokens until a segment is sealed.")] = None
     recent_tokens: Annotated[str | None, typer.Option(help="Newest tokens that hold everything.")] = None
     vary: Annotated[list[str] | None, typer.Option(metavar="SECTION.KEY=A,B", help="Values of any setting.")] = None
-    tokens: Annotated[int | None, typer.Option(min=1, help="Use so many tokens of each conversation at most.")] = None
-    step: Annotated[int, typer.Option(min=1, help="Turns fed at once; more is faster.")] = 1
-    out: Annotated[Path | None, typer.Option(help="Results, without suffix: OUT.jsonl, OUT.md, OUT.png.")] = None
-    plot: Annotated[bool, typer.Option("--plot", help="Draw quality against bytes; needs matplotlib.")] = False
 
-    def grid(self) -> dict[str, list[Any]]:
+    def cells(self, config: Config) -> list[Setting]:
+        """Every method under every combination of values."""
+        from kvchat.evals.grid import settings_of
+
+        return settings_of(_parts(self.methods), self._grid(), config)
+
+    def _grid(self) -> dict[str, list[Any]]:
         """The values of each setting that varies."""
         given = {
             "compress.keep_ratio": self.keep,
@@ -63,6 +77,23 @@ class GridFlags(ModelFlags):
         return {key: [_value(text) for text in _parts(texts)] for key, texts in given.items() if texts}
 
 
+@dataclass(frozen=True)
+class ChoiceFlags(RunFlags):
+    """The cells of a choice."""
+
+    scorers: Annotated[str, typer.Option(help="NAME or NAME.AGGREGATE, as in kvzip,snapkv.defensive.")] = "kvzip,snapkv"
+    allocate: Annotated[str, typer.Option(help="Values of compress.allocate.")] = "global,layer,uniform,pyramid"
+    keep: Annotated[str, typer.Option(help="Fractions of the pairs kept.")] = "0.5,0.3,0.2,0.1"
+    coverage: Annotated[str, typer.Option(help="In their place, with coverage: parts of the mass.")] = "0.9,0.95,0.99"
+
+    def cells(self, config: Config) -> list[Setting]:
+        """Every scorer with every allocation at every amount."""
+        from kvchat.evals.choice import cells
+
+        keeps, coverages = ([_number(text, float) for text in _parts(texts)] for texts in (self.keep, self.coverage))
+        return cells(_parts(self.scorers), _parts(self.allocate), keeps, coverages, config)
+
+
 @app.command()
 @command
 def fidelity(
@@ -77,6 +108,20 @@ def fidelity(
 
     where = [_number(text, float) for text in _parts(at)]
     _run("fidelity", flags, files, lambda case: spread(case, where, questions, seed))
+
+
+@app.command()
+@command
+def choice(
+    flags: ChoiceFlags,
+    files: Files,
+    questions: Annotated[int, typer.Option(min=1, help="Questions after the last turn.")] = 12,
+    seed: Seed = 0,
+) -> None:
+    """As fidelity, of ways to choose what is kept, all on one prefill: quick, and nothing is evicted before the end."""
+    from kvchat.evals.cases import spread
+
+    _run("choice", flags, files, lambda case: spread(case, [1.0], questions, seed))
 
 
 @app.command()
@@ -157,18 +202,19 @@ def _number(text: str, kind: type[Number]) -> Number:
         raise InputError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
-def _run(task: str, flags: GridFlags, files: Sequence[Path], prepare: Callable[[Case], Case]) -> None:
+def _run(task: str, flags: GridFlags | ChoiceFlags, files: Sequence[Path], prepare: Callable[[Case], Case]) -> None:
     """Read cases, run the grid, write results and print the table."""
     from kvchat.engine import Engine
     from kvchat.evals.cases import read
-    from kvchat.evals.grid import Grid, mend, settings_of, shortened
+    from kvchat.evals.choice import Choice
+    from kvchat.evals.grid import Grid, mend, shortened
     from kvchat.evals.plot import draw, require_matplotlib
     from kvchat.evals.report import markdown
     from kvchat.model import load
     from kvchat.plain import Status
 
     config, cases = flags.settings(), [read(file) for file in files]
-    settings = settings_of(_parts(flags.methods), flags.grid(), config)
+    settings = flags.cells(config)
     out, status = str(flags.out or f"eval-{task}"), Status()
     results = Path(f"{out}.jsonl")
     mend(results)  # what cannot be written or drawn is said before the model is loaded
@@ -178,7 +224,7 @@ def _run(task: str, flags: GridFlags, files: Sequence[Path], prepare: Callable[[
         engine = Engine(load(config.model, status), config.model.prefill_chunk_size, config.model.residence)
         if flags.tokens:
             cases = [shortened(engine, case, flags.tokens) for case in cases]
-        runner = Grid(task, engine, config, results, status, flags.step)
+        runner = (Choice if task == "choice" else Grid)(task, engine, config, results, status, flags.step)
         lines = runner.run([prepare(case) for case in cases], settings)
     finally:
         status.clear()

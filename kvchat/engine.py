@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from kvchat import memory
+from kvchat.anatomy import watched
 from kvchat.attention import reads_encoded
-from kvchat.cache.ragged import SegmentedCache, Tap
+from kvchat.cache.ragged import Enters, SegmentedCache, Tap
+from kvchat.cap import Cap
 from kvchat.codecs.coded import decoded
 from kvchat.errors import OutOfMemory
 from kvchat.model import Model
@@ -88,8 +90,11 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, cache: SegmentedCache, ids: Sequence[int] | Tensor, logits: int) -> Tensor:
-        with cache.appending():
+        marks, start = cache.marks, cache.num_seen
+        with cache.appending(), watched(self.model, marks.enter) if marks else nullcontext():
             output: Tensor = self.model.network(**self._inputs(cache, ids), logits_to_keep=logits).logits
+        if marks:
+            marks.add(start)
         return output[0]
 
     def _inputs(self, cache: SegmentedCache, ids: Sequence[int] | Tensor) -> dict[str, object]:
@@ -127,17 +132,21 @@ class Engine:
         return logits
 
     def decode(
-        self, cache: SegmentedCache, logits: Tensor, sample: Sample, ends: Collection[int], stop: Stop
+        self, cache: SegmentedCache, logits: Tensor, sample: Sample, ends: Collection[int], stop: Stop, rows: int = 0
     ) -> Generator[int, None, None]:
         """Yield token after token, the one that ends the answer included.
 
         The last token yielded has no KV yet: it is computed when the turn is closed. A device computes one step
         further than is yielded, so that it never waits for who reads; closing the generator takes that step back.
+        With `rows` the tail meanwhile has at most so many a head (see `Cap`), and all of them again at the end.
         """
         length, begun = cache.num_seen, False
         token, step = sample(logits), None
+        cap = Cap(cache, rows, self.observe, self.free) if rows else None
         try:
             while True:
+                if cap and cap.hold() and step:
+                    step = self._fixed_step(cache)
                 read = _reader(token)
                 following = step(token) if step else None
                 yield (value := read())
@@ -149,8 +158,21 @@ class Engine:
                     following = step(token) if step else None
                 token = sample(self.forward(cache, token)[-1] if following is None else following)
                 length += 1
+                if cap:
+                    cap.add(value)
         finally:
+            if cap:
+                self._end(cap)
             cache.crop(length)
+
+    def _end(self, cap: Cap) -> None:
+        """Bring rows back. If that fails the tail is empty, and whoever needs its tokens computes them again."""
+        try:
+            cap.bring_back()
+        except OutOfMemory as error:
+            self._untold.append(str(error))
+        if cap.problem:
+            self._untold.append(cap.problem)
 
     def prepare(self, cache: SegmentedCache) -> None:
         """Make what the first answer from a cache would else wait for, a second or more; once."""
@@ -196,9 +218,14 @@ class Engine:
         self._untold.append(f"{slow}: {self.problem}")
 
     @torch.inference_mode()
-    def observe(self, cache: SegmentedCache, ids: Sequence[int], tap: Tap) -> None:
-        """Run `ids` on a scratch tail under a tap; the cache is left as it was. No logits are computed."""
-        with cache.scratch(tap):
+    def observe(self, cache: SegmentedCache, ids: Sequence[int], tap: Tap, start: int | None = None) -> None:
+        """Run `ids` on a scratch tail under a tap; the cache is left as it was. No logits are computed.
+
+        With `start` they are tokens of the tail, and run once more where they stand.
+        """
+        place = cache.scratch(tap) if start is None else cache.again(start, start + len(ids), tap)
+        watching = watched(self.model, tap.enter) if isinstance(tap, Enters) else nullcontext()
+        with place, watching:
             self.model.network.base_model(**self._inputs(cache, ids))
 
     def predict(self, cache: SegmentedCache, prompt: Sequence[int], continuation: Sequence[int]) -> Tensor:

@@ -14,12 +14,15 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length", "interrupted", "context"]
 """stop: the model ended its turn; length: max_new_tokens; interrupted: the user; context: the window is full."""
 
-Phase = Literal["download", "convert", "load", "restore", "rebuild", "prefill", "import", "seal", "evaluate"]
+Phase = Literal["download", "convert", "load", "restore", "rebuild", "prefill", "import", "seal", "evaluate", "fit"]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` units of a phase (a download: bytes, an evaluation: runs, else tokens); total 0 = unknown."""
+    """`done` of `total` units of a phase; total 0 = unknown.
+
+    A download counts bytes, an evaluation runs, a fit steps, all else tokens.
+    """
 
     phase: Phase
     done: int

@@ -69,7 +69,7 @@ class StoreFlags:
         return find_key(self.settings().store_path)
 
     def _overrides(self) -> dict[str, Any]:
-        overrides = dict(_assignment(text) for text in self.set or ())
+        overrides = dict(assignment(text) for text in self.set or ())
         return overrides | ({"store.path": str(self.store)} if self.store else {})
 
 
@@ -130,7 +130,7 @@ def _joined(flags: type[StoreFlags], before: dict[str, Any], after: dict[str, An
     return flags(**both | {"set": [*(before.get("set") or ()), *(after["set"] or ())]})
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
     """'compress.keep_ratio=0.3' as key and value; a list is written as in JSON."""
     key, sign, value = text.partition("=")
     if not sign:

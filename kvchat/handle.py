@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from kvchat.config import GenerateConfig
 from kvchat.engine import Stop
 from kvchat.errors import InputError
 from kvchat.events import Event, Reply, TurnDone, Usage
 from kvchat.jobs import raise_failure
 from kvchat.probe import Finding, check
+from kvchat.sections import GenerateConfig
 from kvchat.session import Conversation
 from kvchat.store import Message
 
@@ -143,6 +143,10 @@ class Session:
         """The conversation so far, the system prompt first."""
         return self._call(lambda: list(self._conversation.path))
 
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        """Give this session settings of its own, as {"compress.keep_ratio": 0.2}; None takes one away. ConfigError."""
+        self._call(lambda: self._conversation.configure(settings, self._worker.config))
+
     def settle(self) -> float:
         """Wait until every finished turn is sealed or saved; seconds that the last answer's took."""
         return self._call(self._conversation.save)
@@ -200,7 +204,7 @@ class Session:
             raise InputError(f"session {self.name!r} is closed; open it again")
 
     def _sampling(self, given: Mapping[str, Any]) -> GenerateConfig:
-        return self._worker.config.sampling(given)
+        return self._conversation.residence.config.sampling(given)
 
 
 def _last(events: Iterator[Event]) -> Reply:
@@ -258,6 +262,10 @@ class AsyncSession:
     async def messages(self) -> list[Message]:
         """As `Session.messages`."""
         return await asyncio.to_thread(self.session.messages)
+
+    async def configure(self, settings: Mapping[str, Any]) -> None:
+        """As `Session.configure`."""
+        await asyncio.to_thread(self.session.configure, settings)
 
     async def settle(self) -> float:
         """As `Session.settle`."""

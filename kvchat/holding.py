@@ -24,6 +24,7 @@ from kvchat.events import Notice
 from kvchat.loading import Resident
 from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver
+from kvchat.sealing import marks_for, require
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
@@ -120,6 +121,14 @@ class Holding:
         except StoreError as error:
             return f"cannot be removed ({error})"
         return "removed"
+
+    def configure(self, config: Config, path: Sequence[Message]) -> None:
+        """Go on with other settings of `compress` and `codec`. Raises ConfigError, InputError; nothing changes then."""
+        require(self.engine.model, config.compress)
+        self.config = self.saver.config = config
+        self.cache.marks = marks_for(self.engine.model, config.compress)
+        if self._load_s is not None:
+            self.hold(path)
 
     # -- when memory runs out ----------------------------------------------------------------------------------------
 

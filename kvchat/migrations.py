@@ -23,8 +23,7 @@ FORMAT = 1
 # Sixteen KiB pages read frames fastest, tried from 4 to 64 KiB; the memory map doubles that speed.
 PAGE_SIZE = 16_384
 MMAP_SIZE = 1 << 30
-# A large segment swells the log; it is cut back to this when next reset.
-JOURNAL_SIZE_LIMIT = 64 << 20
+JOURNAL_SIZE_LIMIT = 64 << 20  # a large segment swells the log
 
 MIGRATIONS = Migrations("kvchat")
 
@@ -147,6 +146,12 @@ def m001_conversations_and_segments(db: Database) -> None:
 def m002_partial_segments_and_probes(db: Database) -> None:
     """Segments of which only the first chunks are stored, or that share a basis; recorded answers to check against."""
     db.executescript(PARTIAL)
+
+
+@MIGRATIONS()  # type: ignore[untyped-decorator]
+def m003_settings_of_sessions(db: Database) -> None:
+    """Settings that one session has for itself."""
+    db.execute("ALTER TABLE sessions ADD COLUMN settings TEXT NOT NULL DEFAULT '{}'")
 
 
 def open_database(path: Path, busy_timeout_s: float, key: Key | None = None) -> Database:

@@ -12,12 +12,13 @@ import torch
 import transformers
 
 from kvchat import memory
-from kvchat.config import ModelConfig, default_folder
+from kvchat.config import default_folder
 from kvchat.convert import file_sha256
 from kvchat.download import BUILTIN, model_folder, weight_files
 from kvchat.errors import ConfigError, ModelError, OutOfMemory
 from kvchat.events import Listener, Progress
 from kvchat.fingerprint import digest
+from kvchat.sections import ModelConfig
 from kvchat.supported import context_window, one_line_errors, quiet_libraries, read_config
 from kvchat.template import ChatTemplate
 

@@ -31,10 +31,12 @@ LABELS = {
     "import": "Importing",
     "seal": "Sealing",
     "evaluate": "Measuring",
+    "fit": "Fitting",
 }
 HELP = """\
 /retry        answer the last message again
 /rewind [N]   take back the last N turns (1)
+/keep [F]     hold this fraction of older turns' KV, from now on
 /fork NAME    go on in a copy of this session
 /stats        what is kept, in memory and on disk
 /quit         leave (or Ctrl+D); Ctrl+C stops an answer"""
@@ -125,7 +127,7 @@ def _bars(stream: TextIO) -> Bars:
 def _amount(event: Progress) -> str:
     """'1200/6000 tokens' or '12.5/98.0 MB'."""
     scale, unit = (1e6, "MB") if event.phase in ("download", "convert", "load") else (1, "tokens")
-    unit = "runs" if event.phase == "evaluate" else unit
+    unit = {"evaluate": "runs", "fit": "steps"}.get(event.phase, unit)
     figures = [f"{count / scale:.1f}" if scale > 1 else str(count) for count in (event.done, event.total) if count]
     return f"{'/'.join(figures)} {unit}" if figures else ""
 
@@ -226,6 +228,9 @@ def _answer(session: Session, line: str, status: Status) -> Session:
             _turn(session, session.resend(), status)
         case "/rewind":
             say(f"took back: {session.rewind(_count(argument))}")
+        case "/keep":
+            session.configure({"compress.keep_ratio": argument.strip() or None})
+            say(format_stats(session.stats()).splitlines()[2])
         case "/fork":
             session = session.fork(argument.strip())
             say(f"now in {session.name}")

@@ -87,6 +87,8 @@ class SessionInfo:
     num_tokens: int
     nbytes: int
     stored: float
+    settings: dict[str, Any]
+    """The session's own, by dotted key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,7 @@ def session_of(row: Row | Mapping[str, Any]) -> SessionInfo:
         num_tokens=row["num_tokens"] or 0,
         nbytes=row["nbytes"] or 0,
         # A segment may go on beyond the path, and two may begin at one message.
+        settings=json.loads(row["settings"]),
         stored=min(1.0, (row["stored_tokens"] or 0) / 1000 / (row["num_tokens"] or 1)),
     )
 

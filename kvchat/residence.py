@@ -34,7 +34,7 @@ from kvchat.memory import twice
 from kvchat.pool import submit
 from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver, Saving, sealed_layers
-from kvchat.sealing import cuts_of, rank_turns, read_header
+from kvchat.sealing import marks_for, rank_turns, read_header, require
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
@@ -52,15 +52,20 @@ class Residence(Holding):
         config: all settings.
         pool: threads that decode and pack frames.
         session_id: the stored session, which gives way last when the disk is full; None: it is as any other.
+
+    Raises:
+        ConfigError, InputError: segments cannot be ranked as `compress` asks.
     """
 
     def __init__(
         self, store: Store, engine: Engine, config: Config, pool: Executor, session_id: int | None = None
     ) -> None:
+        require(engine.model, config.compress)
         self.store = store
         self.engine = engine
         self.config = config
         self.cache = engine.new_cache()
+        self.cache.marks = marks_for(engine.model, config.compress)
         self.pool = pool
         self.tiers = Tiers(self.cache, store.readings, pool)
         self.fingerprint = fingerprint_id(engine.model.fingerprint)
@@ -232,6 +237,8 @@ class Residence(Holding):
 
     def settle(self, path: Sequence[Message]) -> Steps:
         """After a turn: seal what is long enough, save the rest, hold the budget. What is sealed, `save` writes."""
+        if self.cache.num_seen < self.num_saved:  # an answer's rows did not come back
+            self.let_go()
         if not path or (path[-1].role == "user" and self.cache.num_seen < self.bounds(path)[-1]):
             self.hold(path)
             return  # interrupted while prefilling: the rest is computed when the question is answered
@@ -324,9 +331,9 @@ class Residence(Holding):
     ) -> Generator[Progress | Notice, None, tuple[Reading, SegmentRecord]]:
         """Score, rank and read one segment, and its record: with codec raw, if its own cannot write it."""
         begun, compress = time.perf_counter(), self.config.compress
-        ranking = yield from rank_turns(self.engine, self.cache, path, first, last, compress)
+        ranking, cuts = yield from rank_turns(self.engine, self.cache, path, first, last, compress)
         keys, values = self.cache.tail(record.start, record.end)
-        codecs = codecs_for(cuts_of(compress), compress.rank_chunks, record.codec.split(","))
+        codecs = codecs_for(cuts, compress.rank_chunks, record.codec.split(","))
         try:
             reading = read_segment(codecs, keys, values, ranking)
         except CodecError as error:

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from kvchat.config import GenerateConfig
+from kvchat.sections import GenerateConfig
 
 GREEDY = 1e-3
 """Temperatures below it would divide logits beyond float32: the best token is drawn then anyway."""

@@ -110,7 +110,7 @@ class Saver:
 
     def __init__(self, store: Store, config: Config, fingerprint: str, session_id: int | None, pool: Executor) -> None:
         self._store = store
-        self._config = config
+        self.config = config
         self._fingerprint = fingerprint
         self._session_id = session_id
         self._pool = pool
@@ -135,7 +135,7 @@ class Saver:
 
     def record(self, kind: Kind, codec: str, messages: Sequence[Message], start: int) -> SegmentRecord:
         """A segment of these messages still without header; the first of its tokens stands at `start`."""
-        scorer = self._config.compress.method if kind == "sealed" else ""
+        scorer = self.config.compress.method if kind == "sealed" else ""
         identity = segment_id(self._fingerprint, kind, scorer, codec, messages[0].id, messages[-1].id)
         end = start + sum(len(message.token_ids) for message in messages)
         ids = tuple(message.id for message in messages)

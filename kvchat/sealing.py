@@ -2,38 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvchat.anatomy import Anatomy
+from kvchat.cache.marks import Marks
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader
+from kvchat.compress.aggregate import AGGREGATORS
 from kvchat.compress.compressor import rank
-from kvchat.compress.order import ORDERS
-from kvchat.compress.scorers import SCORERS, Scorer, Subject
-from kvchat.config import CompressConfig
+from kvchat.compress.gates import Gate
+from kvchat.compress.order import ORDERS, by_shares, coverage_cut, ordered
+from kvchat.compress.scorers import Scorer, Subject, find_scorer
 from kvchat.engine import Engine
 from kvchat.errors import CorruptFrame
 from kvchat.events import Progress
+from kvchat.learned import KINDS, load_shares, load_weights
 from kvchat.model import Model
+from kvchat.sections import CompressConfig
 from kvchat.store import Message, SegmentRecord
 from kvchat.template import ChatTemplate
 
 
 def rank_turns(
     engine: Engine, cache: SegmentedCache, path: Sequence[Message], first: int, last: int, config: CompressConfig
-) -> Generator[Progress, None, Ranking]:
-    """Rank the pairs of messages [first, last), whose tokens begin the tail; the cache is left as it was."""
+) -> Generator[Progress, None, tuple[Ranking, list[float]]]:
+    """Rank the pairs of messages [first, last), whose tokens begin the tail; the cache is left as it was.
+
+    Also the cumulative fractions at which the ranking is cut.
+    """
     subject = describe(engine.model.template, cache, path, first, last, config)
-    keys, values = cache.tail(cache.tail_start, cache.tail_start + len(subject.token_ids))
-    subject = replace(subject, keys=keys, values=values)
-    scorer = SCORERS[config.scorer](subject, pass_length(engine, cache, config))
-    yield from run_passes(engine, cache, scorer, len(subject.token_ids))
-    return rank(ORDERS[config.allocate](scorer.scores()), subject.protected, cuts_of(config), cache.tail_start)
+    scores = yield from score(engine, cache, subject, config)
+    order = ordered(scores, subject.protected, way(engine.model, config))
+    cuts = cuts_of(config) if config.allocate != "coverage" else cuts_of(config, coverage_cut(order, config.coverage))
+    ranking = rank(order, subject.protected, cuts, cache.tail_start)
+    return replace(ranking, method=config.method), cuts
+
+
+def score(
+    engine: Engine, cache: SegmentedCache, subject: Subject, config: CompressConfig
+) -> Generator[Progress, None, Tensor]:
+    """Scores (L, H, T) of a segment whose tokens begin the tail."""
+    start, aggregate = cache.tail_start, AGGREGATORS.get(config.aggregate)
+    keys, values = cache.tail(start, start + len(subject.token_ids))
+    subject = replace(subject, start=start, keys=keys, values=values, aggregate=aggregate)
+    subject = replace(subject, network=Anatomy(engine.model), **_learned(engine.model, cache, subject, config))
+    scorer = find_scorer(config.scorer)(subject, pass_length(engine, cache, config))
+    yield from run_passes(engine, cache, scorer, subject.token_ids)
+    return scorer.scores()
+
+
+def marks_for(model: Model, config: CompressConfig) -> Marks | None:
+    """What asks the model's gate while tokens are computed, if that is the scorer. Raises InputError."""
+    return Marks(Gate(load_weights(model, "gate", config))) if config.scorer == "gate" else None
+
+
+def _learned(model: Model, cache: SegmentedCache, subject: Subject, config: CompressConfig) -> dict[str, Any]:
+    """What a learned scorer is told beside the rest."""
+    if config.scorer not in KINDS:
+        return {}
+    told: dict[str, Any] = {"learned": load_weights(model, KINDS[config.scorer], config)}
+    if config.scorer == "gate":
+        blank = torch.full([len(subject.keys), *subject.keys[0].shape[:2]], torch.nan, device=model.device)
+        end = subject.start + len(subject.token_ids)
+        told["marks"] = cache.marks.take(subject.start, end, blank) if cache.marks else blank
+    return told
+
+
+def way(model: Model, config: CompressConfig) -> Callable[[Tensor], Tensor]:
+    """How pairs of different layers and heads compare. Raises InputError."""
+    if config.allocate == "evolved":
+        return partial(by_shares, shares=load_shares(model, config))
+    return ORDERS[config.allocate]
+
+
+def require(model: Model, config: CompressConfig) -> None:
+    """Find out that segments can be ranked as the settings ask, before there is one. Raises ConfigError, InputError."""
+    find_scorer(config.scorer)
+    way(model, config)
+    if config.scorer in KINDS:
+        load_weights(model, KINDS[config.scorer], config)
 
 
 def read_header(record: SegmentRecord, model: Model) -> SegmentHeader:
@@ -44,12 +99,18 @@ def read_header(record: SegmentRecord, model: Model) -> SegmentHeader:
     return header
 
 
-def run_passes(engine: Engine, cache: SegmentedCache, scorer: Scorer, total: int) -> Generator[Progress, None, None]:
-    """Run what the scorer wants to see, of a segment of `total` tokens."""
-    done = 0
-    for ids in scorer.passes():
-        engine.observe(cache, ids, scorer)
-        done = min(total, done + len(ids))
+def run_passes(
+    engine: Engine, cache: SegmentedCache, scorer: Scorer, ids: tuple[int, ...]
+) -> Generator[Progress, None, None]:
+    """Run what the scorer wants to see of a segment of these tokens."""
+    done, total = 0, len(ids)
+    for tokens in scorer.passes():
+        if isinstance(tokens, range):  # of the segment, which begins the tail
+            start = cache.tail_start + tokens.start
+            engine.observe(cache, ids[tokens.start : tokens.stop], scorer, start)
+        else:
+            engine.observe(cache, tokens, scorer)
+        done = min(total, done + len(tokens))
         yield Progress("seal", done, total)
 
 
@@ -61,9 +122,9 @@ def pass_length(engine: Engine, cache: SegmentedCache, config: CompressConfig) -
     return min(config.score_chunk, max(256, engine.model.context_window - cache.num_seen - 64) * 4 // 5)
 
 
-def cuts_of(config: CompressConfig) -> list[float]:
+def cuts_of(config: CompressConfig, *more: float) -> list[float]:
     """Cumulative fractions at which a ranking is cut."""
-    return sorted({*config.rank_chunks, config.keep_ratio})
+    return sorted({*config.rank_chunks, config.keep_ratio, *more})
 
 
 def describe(

@@ -18,12 +18,13 @@ from typing import Any, cast, get_args
 
 from torch import Tensor
 
-from kvchat.config import GenerateConfig
+from kvchat.config import Config
 from kvchat.engine import Engine, Stop
 from kvchat.errors import CapacityError, InputError, SessionChanged
 from kvchat.events import Delta, Draft, Event, FinishReason, Notice, Progress, TurnDone, Usage
 from kvchat.residence import Residence, Steps
 from kvchat.sampling import Sampler
+from kvchat.sections import GenerateConfig
 from kvchat.stats import describe
 from kvchat.store import Message, Role, SessionInfo, Store
 from kvchat.template import Piece
@@ -88,19 +89,19 @@ class Conversation:
         yield from self._warn(len(prompt))
         logits = yield from residence.prefill(prompt, len(prompt), "prefill", stop)
         draft, reason = Draft(submitted), INTERRUPTED
+        read = min(len(prompt), residence.cache.num_seen) - cached
         if logits is not None:
             reason = yield from self._decode(logits, prompt, settings, stop, draft)
-        read = min(len(prompt), residence.cache.num_seen) - cached
         yield self._end_turn(draft, Usage(len(prompt), cached, read, len(draft.ids)), reason)
 
     def _decode(
         self, logits: Tensor, prompt: Sequence[int], settings: GenerateConfig, stop: Stop, draft: Draft
     ) -> Generator[Event, None, FinishReason]:
         """Generate into `draft`; returns why it ended."""
-        model = self.engine.model
-        most = min(settings.max_new_tokens, self._room(len(prompt)))
+        model, cache = self.engine.model, self.residence.cache
+        most, rows = min(settings.max_new_tokens, self._room(len(prompt))), self.residence.config.compress.answer_rows
         reason, stream, sample = INTERRUPTED, self._template.stream(), Sampler(settings, prompt, model.device)
-        with closing(self.engine.decode(self.residence.cache, logits, sample, model.stop_ids, stop)) as tokens:
+        with closing(self.engine.decode(cache, logits, sample, model.stop_ids, stop, rows)) as tokens:
             for token in tokens:
                 draft.times.append(time.perf_counter())
                 if token in model.stop_ids:
@@ -215,6 +216,13 @@ class Conversation:
         self.store.set_tip(self.info.id, self.path[index - 1].id if index else None)
         self.path = self.path[:index]
         self.residence.crop(self.path)
+
+    def configure(self, settings: Mapping[str, Any], base: Config) -> None:
+        """Give the session settings of its own on top of `base`; None takes one away. Old segments stay as ranked."""
+        own = {key: value for key, value in {**self.info.settings, **settings}.items() if value is not None}
+        self.residence.configure(base.for_session(own), self.path)
+        self.store.set_settings(self.info.id, own)
+        self.info = replace(self.info, settings=own)
 
     def user_index(self, turns: int) -> int:
         """Index in the path of the user's message `turns` turns ago; 1 = the newest.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvchat.checks import RESTORE, Checks
@@ -127,7 +127,12 @@ class Store(LimitedStore, Checks):
         tips = [source.tip, *self.branches(source.id)]
         if tip is not None and not any(message.id == tip for end in tips for message in self.path(end)):
             raise StoreError(f"session {name!r} has no message {tip!r}; fork it at one of its own")
-        return self._create(new, source.model, source.fingerprint, tip)
+        return self._create(new, source.model, source.fingerprint, tip, source.settings)
+
+    def set_settings(self, session_id: int, settings: Mapping[str, Any]) -> None:
+        """Give a session these settings of its own, by dotted key, and no others."""
+        with self._write():
+            self._db.execute("UPDATE sessions SET settings = ? WHERE id = ?", [json.dumps(settings), session_id])
 
     def set_model(self, name: str, model: str, fingerprint: dict[str, str]) -> None:
         """Say that another model continues the session.
@@ -306,17 +311,32 @@ class Store(LimitedStore, Checks):
     def _infos(self, where: str, **values: object) -> list[SessionInfo]:
         return [session_of(row) for row in self._rows(INFOS.format(where=where), **values)]
 
-    def _create(self, name: str, model: str, fingerprint: dict[str, str], tip: str | None) -> SessionInfo:
+    def _create(
+        self,
+        name: str,
+        model: str,
+        fingerprint: dict[str, str],
+        tip: str | None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> SessionInfo:
         with self._write():
-            self._insert_session(name, model, fingerprint, tip)
+            self._insert_session(name, model, fingerprint, tip, settings)
         return self.session(name)
 
-    def _insert_session(self, name: str, model: str, fingerprint: dict[str, str], tip: str | None) -> None:
+    def _insert_session(
+        self,
+        name: str,
+        model: str,
+        fingerprint: dict[str, str],
+        tip: str | None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._check_free(name)
-        created = now()
+        created, about = now(), [json.dumps(fingerprint, sort_keys=True), json.dumps(settings or {})]
         self._db.execute(
-            "INSERT INTO sessions(name, model, fingerprint, tip, created, updated) VALUES (?, ?, ?, ?, ?, ?)",
-            [name, model, json.dumps(fingerprint, sort_keys=True), tip, created, created],
+            "INSERT INTO sessions(name, model, fingerprint, settings, tip, created, updated) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [name, model, *about, tip, created, created],
         )
 
     def _check_free(self, name: str) -> None:

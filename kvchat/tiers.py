@@ -20,10 +20,10 @@ from kvchat.cache.layer import Piece
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.codecs import SegmentHeader, decoded
 from kvchat.compress.allocate import chunks_held
-from kvchat.config import CompressConfig
 from kvchat.errors import CodecError
 from kvchat.loading import Fetch, Loading, Resident, assembled
 from kvchat.records import SegmentRecord
+from kvchat.sections import CompressConfig
 
 
 class Tiers:
@@ -142,6 +142,7 @@ class _Sizes:
 
     sizes: npt.NDArray[np.int64]
     scores: tuple[float, ...] | None
+    method: str
 
 
 def would_hold(config: CompressConfig, records: Sequence[SegmentRecord], end: int) -> list[int]:
@@ -153,7 +154,7 @@ def would_hold(config: CompressConfig, records: Sequence[SegmentRecord], end: in
     for index, record in enumerate(records):
         with suppress(CodecError):
             ranking = SegmentHeader.of(record).ranking
-            known[index] = _Sizes(ranking.sizes, ranking.scores)
+            known[index] = _Sizes(ranking.sizes, ranking.scores, ranking.method)
     segments = [(sizes, records[index].end) for index, sizes in known.items()]
     stored = [records[index].stored_chunks for index in known]
     held = dict(zip(known, chunks_held(config, segments, stored, end), strict=True))

@@ -1,7 +1,6 @@
 """Owns the model and the store, in one thread, and opens sessions.
 
-After a turn's last visible token its caller goes on, and the thread seals. A turn sent meanwhile waits for that; what
-was sealed is written when no job waits.
+After a turn's last visible token its caller goes on, and the thread seals; what was sealed is written when it idles.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from kvchat import probe
 from kvchat.cipher import Key
-from kvchat.config import Config, ModelConfig
+from kvchat.config import Config
 from kvchat.download import BUILTIN, is_here
 from kvchat.engine import Engine, Stop
 from kvchat.errors import FingerprintMismatch, InputError, ModelError, SessionExists, SessionNotFound
@@ -29,6 +28,7 @@ from kvchat.pool import new_pool
 from kvchat.portable import read_manifest, take_in
 from kvchat.recode import recode
 from kvchat.residence import Residence
+from kvchat.sections import ModelConfig
 from kvchat.session import Conversation
 from kvchat.shed import Allowance
 from kvchat.store import SearchHit, SessionInfo, Store
@@ -56,8 +56,7 @@ class Worker:
         self, config: Config, listener: Listener | None = None, loader: Loader = load, *, key: Key | None = None
     ) -> None:
         self.config = config
-        self.failure: Exception | None = None
-        """What went wrong in the background, for no session in particular."""
+        self.failure: Exception | None = None  # what went wrong in the background, for no session in particular
         self._open: dict[int, tuple[Conversation, int]] = {}
         chores = [(SAVE_AFTER_S, self._save), (MEND_AFTER_S, self._mend), (PROBE_AFTER_S, self._probe)]
         self.jobs = Jobs(listener, chores)
@@ -194,7 +193,7 @@ class Worker:
         self, name: str | None, model: str | None, system: str | None, rebuild: bool, create: bool
     ) -> Conversation:
         info = self._find(name, create)
-        if info is not None and info.id in self._open:
+        if info and info.id in self._open:
             conversation, users = self._open[info.id]
             if rebuild or system is not None or model not in (None, conversation.engine.model.name):
                 raise InputError(f"session {info.name!r} is open; close it before opening it in another way")
@@ -276,7 +275,8 @@ class Worker:
 
     def _make(self, info: SessionInfo, engine: Engine) -> Conversation:
         self._store.require_sound(info.name, info.tip)
-        return Conversation(info, self._store, engine, Residence(self._store, engine, self.config, self._pool, info.id))
+        config = self.config.for_session(info.settings)
+        return Conversation(info, self._store, engine, Residence(self._store, engine, config, self._pool, info.id))
 
     def _engine(self, name: str) -> Engine:
         name = name or BUILTIN

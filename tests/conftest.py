@@ -13,8 +13,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels then run on a CPU
 
-from kvchat.config import ModelConfig
 from kvchat.model import Model, load
+from kvchat.sections import ModelConfig
 from tests.tiny import make_model
 
 # Two processes with more threads than there are cores wait for each other's at every barrier, for minutes.

@@ -92,7 +92,7 @@ def test_config_toml_explains_every_setting() -> None:
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        (["--set", "compress.keep=1"], "unknown setting 'compress.keep'; known here: scorer, allocate, keep_ratio"),
+        (["--set", "compress.keep=1"], "unknown setting 'compress.keep'; known here: scorer, aggregate, allocate"),
         (["--set", "kompress.keep=1"], "unknown setting 'kompress'; known here: model, store, compress"),
         (["--set", "keep_ratio=1"], "setting 'keep_ratio' needs a section"),
         (["--set", "compress.keep_ratio"], "--set 'compress.keep_ratio' has no '='"),

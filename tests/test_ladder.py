@@ -19,8 +19,9 @@ from kvchat.codecs.channel import GROUP, row_groups
 from kvchat.codecs.frame import pack, unpack
 from kvchat.codecs.rotate import rotation
 from kvchat.compress.compressor import codecs_for
-from kvchat.config import CODEC_NAMES, Config
+from kvchat.config import Config
 from kvchat.errors import CodecError, ConfigError, CorruptFrame, UnknownCodec
+from kvchat.sections import CODEC_NAMES
 from kvchat.worker import Worker
 from tests.store_parts import copy_of
 from tests.test_codecs import CPU, bits, decode, encode, normal, random_ranking

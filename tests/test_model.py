@@ -10,16 +10,16 @@ import pytest
 import torch
 import transformers
 
-from kvchat.config import ModelConfig
 from kvchat.errors import ConfigError, ModelError
 from kvchat.fingerprint import TEXT_FIELDS, fingerprint_difference, fingerprint_id
 from kvchat.model import Model, load
+from kvchat.sections import ModelConfig
 from tests.tiny import CHATML, FAMILIES, tiny_network, tiny_tokenizer
 
 PRINT_FINGERPRINT = """
 import json, sys
 from pathlib import Path
-from kvchat.config import ModelConfig
+from kvchat.sections import ModelConfig
 from kvchat.model import load
 config = ModelConfig(name=sys.argv[1], dtype="float32", device="cpu", attention="reference")
 print(json.dumps(load(config, cache=Path(sys.argv[2])).fingerprint))
@@ -28,7 +28,7 @@ print(json.dumps(load(config, cache=Path(sys.argv[2])).fingerprint))
 LOAD_TWO = """
 import sys
 from pathlib import Path
-from kvchat.config import ModelConfig
+from kvchat.sections import ModelConfig
 from kvchat.errors import ModelError
 from kvchat.model import load
 print(load(ModelConfig(name=sys.argv[1], device="cpu"), cache=Path(sys.argv[3])).name)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvchat.compress.allocate import chunks_covering
 from kvchat.compress.compressor import rank
-from kvchat.compress.order import ORDERS, SAFEGUARD
+from kvchat.compress.order import ORDERS, SAFEGUARD, by_shares, coverage_cut, ordered
 from kvchat.compress.scorers import SCORERS, Subject
 from kvchat.compress.scorers.lagkv import LAG
 
@@ -19,13 +20,13 @@ ALONE = ["keydiff", "knorm", "lagkv", "streaming", "random"]
 
 
 def subject(keys: list[Tensor], values: list[Tensor] | None = None, protected: tuple[int, ...] = ()) -> Subject:
-    heads, tokens, dim = keys[0].shape
+    tokens = keys[0].shape[1]
     return Subject(
         token_ids=tuple(range(tokens)),
         template=(False,) * tokens,
         protected=tuple(i in protected for i in range(tokens)),
         before=(),
-        prefix_keys=[torch.zeros(heads, 0, dim)] * len(keys),
+        prefix_keys=[keys[0][:, :0]] * len(keys),
         encode=lambda text: (1,),
         ask=lambda content: content,
         keys=keys,
@@ -147,6 +148,64 @@ def test_heads_of_a_layer_compete_and_each_keeps_a_part_of_its_own(cut: float) -
         assert SAFEGUARD * cut * 500 * 0.8 <= own <= SAFEGUARD * cut * 500 + 1
         best = given[layer, 0].topk(int(own)).indices
         assert kept[layer, 0][best].all()
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.95])
+def test_coverage_holds_the_fewest_pairs_with_so_much_of_the_mass(coverage: float) -> None:
+    given = torch.rand(3, 2, 200, generator=torch.Generator().manual_seed(0)) ** 6
+    order = ORDERS["coverage"](given)
+    cut = coverage_cut(order, coverage)
+    kept = rank(order, [False] * 200, (cut, 1.0), 0)
+    held = given[torch.from_numpy(kept.chunk_of == 0)]
+    assert held.sum() >= coverage * given.sum() > held.sum() - held.min()
+    assert chunks_covering(kept.scores or (), coverage) == 1
+    finer = rank(order, [False] * 200, sorted({0.01, 0.05, cut, 0.6, 1.0}), 0)
+    count = chunks_covering(finer.scores or (), coverage)
+    assert finer.sizes[:count].sum() == kept.sizes[0]
+
+
+def test_a_sink_does_not_stand_for_what_else_is_worth_keeping() -> None:
+    given = torch.rand(3, 2, 200, generator=torch.Generator().manual_seed(0))
+    without = coverage_cut(ORDERS["coverage"](given), 0.9)
+    planted = given.clone()
+    planted[:, :, 17] = 0.95 / 0.05 * given.sum(-1)  # of its head's mass
+    order = ORDERS["coverage"](planted)
+    assert coverage_cut(order, 0.9) == pytest.approx(without, abs=0.02)
+    assert (rank(order, [False] * 200, (0.01, 1.0), 0).chunk_of[:, :, 17] == 0).all()
+    planted[:, :, 18] = 100 * planted[:, :, 17]  # one behind another
+    assert coverage_cut(ORDERS["coverage"](planted), 0.9) == pytest.approx(without, abs=0.03)
+
+
+def test_protected_pairs_bring_no_mass() -> None:
+    given = torch.rand(2, 2, 100, generator=torch.Generator().manual_seed(0))
+    protected = [at < 10 for at in range(100)]
+    order = ordered(given, protected, ORDERS["coverage"])
+    alone = coverage_cut(ORDERS["coverage"](given[:, :, 10:]), 0.9)
+    assert coverage_cut(order, 0.9) == pytest.approx(alone * 0.9 + 0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.7, 0.9])
+def test_shares_of_layers_are_exact_and_what_one_cannot_hold_goes_to_others(keep: float) -> None:
+    given, shares = torch.randn(4, 2, 500, generator=torch.Generator().manual_seed(0)), [2.0, 1.0, 0.7, 0.3]
+    kept = (rank(by_shares(given, shares), [False] * 500, (keep, 1.0), 0).chunk_of == 0).sum(2)
+    assert int(kept.sum()) == int(keep * 4000 + 1e-6) and np.ptp(kept, axis=1).max() <= 1
+    if keep * 2 <= 1:
+        assert np.allclose(kept.mean(1), [share * keep * 500 for share in shares], atol=1.5)
+    else:
+        assert kept.max() == 500
+
+
+def test_heads_in_another_order_keep_the_same_pairs() -> None:
+    turned = [2, 0, 1]
+    keys, values = kv(300, heads=3), kv(300, heads=3, seed=1)
+    other = ([part[turned] for part in keys], [part[turned] for part in values])
+    for name in ("keydiff", "knorm", "lagkv"):
+        first, second = scores(name, subject(keys, values)), scores(name, subject(*other))
+        for allocate, way in ORDERS.items():
+            kept, same = (rank(way(found), [False] * 300, CUTS, 0).chunk_of for found in (first, second))
+            different = (kept[:, turned] != same).mean()
+            # Equal places of two heads go to the lower one.
+            assert different == 0 if allocate in ("global", "coverage") else different < 0.01
 
 
 def test_equal_scores_go_to_the_earlier_token_in_every_head() -> None:

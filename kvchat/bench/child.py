@@ -18,12 +18,13 @@ from transformers import DynamicCache
 from kvchat.bench.gpu.shape import shaped
 from kvchat.bench.history import drain, plain_attention, timed
 from kvchat.bench.llama_cpp import LlamaCpp
-from kvchat.config import Config, GenerateConfig
+from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.events import TurnDone
 from kvchat.model import load
 from kvchat.pool import new_pool
 from kvchat.residence import Residence
+from kvchat.sections import GenerateConfig
 from kvchat.session import Conversation
 from kvchat.store import Store
 

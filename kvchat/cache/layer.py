@@ -93,7 +93,7 @@ class RaggedLayer(Tail):
     def crop(self, position: int) -> None:
         """Forget every token from `position` on, in the tail and inside sealed segments."""
         if position >= self.tail_start:
-            self.tail_length = min(self.tail_length, position - self.tail_start)
+            self.tail_length = min(self.tail_length, position - self.tail_start - self.aside)
             return
         self._set([(form, form.runs) for form in (before(form, position) for form in self.forms)])
         self._early = self._early if self._early and self._early[0] <= position else None
@@ -104,6 +104,7 @@ class RaggedLayer(Tail):
         """Forget everything."""
         self._set([])
         self._early = None
+        self.aside = 0
         self.replace_tail(self.after(self.tail_length))
         self.tail_start = 0
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from kvchat.cache.coded import CHUNK, ROWS, START, CodedKV
 from kvchat.cache.layer import Decode, Piece, RaggedLayer
+from kvchat.cache.marks import Marks
 from kvchat.cache.segment import LayerKV
 
 
@@ -31,6 +32,14 @@ class Tap(Protocol):
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
         """Called once a layer: `query` (H * G, q, D), and the whole tail, (H, T, D), the last q of them its own."""
+
+
+@runtime_checkable
+class Enters(Protocol):
+    """A tap that also sees what enters attention."""
+
+    def enter(self, layer: int, states: Tensor) -> None:
+        """Called once a layer, before `observe`: (q, n) normed states of the pass's tokens."""
 
 
 class Step(Protocol):
@@ -58,6 +67,8 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         """Whether rows may be attached in another form than as plain numbers."""
         self.tap: Tap | None = None
         self.step: Step | None = None
+        self.marks: Marks | None = None
+        """A gate's scores of the tail, if one is asked."""
 
     @property
     def num_seen(self) -> int:
@@ -71,11 +82,12 @@ class SegmentedCache(Cache):  # type: ignore[misc]
 
     @property
     def tail_length(self) -> int:
-        """Tokens in the open tail."""
+        """Rows in the open tail: its tokens, but for those aside."""
         return int(self.layers[0].tail_length)
 
     def tail(self, start: int, end: int) -> tuple[list[Tensor], list[Tensor]]:
         """Exact keys and values of the open tail's tokens at positions start .. end, (H, end - start, D) a layer."""
+        assert not self.layers[0].aside
         part, rows = slice(start - self.tail_start, end - self.tail_start), [layer.tail() for layer in self.layers]
         return [keys[:, part] for keys, _ in rows], [values[:, part] for _, values in rows]
 
@@ -150,11 +162,15 @@ class SegmentedCache(Cache):  # type: ignore[misc]
 
     def crop(self, position: int) -> None:
         """Forget every token from `position` on; inside sealed segments as by `keep`."""
+        if self.marks:
+            self.marks.crop(position)
         for layer in self.layers:
             layer.crop(position)
 
     def clear(self) -> None:
         """Forget everything, whatever state a failure has left; needs no memory."""
+        if self.marks:
+            self.marks.crop(0)
         for layer in self.layers:
             layer.clear()
 
@@ -194,6 +210,27 @@ class SegmentedCache(Cache):  # type: ignore[misc]
                 layer.row = None
 
     @contextmanager
+    def again(self, start: int, end: int, tap: Tap | None = None) -> Iterator[None]:
+        """Inside, the tail ends at position `start`, and its tokens up to `end` can be computed once more under `tap`.
+
+        Afterwards it has them as they were, to the last bit.
+        """
+        first = self.tail_start + self.layers[0].aside  # the newest are not aside, and stand at the end
+        length, low, high = self.tail_length, start - first, end - first
+        assert 0 <= low <= high <= length
+        before = [tuple(rows[:, low:high].clone() for rows in layer.tail()) for layer in self.layers]
+        for layer in self.layers:
+            layer.tail_length = low
+        self.tap = tap
+        try:
+            yield
+        finally:
+            self.tap = None
+            for layer, (keys, values) in zip(self.layers, before, strict=True):
+                layer.rewrite(low, keys, values)
+                layer.tail_length = length
+
+    @contextmanager
     def scratch(self, tap: Tap | None = None) -> Iterator[None]:
         """Whatever is computed inside leaves no trace in the cache; `tap` sees every attention call meanwhile."""
         length = self.tail_length
@@ -204,3 +241,5 @@ class SegmentedCache(Cache):  # type: ignore[misc]
             self.tap = None
             for layer in self.layers:
                 layer.tail_length = length
+            if self.marks:
+                self.marks.crop(self.num_seen)

@@ -78,11 +78,13 @@ class Ranking:
     start     position of the segment's first token
     chunk_of  (L, H, T) uint8, 0 = best
     scores    the median score of each chunk, never rising; None where a program that did not tell them sealed it
+    method    how it was ranked (`CompressConfig.method`): scores of different methods do not compare
     """
 
     start: int
     chunk_of: npt.NDArray[np.uint8]
     scores: tuple[float, ...] | None = None
+    method: str = ""
 
     def __post_init__(self) -> None:
         assert self.chunk_of.ndim == 3 and self.chunk_of.dtype == np.uint8

@@ -27,6 +27,8 @@ class Tail(CacheLayerMixin):  # type: ignore[misc]
         self.dtype, self.device = dtype, device
         self.tail_length = 0
         self.tail_start = 0
+        self.aside = 0
+        """Tokens of the tail whose rows are elsewhere: in every head as many, not the newest."""
         self.keys = self.values = torch.empty(num_key_value_heads, 0, head_dim, dtype=dtype, device=device)
         self.row: Tensor | None = None
         """Where the device says that the one new token's row belongs, (1,) int64; None: at the end of the tail."""
@@ -52,7 +54,7 @@ class Tail(CacheLayerMixin):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         """The logical length, which positions are counted by, never the number of rows."""
-        return self.tail_start + self.tail_length
+        return self.tail_start + self.aside + self.tail_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset for a mask that is never built: the attention function knows what each query sees."""
@@ -77,6 +79,21 @@ class Tail(CacheLayerMixin):  # type: ignore[misc]
         """Keys and values of the open tail, (H, T, D) views."""
         return self.keys[:, : self.tail_length], self.values[:, : self.tail_length]
 
+    def rows(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tail's rows with these numbers (H, R), (H, R, D) copies."""
+        index = numbers[..., None].expand(-1, -1, self.keys.shape[-1])
+        return self.keys.gather(1, index), self.values.gather(1, index)
+
+    @torch.inference_mode()
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Have these (H, T, D) for the tail; where they fit a reserved room that is not far too large, it stays."""
+        tokens = keys.shape[1]
+        if self._reserved and tokens <= self.room <= max(KEPT_ROOM, 2 * tokens):
+            self.keys[:, :tokens], self.values[:, :tokens] = keys, values
+        else:
+            self.keys, self.values = keys, values
+        self.tail_length = tokens
+
     def append_tail(self, keys: Tensor, values: Tensor) -> None:
         """Append (H, q, D)."""
         end = self.tail_length + keys.shape[1]
@@ -85,6 +102,12 @@ class Tail(CacheLayerMixin):  # type: ignore[misc]
         self.keys[:, self.tail_length : end] = keys
         self.values[:, self.tail_length : end] = values
         self.tail_length = end
+
+    @torch.inference_mode()
+    def rewrite(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Put (H, q, D) rows where they were, from `row` on."""
+        self.keys[:, row : row + keys.shape[1]] = keys
+        self.values[:, row : row + keys.shape[1]] = values
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens. From now on the buffers move only to grow, or when they are far too large.
@@ -107,6 +130,7 @@ class Tail(CacheLayerMixin):  # type: ignore[misc]
     @torch.inference_mode()
     def after(self, tokens: int) -> tuple[Tensor, Tensor]:
         """A copy of the tail without its first `tokens`."""
+        assert not self.aside
         keys, values = (part[:, tokens:].clone() for part in self.tail())
         return keys, values
 

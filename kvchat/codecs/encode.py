@@ -26,8 +26,8 @@ from kvchat.codecs.codec import Codec, Exact, FrameRows, Method, Takes, Tensors,
 from kvchat.codecs.frame import Planes, pack, unpack
 from kvchat.codecs.header import ARCHIVE, SegmentHeader, codec_of
 from kvchat.codecs.lossless import Raw
-from kvchat.config import without_repeats
 from kvchat.errors import CorruptFrame
+from kvchat.sections import without_repeats
 
 
 @dataclass(frozen=True, slots=True)

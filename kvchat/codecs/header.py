@@ -5,7 +5,7 @@ Letters: L layers, H KV heads, T tokens of the segment, D head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,7 @@ CODECS: dict[str, Codec] = {
     **{f"eb{step}": Codec(Bounded("key", step / 100), Bounded("value", step / 100)) for step in (2, 5, 10, 20)},
 }
 """By name: `raw`; k and v with the bits of keys and values; eb with the step in percent of a unit's range.
-config.CODEC_NAMES repeats the names, without torch."""
+sections.CODEC_NAMES repeats the names, without torch."""
 ARCHIVE = "archive"
 """The codec that needs a basis, which other segments share; it serves all chunks of a segment."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -118,7 +118,7 @@ class SegmentHeader:
         found, expected = (header.ranking.num_chunks, header.num_groups), (record.num_chunks, record.num_groups)
         if found != expected:
             raise CorruptFrame(f"the header is of another segment: chunks and groups are {found}, expected {expected}")
-        return header
+        return replace(header, ranking=replace(header.ranking, method=record.scorer))
 
     @classmethod
     def from_bytes(

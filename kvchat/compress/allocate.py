@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvchat.compress.compressor import chunks_within
-from kvchat.config import CompressConfig
+from kvchat.sections import CompressConfig
 
 
 class Ranked(Protocol):
-    """What is asked of a `Ranking`: pairs and score of each chunk."""
+    """What is asked of a `Ranking`: pairs and score of each chunk, and how it was ranked."""
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -23,22 +23,40 @@ class Ranked(Protocol):
     def scores(self) -> tuple[float, ...] | None:
         """As `Ranking` has them."""
 
+    @property
+    def method(self) -> str:
+        """As `Ranking` has it."""
+
 
 def chunks_held(
     config: CompressConfig, segments: Sequence[tuple[Ranked, int]], stored: Sequence[int], newest: int
 ) -> list[int]:
     """Chunks that memory holds of segments, each given with the end of its use, when `stored` of each can be had.
 
-    All of those with one of the newest tokens, which end at `newest`; of the others what `keep_ratio` gives each, or
-    all of them together.
+    All of those with one of the newest tokens, which end at `newest`. Of the others what `coverage` gives those that
+    were ranked for it, and what `keep_ratio` gives the rest: each, or all together that were ranked alike.
     """
-    recent = [min(end, newest) > newest - config.recent_tokens for _, end in segments]
-    old = [(ranking, most) for (ranking, _), most, new in zip(segments, stored, recent, strict=True) if not new]
-    if config.budget == "session":
-        held = iter(allocate([ranking for ranking, _ in old], config.keep_ratio, [most for _, most in old]))
-    else:
-        held = iter([min(chunks_within(ranking.sizes, config.keep_ratio), most) for ranking, most in old])
-    return [most if new else next(held) for most, new in zip(stored, recent, strict=True)]
+    held = [*stored]
+    alike: dict[str, list[int]] = {}
+    for index, (ranking, end) in enumerate(segments):
+        if min(end, newest) > newest - config.recent_tokens:
+            continue
+        if ranking.method.endswith("-coverage") and ranking.scores is not None:
+            held[index] = min(chunks_covering(ranking.scores, config.coverage), stored[index])
+        elif config.budget == "session":
+            alike.setdefault(ranking.method, []).append(index)
+        else:
+            held[index] = min(chunks_within(ranking.sizes, config.keep_ratio), stored[index])
+    for members in alike.values():
+        found = allocate([segments[at][0] for at in members], config.keep_ratio, [stored[at] for at in members])
+        for at, count in zip(members, found, strict=True):
+            held[at] = count
+    return held
+
+
+def chunks_covering(scores: Sequence[float], coverage: float) -> int:
+    """Leading chunks that hold so much of a segment's score mass, of the chunks' numbers by `order.by_mass`."""
+    return max(1, sum(score > 1 - coverage for score in scores))
 
 
 def allocate(rankings: Sequence[Ranked], keep_ratio: float, stored: Sequence[int] | None = None) -> list[int]:

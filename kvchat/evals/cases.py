@@ -94,10 +94,23 @@ def read(path: Path) -> Case:
     if isinstance(tree, list) and tree and all(map(locomo.is_locomo, tree)):
         raise InputError(f"{path}: holds {len(tree)} LoCoMo conversations; split it into one file each")
     try:
-        return _from_locomo(path.stem, tree) if locomo.is_locomo(tree) else _general(path.stem, transcript.read(path))
+        if locomo.is_locomo(tree):
+            return _from_locomo(path.stem, tree)
+        return of_messages(path.stem, transcript.read(path))
     except InputError as error:
         problem = str(error).removeprefix(f"{path}: ")
         raise InputError(f"{path}: {problem} (expected a LoCoMo file or a conversation to import)") from None
+
+
+def of_messages(name: str, messages: Sequence[Message]) -> Case:
+    """A conversation that brings no questions, with the `GENERAL` ones; its system message is the first, if any."""
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    turns = _turns(messages if system is None else messages[1:])
+    questions = tuple(
+        Question(f"plain-{number}", text, "", "", "plain", 0, len(turns))
+        for number, text in enumerate(GENERAL, start=1)
+    )
+    return Case(name, system, turns, questions)
 
 
 def cut(case: Case, turns: int) -> Case:
@@ -175,16 +188,6 @@ def _from_locomo(name: str, tree: Mapping[str, Any]) -> Case:
         for pair in locomo.pairs(tree)
     )
     return Case(name, system["content"], turns, questions)
-
-
-def _general(name: str, messages: Sequence[Message]) -> Case:
-    system = messages[0]["content"] if messages[0]["role"] == "system" else None
-    turns = _turns(messages if system is None else messages[1:])
-    questions = tuple(
-        Question(f"plain-{number}", text, "", "", "plain", 0, len(turns))
-        for number, text in enumerate(GENERAL, start=1)
-    )
-    return Case(name, system, turns, questions)
 
 
 def _turns(messages: Sequence[Message]) -> tuple[Turn, ...]:

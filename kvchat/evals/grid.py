@@ -6,13 +6,12 @@ A run that was stopped goes on where it was: lines that are there already are no
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
-from itertools import chain, product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,15 @@ import transformers
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
-from kvchat.evals.baselines import Full, Window, held_bytes
-from kvchat.evals.cases import Case, Question, asked, cut
+from kvchat.evals.baselines import Full, Window
+from kvchat.evals.cases import Case, cut
+from kvchat.evals.feeding import about, feed, holding, new_conversation
 from kvchat.evals.measures import ANSWER_TOKENS, MEASURES, Truth, truth
 from kvchat.evals.rescoring import OneShot, Recompress, SnapRecompress
-from kvchat.events import Listener, Notice, Progress
+from kvchat.events import Listener, Progress
 from kvchat.fingerprint import fingerprint_id
-from kvchat.pool import new_pool
 from kvchat.residence import Residence
 from kvchat.session import Conversation
-from kvchat.store import Store
 
 METHODS: dict[str, type[Residence]] = {
     "session": Residence,
@@ -115,19 +113,25 @@ class Grid:
         done = {line["key"]: line for line in read_lines([self.out])} if self.out.exists() else {}
         cells = {self._key(case, setting): (case, setting) for case in cases for setting in settings}
         left = [key for key in cells if key not in done]
-        truths: dict[str, Truth] = {}
-        known: Case | None = None
-        for number, key in enumerate(left):
-            case, setting = cells[key]
-            self.listener(Progress("evaluate", len(cells) - len(left) + number, len(cells)))
-            if self.task == "fidelity" and known is not case:
-                known, truths = case, self._truths(case)
-            line = {"key": key, **self._describe(case, setting), **self._measure(case, setting, truths)}
-            done[key] = line
-            with self.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        number = len(cells) - len(left)
+        for case, keys in groupby(left, key=lambda key: cells[key][0]):
+            mine = [*keys]
+            with self._measuring(case, [cells[key][1] for key in mine]) as measure:
+                for key in mine:
+                    self.listener(Progress("evaluate", number, len(cells)))
+                    setting, number = cells[key][1], number + 1
+                    line = {"key": key, **self._describe(case, setting), **measure(setting)}
+                    done[key] = line
+                    with self.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
         self.listener(Progress("evaluate", len(cells), len(cells)))
         return [done[key] for key in cells]
+
+    @contextmanager
+    def _measuring(self, case: Case, settings: Sequence[Setting]) -> Iterator[Callable[[Setting], Line]]:
+        """What measures the case under one of the settings."""
+        truths = self._truths(case) if self.task == "fidelity" else {}
+        yield lambda setting: self._measure(case, setting, truths)
 
     def _key(self, case: Case, setting: Setting) -> str:
         questions = [astuple(question) for question in case.questions]
@@ -171,47 +175,13 @@ class Grid:
         begun, figures, notices = time.perf_counter(), [], list[str]()
         with self._conversation(setting) as conversation:
             for question in feed(conversation, case, lambda notice: notices.append(notice.text), self.step):
-                about = {"id": question.id, "kind": question.kind, "after": question.asked_after}
-                about |= {"distance": question.asked_after - question.evidence, "corrected": question.corrected}
                 measured = MEASURES[self.task](conversation, question, truths.get(question.id))
-                figures.append(about | holding(conversation.residence) | measured)
+                figures.append(about(question) | holding(conversation.residence) | measured)
         return {"questions": figures, "notices": notices, "seconds": round(time.perf_counter() - begun, 2)}
 
-    @contextmanager
-    def _conversation(self, setting: Setting) -> Iterator[Conversation]:
-        """An empty conversation under a setting, its store a temporary one."""
-        (config, _), model = self._settled(setting), self.engine.model
-        with (
-            tempfile.TemporaryDirectory(prefix="kvchat-eval-") as folder,
-            new_pool() as pool,
-            closing(Store(Path(folder) / "eval.db")) as store,
-        ):
-            info = store.create_session("eval", model.name, model.fingerprint)
-            residence = METHODS[setting.method](store, self.engine, config, pool)
-            yield Conversation(info, store, self.engine, residence)
-
-
-def feed(conversation: Conversation, case: Case, heed: Callable[[Notice], None], step: int) -> Iterator[Question]:
-    """Feed the case, `step` turns at a time as a chat would, and yield each question when its turn has come."""
-    conversation.begin(case.system)
-    fed, stops = 0, sorted({question.asked_after for question in case.questions})
-    for number in sorted({*range(step, stops[-1], step), *stops}):
-        messages = [message for turn in case.turns[fed:number] for message in turn]
-        for event in chain(conversation.append(messages, lambda: False), conversation.finish()):
-            if isinstance(event, Notice):
-                heed(event)
-        fed, questions, residence = number, asked(case, number), conversation.residence
-        with residence.asked(conversation.path) if isinstance(residence, OneShot) else nullcontext():
-            yield from questions
-
-
-def holding(residence: Residence) -> dict[str, float]:
-    """What stands for the history: tokens, and the fractions of all pairs and of the exact KV's bytes."""
-    cache, model = residence.cache, residence.engine.model
-    kept = cache.num_sealed_rows + cache.tail_length * model.pairs_per_token
-    pairs = kept / (cache.num_seen * model.pairs_per_token)
-    nbytes = held_bytes(residence) / (cache.num_seen * model.bf16_bytes_per_token)
-    return {"history": cache.num_seen, "pairs": round(pairs, 5), "bytes": round(nbytes, 5)}
+    def _conversation(self, setting: Setting) -> AbstractContextManager[Conversation]:
+        """An empty conversation under a setting."""
+        return new_conversation(self.engine, self._settled(setting)[0], METHODS[setting.method])
 
 
 def fitted(engine: Engine, case: Case) -> Case:

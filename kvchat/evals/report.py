@@ -22,8 +22,14 @@ Table = npt.NDArray[np.float64]
 
 RESAMPLES = 1000
 
+DISTANCE: dict[str, tuple[str, str | None]] = {
+    "KL": ("kl", "tokens"),
+    "agree": ("agree", "tokens"),
+    "log-prob": ("logprob", "tokens"),
+}
 COLUMNS: dict[str, dict[str, tuple[str, str | None]]] = {
-    "fidelity": {"KL": ("kl", "tokens"), "agree": ("agree", "tokens"), "log-prob": ("logprob", "tokens")},
+    "fidelity": DISTANCE,
+    "choice": DISTANCE,
     "recall": {"recall": ("match", None), "log-prob": ("logprob", "tokens")},
     "locomo": {"F1": ("f1", None), "exact": ("match", None), "log-prob": ("logprob", "tokens")},
 }
@@ -31,6 +37,10 @@ COLUMNS: dict[str, dict[str, tuple[str, str | None]]] = {
 
 _SHOWN = ("compress.scorer", "compress.keep_ratio", "codec.name")
 """Settings that have a column."""
+_CHOSEN = ("compress.aggregate", "compress.allocate", "compress.coverage")
+"""Those that a choice is named by."""
+_OURS = {"choice": "kvzip, global"}
+"""What others are compared with, where it is not the session with KVzip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +58,12 @@ class Group:
     @classmethod
     def of(cls, line: Line, varying: Collection[str]) -> Group:
         """The group that a line belongs to; `varying` are the settings that tell groups apart."""
-        method = f"{line['scorer']} per turn" if line["method"] == "session" else line["method"]
-        other = {key: line["settings"][key] for key in sorted(varying) if key in line["settings"]}
+        method, hidden = line["method"], _CHOSEN if line["method"] == "choice" else ()
+        if method == "choice":
+            method = f"{line['scorer']}, {line['settings']['compress.allocate']}"
+        elif method == "session":
+            method = f"{line['scorer']} per turn"
+        other = {key: line["settings"][key] for key in sorted({*varying} - {*hidden}) if key in line["settings"]}
         model = f"{line['model']} in {line['dtype']}"
         return cls(model, line["task"], method, line["keep"], line["codec"], tuple(map(_text, other.items())))
 
@@ -168,7 +182,7 @@ def _share(group: Group, groups: Mapping[Group, list[Line]]) -> str:
 
 def _difference(task: str, group: Group, groups: Mapping[Group, list[Line]]) -> str:
     """From KVzip per turn at the same keep and codec, which has as many pairs."""
-    ours = Group(group.model, group.task, "kvzip per turn", group.keep, group.codec, group.other)
+    ours = Group(group.model, group.task, _OURS.get(task, "kvzip per turn"), group.keep, group.codec, group.other)
     if group == ours or ours not in groups:
         return ""
     figure, weight = next(iter(COLUMNS[task].values()))

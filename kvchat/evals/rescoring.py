@@ -51,7 +51,7 @@ class Recompress(Masked):
         subject = describe(self.engine.model.template, self.cache, path, first, last, config)
         most = pass_length(self.engine, self.cache, config)
         scorer = KVzipOverRows(subject, most, self.rows, mask, bounds[first])
-        list(run_passes(self.engine, self.cache, scorer, len(subject.token_ids)))
+        list(run_passes(self.engine, self.cache, scorer, subject.token_ids))
         # Protected pairs win, then scores; what was evicted earlier has none.
         scores = torch.nn.functional.pad(scorer.scores(), (bounds[first], 0), value=1.0).masked_fill(~mask, -1.0)
         flags = protected_tokens(path, config)[:end]

@@ -35,6 +35,7 @@ COMMANDS = {
     "fork": Command("NAME", "go on in a copy of this session"),
     "rewind": Command("[N]", "take back the last N turns (1)"),
     "retry": Command("", "answer the last message again"),
+    "keep": Command("[F]", "hold this fraction of older turns' KV"),
     "stats": Command("", "what is kept, in memory and on disk"),
     "quit": Command("", "leave", anytime=True),
 }
@@ -144,6 +145,15 @@ class Commands:
             await app.turns.measure(chat)
 
         app.begin("taking back", rewind())
+
+    def keep(self, argument: str) -> None:
+        app, chat = self.app, self.app.session()
+
+        async def keep() -> None:
+            await to_thread(chat.configure, {"compress.keep_ratio": argument or None})
+            await app.turns.measure(chat)
+
+        app.begin("fitting memory", keep())
 
     def stats(self, _: str) -> None:
         app, chat = self.app, self.app.session()

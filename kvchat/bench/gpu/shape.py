@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvchat.attention import register
-from kvchat.config import ModelConfig
 from kvchat.events import Listener
 from kvchat.fingerprint import digest
 from kvchat.model import Model, choose_device, choose_dtype, load
+from kvchat.sections import ModelConfig
 
 LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256,

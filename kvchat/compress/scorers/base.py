@@ -1,15 +1,28 @@
 """The contract of scorers, what they are told about the segment, and what those that need no pass share.
 
-Letters: L layers, H KV heads, T tokens of the segment, P tokens of the prefix, D head_dim.
+Letters: L layers, H KV heads, G query heads per KV head, T tokens of the segment, P tokens of the prefix, D head_dim, n
+width of the network's states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from kvchat.compress.aggregate import Aggregator
+
+
+class Network(Protocol):
+    """What a scorer may ask of the network beside its passes: see `kvchat.anatomy`."""
+
+    def output_weight(self, layer: int) -> Tensor:
+        """W_o of each query head, (H * G, D, n)."""
+
+    def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
+        """RoPE of (H, q, D) states by (q,) positions, float32; negative ones turn back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +43,31 @@ class Subject:
     """Text to ids, as inside a message."""
     ask: Callable[[tuple[int, ...]], tuple[int, ...]]
     """Ids of a user's message to the whole message with its template tokens and the opening of the reply."""
+    start: int = 0
+    """Position of the first token."""
     keys: Sequence[Tensor] = ()
-    """The segment's exact keys, (H, T, D) a layer."""
+    """The segment's exact keys, (H, T, D) a layer, with their RoPE."""
     values: Sequence[Tensor] = ()
     """Its exact values, as the keys."""
+    aggregate: Aggregator | None = None
+    """How a scorer that observes attention joins what it sees; None: its own way."""
+    network: Network | None = None
+    """The network's parts."""
+    learned: Mapping[str, Tensor] | None = None
+    """Weights that `kvchat fit` made for this scorer and model."""
+    marks: Tensor | None = None
+    """What the gate said of each pair while its token was computed, (L, H, T), NaN where it did not look."""
+
+
+Pass = tuple[int, ...] | range
+"""Token ids to run behind the segment, or tokens of the segment to run once more where they stand."""
 
 
 class Scorer(Protocol):
-    """Scores one segment, once."""
+    """Scores one segment, once. With a method `enter` it also sees what enters attention: `kvchat.cache.ragged`."""
 
-    def passes(self) -> Iterable[tuple[int, ...]]:
-        """Token ids to run on a scratch tail, one pass after the other."""
+    def passes(self) -> Iterable[Pass]:
+        """What to run on a scratch tail, one pass after the other."""
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
         """The tap of those passes: see `kvchat.cache.ragged.Tap`."""
@@ -58,7 +85,7 @@ class Alone:
     def __init__(self, subject: Subject, chunk_size: int) -> None:
         self.subject = subject
 
-    def passes(self) -> Iterator[tuple[int, ...]]:
+    def passes(self) -> Iterator[Pass]:
         """None."""
         return iter(())
 

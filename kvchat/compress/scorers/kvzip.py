@@ -3,7 +3,7 @@
 The segment is repeated in chunks, teacher-forced, after a user's message that asks for it. The hidden states of the
 pass see the whole cache; only the score's softmax is confined to the prefix, the chunk and the pass's own tokens. A
 pair's score is its largest probability over the queries of its group and all rows of the pass, but for rows of
-template tokens.
+template tokens. Asked to join them otherwise (`compress.aggregate`), it makes the probabilities of all rows.
 
 Letters: H KV heads, G query heads per KV head, R rows of a pass, M tokens of the chunk, P tokens of the prefix, D
 head_dim.
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kvchat.attention import has_kernels, log_normaliser
-from kvchat.compress.scorers.base import Subject
+from kvchat.compress.scorers.base import Pass, Subject
+from kvchat.compress.scorers.values import value_share
 
 FIRST = "Repeat the conversation above, word for word."
 LATER = "Repeat, word for word, the part of the conversation above that begins with: "
@@ -33,7 +34,7 @@ class KVzip:
         self._chunk = slice(0, 0)
         self._skipped = torch.empty(0, dtype=torch.int64)
 
-    def passes(self) -> Iterator[tuple[int, ...]]:
+    def passes(self) -> Iterator[Pass]:
         """One request to repeat, with the repetition, per chunk."""
         ids = self.subject.token_ids
         size = even_size(len(ids), self.chunk_size)
@@ -52,11 +53,28 @@ class KVzip:
         """Take the chunk's scores from one layer of the running pass."""
         prefix, chunk = self.subject.prefix_keys[layer], keys[:, self._chunk]
         own = keys[:, keys.shape[1] - query.shape[1] :]
-        self._scores[layer].append(attention_received(query, prefix, chunk, own, self._skipped, scale))
+        if self.subject.aggregate is None:
+            scores = attention_received(query, prefix, chunk, own, self._skipped, scale)
+        else:
+            weights = reconstruction_attention(query, prefix, chunk, own, scale)[:, :, self._counted(query)]
+            scores = self.subject.aggregate(weights, self._share(layer))
+        self._scores[layer].append(scores)
+
+    def _counted(self, query: Tensor) -> Tensor:
+        """Flags (R,) of the rows that count."""
+        counted = torch.ones(query.shape[1], dtype=torch.bool, device=query.device)
+        counted[self._skipped] = False
+        return counted
+
+    def _share(self, layer: int) -> Tensor:
+        """Each head's part of what the chunk's values can add to the states, (H, M)."""
+        assert self.subject.network is not None
+        values = self.subject.values[layer][:, self._chunk]
+        return value_share(values, self.subject.network.output_weight(layer))
 
     def scores(self) -> Tensor:
-        """(L, H, T) float32."""
-        return torch.stack([torch.cat(parts, dim=1) for parts in self._scores])
+        """(L, H, T) float32; zero where logits overflow, of numbers near the dtype's largest."""
+        return torch.stack([torch.cat(parts, dim=1) for parts in self._scores]).nan_to_num(0.0, 0.0, 0.0)
 
 
 def even_size(tokens: int, chunk_size: int) -> int:
@@ -99,12 +117,18 @@ def attention_received_plainly(
     query: Tensor, prefix: Tensor, chunk: Tensor, own: Tensor, skipped: list[int] | Tensor, scale: float
 ) -> Tensor:
     """The definition of `attention_received`: one softmax over prefix, chunk and own keys."""
+    weights = reconstruction_attention(query, prefix, chunk, own, scale)
+    counted = torch.ones(query.shape[1], dtype=torch.bool, device=query.device)
+    counted[skipped] = False
+    return weights[:, :, counted].amax((1, 2))
+
+
+def reconstruction_attention(query: Tensor, prefix: Tensor, chunk: Tensor, own: Tensor, scale: float) -> Tensor:
+    """Probabilities (H, G, R, M) float32 that all rows pay to the chunk's keys; arguments as `attention_received`."""
     groups, rows, past = query.shape[0] // chunk.shape[0], query.shape[1], prefix.shape[1] + chunk.shape[1]
     keys = torch.cat([prefix, chunk, own], dim=1).repeat_interleave(groups, 0).float()
     logits = query.float() @ keys.mT * scale
     hidden = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
     logits[:, :, past:] = logits[:, :, past:].masked_fill(hidden, -torch.inf)
     weights = logits.softmax(-1)[:, :, prefix.shape[1] : past]
-    counted = torch.ones(rows, dtype=torch.bool, device=query.device)
-    counted[skipped] = False
-    return weights[:, counted].amax(1).view(chunk.shape[0], groups, -1).amax(1)
+    return weights.view(len(chunk), groups, rows, -1)

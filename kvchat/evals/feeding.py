@@ -1,0 +1,65 @@
+"""A case fed to a conversation as a chat would feed it, and what of it stands in memory when a question comes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import closing, contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
+
+from kvchat.config import Config
+from kvchat.engine import Engine
+from kvchat.evals.baselines import held_bytes
+from kvchat.evals.cases import Case, Question, asked
+from kvchat.evals.rescoring import OneShot
+from kvchat.events import Notice
+from kvchat.pool import new_pool
+from kvchat.residence import Residence
+from kvchat.session import Conversation
+from kvchat.store import Store
+
+Make = Callable[[Store, Engine, Config, Executor], Residence]
+"""What makes the residence of a conversation."""
+
+
+@contextmanager
+def new_conversation(engine: Engine, config: Config, make: Make) -> Iterator[Conversation]:
+    """An empty conversation whose KV is such a residence; its store is a temporary one."""
+    with (
+        tempfile.TemporaryDirectory(prefix="kvchat-eval-") as folder,
+        new_pool() as pool,
+        closing(Store(Path(folder) / "eval.db")) as store,
+    ):
+        info = store.create_session("eval", engine.model.name, engine.model.fingerprint)
+        yield Conversation(info, store, engine, make(store, engine, config, pool))
+
+
+def feed(conversation: Conversation, case: Case, heed: Callable[[Notice], None], step: int) -> Iterator[Question]:
+    """Feed the case, `step` turns at a time as a chat would, and yield each question when its turn has come."""
+    conversation.begin(case.system)
+    fed, stops = 0, sorted({question.asked_after for question in case.questions})
+    for number in sorted({*range(step, stops[-1], step), *stops}):
+        messages = [message for turn in case.turns[fed:number] for message in turn]
+        for event in chain(conversation.append(messages, lambda: False), conversation.finish()):
+            if isinstance(event, Notice):
+                heed(event)
+        fed, questions, residence = number, asked(case, number), conversation.residence
+        with residence.asked(conversation.path) if isinstance(residence, OneShot) else nullcontext():
+            yield from questions
+
+
+def about(question: Question) -> dict[str, object]:
+    """What a result says of its question."""
+    told = {"id": question.id, "kind": question.kind, "after": question.asked_after}
+    return told | {"distance": question.asked_after - question.evidence, "corrected": question.corrected}
+
+
+def holding(residence: Residence) -> dict[str, float]:
+    """What stands for the history: tokens, and the fractions of all pairs and of the exact KV's bytes."""
+    cache, model = residence.cache, residence.engine.model
+    kept = cache.num_sealed_rows + cache.tail_length * model.pairs_per_token
+    pairs = kept / (cache.num_seen * model.pairs_per_token)
+    nbytes = held_bytes(residence) / (cache.num_seen * model.bf16_bytes_per_token)
+    return {"history": cache.num_seen, "pairs": round(pairs, 5), "bytes": round(nbytes, 5)}

@@ -1,0 +1,164 @@
+"""The sections of the settings: what can be set, its default, and what values it may have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+
+
+class Section(BaseModel):
+    """One table of config.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which model, and how it runs."""
+
+    name: str = ""
+    """Hugging Face id, folder, GGUF file or `smollm2-135m`; empty = the built-in model."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str = "auto"
+    attention: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
+    residence: Literal["auto", "encoded", "decoded"] = "auto"
+    """How sealed KV lies in memory: as its codec wrote it and attention reads it, or as plain numbers; auto = encoded
+    where a kernel reads it (CUDA with Triton)."""
+    prefill_chunk_size: int = Field(default=1024, ge=16)
+    """Tokens of one forward pass while prefilling; progress and stop are seen between passes."""
+
+
+class StoreConfig(Section):
+    """Where conversations lie."""
+
+    path: str = ""
+    """The SQLite file; empty = `sessions/kvchat.db` of a checkout, else the platform's data folder."""
+    disk_budget: ByteSize = Field(default=ByteSize(0), ge=0)
+    """Most bytes of the database in use, as in "20GiB"; 0 or empty = no limit."""
+    min_free: ByteSize = Field(default=ByteSize(1 << 30), ge=0)
+    """Bytes of the disk that stay free, as in "1GiB"; 0 or empty = none. A turn of 8000 tokens with a model of 8
+    billion weights takes half a gibibyte in 8 bits, and as much again in the log until that is folded in."""
+
+    @field_validator("disk_budget", "min_free", mode="before")
+    @classmethod
+    def _empty_is_none(cls, size: Any) -> Any:
+        return size or 0
+
+
+OBSERVING = ("kvzip", "kvzip+", "snapkv", "rkv")
+"""Scorers whose score is joined from the attention of several rows."""
+SCORER_NAMES = (*OBSERVING, *("expected_attention", "gate", "kvp", "keydiff", "knorm", "lagkv", "streaming", "random"))
+"""Names of `kvchat.compress.scorers.SCORERS`."""
+
+
+class CompressConfig(Section):
+    """What is kept of a sealed segment."""
+
+    scorer: str = "kvzip"
+    """One of SCORER_NAMES, or "module:name" of another package's."""
+    aggregate: Literal["own", "mean", "max", "lifted", "defensive"] = "own"
+    """How a scorer that observes attention joins what it sees: its own way or `kvchat.compress.aggregate`'s."""
+    allocate: Literal["global", "layer", "uniform", "pyramid", "coverage", "evolved"] = "global"
+    """How pairs of different layers and heads compare: see `kvchat.compress.order`."""
+    coverage: float = Field(default=0.95, gt=0, le=1)
+    """With `allocate` "coverage": the part of a segment's score mass that is held, in place of `keep_ratio`."""
+    learned: str = ""
+    """Folder of what `kvchat fit` and `kvchat tune` found; empty = `learned` beside the sessions."""
+    keep_ratio: float = Field(default=0.5, gt=0, le=1)
+    """Fraction of the KV pairs of older segments held in memory; the store keeps all while it has room."""
+    budget: Literal["session", "segment"] = "session"
+    """Whether `keep_ratio` is meant of all older segments together, the best chunks first, or of each."""
+    answer_rows: int = Field(default=0, ge=0)
+    """Most rows a head that the current turn takes in memory while it is answered, 256 or more; 0 = all."""
+    recent_tokens: int = Field(default=1024, ge=0)
+    """Segments with one of the newest so many tokens hold all their pairs."""
+    segment_min: int = Field(default=512, ge=1)
+    """Turns are joined until a segment has this many tokens."""
+    num_sink_tokens: int = Field(default=4, ge=0)
+    protect: Literal["prefix", "template"] = "prefix"
+    """What is never evicted: system prompt and sinks, or every token of the chat template too."""
+    score_chunk: int = Field(default=2000, ge=16)
+    """Tokens that one reconstruction pass of KVzip repeats."""
+    rank_chunks: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+    """Cumulative fractions at which a segment's ranking is cut; `keep_ratio` is added to them."""
+
+    @property
+    def method(self) -> str:
+        """How new segments are ranked, which is part of their names."""
+        how = self.scorer if self.aggregate == "own" else f"{self.scorer}.{self.aggregate}"
+        return how if self.allocate == "global" else f"{how}-{self.allocate}"
+
+    @field_validator("scorer")
+    @classmethod
+    def _named(cls, name: str) -> str:
+        if name not in SCORER_NAMES and not re.fullmatch(r"[\w.]+:\w+", name, re.ASCII):
+            raise ValueError(f"must be one of {', '.join(SCORER_NAMES)}, or module:name")
+        return name
+
+    @field_validator("answer_rows")
+    @classmethod
+    def _has_room(cls, rows: int) -> int:
+        if 0 < rows < 256:
+            raise ValueError("must be 0, for no limit, or at least 256")
+        return rows
+
+    @field_validator("rank_chunks")
+    @classmethod
+    def _ascending(cls, cuts: tuple[float, ...]) -> tuple[float, ...]:
+        if list(cuts) != sorted(set(cuts)) or not cuts or cuts[0] <= 0 or cuts[-1] != 1.0:
+            raise ValueError("must rise strictly from above 0 to 1.0")
+        if len(cuts) > 32:
+            raise ValueError("has more than 32 cuts")
+        return cuts
+
+
+CODEC_NAMES = (
+    "raw",
+    *(f"k{keys}v{values}" for keys in (8, 4, 3, 2) for values in (8, 4, 3, 2) if keys >= values),
+    *("eb2", "eb5", "eb10", "eb20"),
+)
+"""Names of `kvchat.codecs.CODECS`: k and v with the bits of keys and values, of which keys never have fewer, because
+their errors cost more; or eb with the step of quantisation, in percent of the range of what is quantised together."""
+
+
+def without_repeats(names: Sequence[str]) -> tuple[str, ...]:
+    """Codecs by rank without repeating the last, which serves all further chunks."""
+    kept = list(names)
+    while kept[-2:] == [kept[-1]] * 2:
+        kept.pop()
+    return tuple(kept)
+
+
+class CodecConfig(Section):
+    """How sealed KV is written down."""
+
+    name: str | tuple[str, ...] = "k8v8"
+    """One of CODEC_NAMES, or one for each entry of `compress.rank_chunks`; the last serves all further entries."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _known(cls, name: Any) -> Any:
+        names = [name] if isinstance(name, str) else name
+        if not isinstance(names, list | tuple) or not names or not all(one in CODEC_NAMES for one in names):
+            raise ValueError(f"must be one of {', '.join(CODEC_NAMES)}, or a list of them")
+        return name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name, or each of them."""
+        return (self.name,) if isinstance(self.name, str) else self.name
+
+
+class GenerateConfig(Section):
+    """Sampling of an answer; `temperature` 0 is greedy."""
+
+    max_new_tokens: int = Field(default=512, ge=1)
+    temperature: float = Field(default=0.7, ge=0, le=100)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 = off."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=0.1, le=10)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
