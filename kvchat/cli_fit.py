@@ -65,9 +65,9 @@ def gate(
 def kvp(
     flags: FitFlags,
     files: Files = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps, of one segment each.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Steps, of one segment each.")] = 300,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden units of each head's policy.")] = 64,
-    rate: Annotated[float, typer.Option(min=0, help="Learning rate.")] = 1e-3,
+    rate: Annotated[float, typer.Option(min=0, help="Learning rate.")] = 3e-3,
     drawn: Annotated[bool, typer.Option("--drawn", help="Estimate gradients from orders drawn, as the paper.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the held-out figures to this file, as in kvp.png.")] = None,
     seed: Seed = 0,

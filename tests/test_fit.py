@@ -31,7 +31,7 @@ from kvchat.fitting.figures import KEEPS, correlations, retained, spearman
 from kvchat.fitting.fit import Fitted, Fitting
 from kvchat.fitting.policies import Plan
 from kvchat.fitting.small import Shape
-from kvchat.learned import load_weights
+from kvchat.learned import SHIPPED, load_weights
 from kvchat.model import Model
 from kvchat.store import Store
 from tests.test_eval import case
@@ -485,3 +485,15 @@ def test_mistakes_are_one_line(run: Any, file: Path) -> None:
     assert "cannot be held out" in line("kvp", str(file), str(file), "--held-out", "2")
     assert "no store" in line("kvp", "--session", "trip")
     assert "No such file" in line("kvp", "nowhere.json")
+
+
+@pytest.mark.weights
+def test_weights_for_the_builtin_model_come_with_the_package(builtin_model: Model, config: Config) -> None:
+    model, width = builtin_model, builtin_model.network.config.hidden_size
+    shape = (model.num_key_value_heads, 9, model.head_dim)
+    gate, own = (load_weights(model, kind, config.compress) for kind in ("gate", "kvp"))
+    network = Anatomy(model)
+    for layer in (0, model.num_hidden_layers - 1):
+        assert Gate(gate)(layer, random(9, width)).shape == shape[:2]
+        assert Policies(own)(layer, random(*shape), random(*shape, seed=1), 50, network.rotate).isfinite().all()
+    assert all(file.stat().st_size < 2e6 for file in SHIPPED.iterdir())

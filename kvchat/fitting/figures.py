@@ -48,10 +48,10 @@ def _ranks(values: Tensor) -> Tensor:
 
 def correlations(segments: Sequence[Segment], weights: Mapping[str, Tensor]) -> Row:
     """Of a gate with KVzip: over all pairs of a segment, and within a head; means over segments."""
-    gate, pairs, heads = Gate(weights), list[float](), list[float]()
+    gate, pairs, heads = Gate({name: part.cpu() for name, part in weights.items()}), list[float](), list[float]()
     for segment in segments:
         free, target = segment.candidates, segment.tensor("kvzip")
-        told = torch.stack([gate(layer, segment.tensor("states", layer)).cpu() for layer in range(len(target))])
+        told = torch.stack([gate(layer, segment.tensor("states", layer)) for layer in range(len(target))])
         told, target = told[:, :, free], target[:, :, free]
         pairs.append(spearman(told.flatten(), target.flatten()))
         each = zip(told.flatten(0, 1), target.flatten(0, 1), strict=True)

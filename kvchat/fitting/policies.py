@@ -40,12 +40,17 @@ HALF = 6e4
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How policies are fitted. The paper's: 4000 steps of 256 units with rate 5e-5, from drawn orders."""
+    """How policies are fitted. The paper's: 4000 steps of 256 units with rate 5e-5, from drawn orders.
 
-    steps: int = 600
+    So many units are 1.6 MB for the built-in model. Measured on it, one conversation learned from and 60 steps: 0.2 and
+    0.5 of the pairs retain 0.697 and 0.876 of the later attention by the exact gradient, 0.676 and 0.858 by drawn
+    orders, which takes half as long again.
+    """
+
+    steps: int = 300
     hidden: int = 64
-    rate: float = 1e-3
-    decay: float = 1e-2
+    rate: float = 3e-3
+    decay: float = 0.1
     drawn: bool = False
     """Estimate the gradient from orders drawn, as the paper does."""
     seed: int = 0

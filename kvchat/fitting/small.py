@@ -1,7 +1,8 @@
 """The small gate of Fast KVzip (arXiv 2601.17668): binary cross entropy against KVzip's scores themselves.
 
 A layer at a time, since layers share nothing: a stopped fit goes on at the layer where it was. AdamW in place of the
-paper's SGD, which wants ten times as many steps.
+paper's SGD, which wants ten times as many steps. It wants much text: from 3700 tokens of one conversation its rank
+correlation with KVzip on others is 0.74 for the built-in model (0.90 on its own), where ridge has 0.82 (0.87).
 
 Letters: L layers, H KV heads, G query heads per KV head, n width of the states, N tokens, R rank, S sinks.
 """
