@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvchat.cli_store import Name, open_store, print_json
 from kvchat.flags import Json, StoreFlags, assignment, command
 
+if TYPE_CHECKING:
+    from kvchat.store import SessionInfo, Store
+
 app = typer.Typer()
 
 
-@app.command()
+@app.command("set")
 @command
-def set(
+def change(
     flags: StoreFlags,
     name: Name,
     values: Annotated[
@@ -26,20 +30,27 @@ def set(
 
     New turns are kept as they say; what is held of older ones follows when the session is opened.
     """
-    from kvchat.locks import SessionLock
-
     given = dict(assignment(text) for text in values or ())
     with open_store(flags) as store:
         info = store.session(name)
-        own = {key: value for key, value in {**info.settings, **given}.items() if value != ""}
-        if given:
-            lock = SessionLock(store.file, info.id, info.name)
-            try:
-                flags.settings().for_session(own)
-                store.set_settings(info.id, own)
-            finally:
-                lock.release()
+        own = _changed(flags, store, info, given) if given else info.settings
     if as_json:
         print_json(own)
     else:
         print("\n".join(f"{key}={value}" for key, value in sorted(own.items())) or f"{name} has no settings of its own")
+
+
+def _changed(flags: StoreFlags, store: Store, info: SessionInfo, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Store other settings of a session that is not open; what it has then."""
+    from kvchat.locks import SessionLock
+
+    lock = SessionLock(store.file, info.id, info.name)
+    try:
+        before = store.session(info.name, info.id).settings  # as they are now that nobody else can change them
+        own = {key: value for key, value in {**before, **given}.items() if value != ""}
+        if set(own) - set(before) or any(own[key] != before.get(key) for key in own):
+            flags.settings().for_session(own)
+        store.set_settings(info.id, own)
+    finally:
+        lock.release()
+    return own

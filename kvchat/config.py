@@ -7,7 +7,7 @@ An unknown key is an error that names the known ones. Nothing else in the packag
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,11 +127,21 @@ class Config(BaseSettings):
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from None
 
-    def for_session(self, settings: Mapping[str, Any]) -> Config:
-        """These settings with a session's own on top, but for those that were set for this run. Raises ConfigError."""
+    def for_session(self, settings: Mapping[str, Any], now: Collection[str] = ()) -> Config:
+        """These settings with a session's own on top, but for those that were set for this run; `now`: later than that.
+
+        Raises:
+            ConfigError: one of them is wrong, or cannot be a session's own.
+        """
         if others := [key for key in settings if key.partition(".")[0] not in OF_SESSIONS]:
             raise ConfigError(f"{others[0]} cannot be set for one session; settings of {', '.join(OF_SESSIONS)} can")
-        return self.replaced({key: value for key, value in settings.items() if key not in self._given})
+        whole = self.replaced(settings)  # whether they go together, whatever is set for this run
+        if ":" in whole.compress.scorer and whole.compress.scorer != self.compress.scorer:
+            raise ConfigError(
+                f"compress.scorer {whole.compress.scorer!r} is code, which no session brings along: set it in "
+                "config.toml, a variable or with --set"
+            )
+        return self.replaced({key: value for key, value in settings.items() if key not in self._given or key in now})
 
     @property
     def store_path(self) -> Path:

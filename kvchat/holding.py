@@ -21,6 +21,7 @@ from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import OutOfMemory, StoreError
 from kvchat.events import Notice
+from kvchat.learned import version
 from kvchat.loading import Resident
 from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver
@@ -125,10 +126,15 @@ class Holding:
     def configure(self, config: Config, path: Sequence[Message]) -> None:
         """Go on with other settings of `compress` and `codec`. Raises ConfigError, InputError; nothing changes then."""
         require(self.engine.model, config.compress)
-        self.config = self.saver.config = config
-        self.cache.marks = marks_for(self.engine.model, config.compress)
+        self._adopt(config)
         if self._load_s is not None:
             self.hold(path)
+
+    def _adopt(self, config: Config) -> None:
+        """Rank new segments as `config` says, which `require` has passed."""
+        self.config, model = config, self.engine.model
+        self.cache.marks = marks_for(model, config.compress)
+        self.saver.method = config.compress.method(version(model, config.compress))
 
     # -- when memory runs out ----------------------------------------------------------------------------------------
 

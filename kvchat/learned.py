@@ -4,13 +4,14 @@ Files lie in one folder, named by the model's weights and architecture: what ser
 comes with the package is used where the folder has nothing.
 
     KEY-gate.safetensors, KEY-kvp.safetensors    tensors by name
-    KEY-budgets.json                             {scorer: {keep: [the share of each layer, mean 1]}}
+    KEY-budgets.json                             {NAME or NAME.AGGREGATE: {keep: [the share of each layer, mean 1]}}
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
@@ -47,14 +48,27 @@ def weights_path(model: Model, kind: Kind, config: CompressConfig) -> Path:
     return folder(config) / f"{key(model)}-{kind}.safetensors"
 
 
+def _found(model: Model, kind: Kind, config: CompressConfig) -> Path:
+    """The user's own file, or else the one that comes with the package."""
+    own = weights_path(model, kind, config)
+    return own if own.exists() else SHIPPED / own.name
+
+
+def version(model: Model, config: CompressConfig) -> str:
+    """What stands for all that was learned and decides a ranking: segments of another one do not compare."""
+    files = [_found(model, KINDS[config.scorer], config)] if config.scorer in KINDS else []
+    files += [shares_path(model, config)] if config.allocate == "evolved" else []
+    parts = [blake2b(file.read_bytes(), digest_size=4).hexdigest() for file in files if file.exists()]
+    return "".join(parts)
+
+
 def load_weights(model: Model, kind: Kind, config: CompressConfig) -> dict[str, Tensor]:
     """Weights of a learned scorer, on the model's device.
 
     Raises:
         InputError: there are none, or they cannot be read.
     """
-    own = weights_path(model, kind, config)
-    path = own if own.exists() else SHIPPED / own.name
+    path = _found(model, kind, config)
     if not path.exists():
         raise InputError(f"no {kind} was fitted for {model.name}: run `kvchat fit`, or choose another compress.scorer")
     try:
@@ -72,17 +86,22 @@ def save_weights(model: Model, kind: Kind, config: CompressConfig, weights: Mapp
     return path
 
 
+def shares_path(model: Model, config: CompressConfig) -> Path:
+    """Where layers' shares are written."""
+    return folder(config) / f"{key(model)}-{SHARES}.json"
+
+
 def load_shares(model: Model, config: CompressConfig) -> list[float]:
     """The layers' shares found for the scorer, at the nearest `keep_ratio`.
 
     Raises:
         InputError: none were found, or the file cannot be read.
     """
-    found = _budgets(folder(config) / f"{key(model)}-{SHARES}.json").get(config.scorer)
+    found = _budgets(shares_path(model, config)).get(config.scored_by)
     if not found:
         raise InputError(
-            f"no layer budgets were searched for {config.scorer} on {model.name}: run `kvchat tune`, or choose another "
-            "compress.allocate"
+            f"no layer budgets were searched for {config.scored_by} on {model.name}: run `kvchat tune`, or choose "
+            "another compress.allocate"
         )
     nearest = min(found, key=lambda keep: abs(float(keep) - config.keep_ratio))
     if len(found[nearest]) != model.num_hidden_layers:
@@ -92,9 +111,9 @@ def load_shares(model: Model, config: CompressConfig) -> list[float]:
 
 def save_shares(model: Model, config: CompressConfig, shares: Sequence[float]) -> Path:
     """Write the shares found for the scorer and `keep_ratio`, beside those for others. Raises InputError, OSError."""
-    path = folder(config) / f"{key(model)}-{SHARES}.json"
+    path = shares_path(model, config)
     budgets = _budgets(path)
-    budgets.setdefault(config.scorer, {})[f"{config.keep_ratio:g}"] = [round(share, 6) for share in shares]
+    budgets.setdefault(config.scored_by, {})[f"{config.keep_ratio:g}"] = [round(share, 6) for share in shares]
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path, force=True) as file:
         file.write(json.dumps(budgets, indent=1).encode())

@@ -34,7 +34,7 @@ from kvchat.memory import twice
 from kvchat.pool import submit
 from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver, Saving, sealed_layers
-from kvchat.sealing import marks_for, rank_turns, read_header, require
+from kvchat.sealing import rank_turns, read_header, require
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
@@ -63,13 +63,12 @@ class Residence(Holding):
         require(engine.model, config.compress)
         self.store = store
         self.engine = engine
-        self.config = config
         self.cache = engine.new_cache()
-        self.cache.marks = marks_for(engine.model, config.compress)
         self.pool = pool
         self.tiers = Tiers(self.cache, store.readings, pool)
         self.fingerprint = fingerprint_id(engine.model.fingerprint)
-        self.saver = Saver(store, config, self.fingerprint, session_id, pool)
+        self.saver = Saver(store, self.fingerprint, session_id, pool)
+        self._adopt(config)
         self.waiting: list[tuple[SegmentRecord, int]] = []
         """Open segments that cover parts of the tail, each with one past the last position that is in use."""
         self.num_computed = 0
@@ -332,6 +331,7 @@ class Residence(Holding):
         """Score, rank and read one segment, and its record: with codec raw, if its own cannot write it."""
         begun, compress = time.perf_counter(), self.config.compress
         ranking, cuts = yield from rank_turns(self.engine, self.cache, path, first, last, compress)
+        ranking = replace(ranking, method=record.scorer)
         keys, values = self.cache.tail(record.start, record.end)
         codecs = codecs_for(cuts, compress.rank_chunks, record.codec.split(","))
         try:

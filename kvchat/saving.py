@@ -23,7 +23,6 @@ from kvchat.codecs import SegmentHeader
 from kvchat.codecs.codec import Tensors
 from kvchat.codecs.coded import coded_planes
 from kvchat.codecs.encode import Reading, Taken, pack_frame
-from kvchat.config import Config
 from kvchat.engine import Stop
 from kvchat.errors import OutOfMemory, StoreError
 from kvchat.events import Notice
@@ -103,14 +102,15 @@ class Saver:
     """Puts segments of one conversation into the store, in the order in which they were made.
 
     Args:
-        store, config, pool: as for `Residence`.
+        store, pool: as for `Residence`.
         fingerprint: of the model.
         session_id: the session that gives way last when the disk is full; None: it is as any other.
     """
 
-    def __init__(self, store: Store, config: Config, fingerprint: str, session_id: int | None, pool: Executor) -> None:
+    def __init__(self, store: Store, fingerprint: str, session_id: int | None, pool: Executor) -> None:
         self._store = store
-        self.config = config
+        self.method = ""
+        """How new segments are ranked."""
         self._fingerprint = fingerprint
         self._session_id = session_id
         self._pool = pool
@@ -135,7 +135,7 @@ class Saver:
 
     def record(self, kind: Kind, codec: str, messages: Sequence[Message], start: int) -> SegmentRecord:
         """A segment of these messages still without header; the first of its tokens stands at `start`."""
-        scorer = self.config.compress.method if kind == "sealed" else ""
+        scorer = self.method if kind == "sealed" else ""
         identity = segment_id(self._fingerprint, kind, scorer, codec, messages[0].id, messages[-1].id)
         end = start + sum(len(message.token_ids) for message in messages)
         ids = tuple(message.id for message in messages)

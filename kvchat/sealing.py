@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvchat.anatomy import Anatomy
+from kvchat.anatomy import Anatomy, attentions
 from kvchat.cache.marks import Marks
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
@@ -20,6 +20,7 @@ from kvchat.compress.aggregate import AGGREGATORS
 from kvchat.compress.compressor import rank
 from kvchat.compress.gates import Gate
 from kvchat.compress.order import ORDERS, by_shares, coverage_cut, ordered
+from kvchat.compress.policies import Policies
 from kvchat.compress.scorers import Scorer, Subject, find_scorer
 from kvchat.engine import Engine
 from kvchat.errors import CorruptFrame
@@ -29,6 +30,11 @@ from kvchat.model import Model
 from kvchat.sections import CompressConfig
 from kvchat.store import Message, SegmentRecord
 from kvchat.template import ChatTemplate
+
+LOOKING = frozenset({"kvzip+", "expected_attention", "gate", "kvp"})
+"""Scorers that ask for parts of the network."""
+SHARING = frozenset({"lifted", "defensive"})
+"""Aggregates that do."""
 
 
 def rank_turns(
@@ -40,10 +46,21 @@ def rank_turns(
     """
     subject = describe(engine.model.template, cache, path, first, last, config)
     scores = yield from score(engine, cache, subject, config)
-    order = ordered(scores, subject.protected, way(engine.model, config))
+    return ranked(scores, subject.protected, cache.tail_start, config, way(engine.model, config))
+
+
+def ranked(
+    scores: Tensor, protected: Sequence[bool], start: int, config: CompressConfig, compare: Callable[[Tensor], Tensor]
+) -> tuple[Ranking, list[float]]:
+    """A segment's ranking by scores (L, H, T), and the cumulative fractions at which it is cut.
+
+    Args:
+        protected: T flags. start: position of the first token.
+        compare: how pairs of different layers and heads compare; see `way`.
+    """
+    order = ordered(scores, protected, compare)
     cuts = cuts_of(config) if config.allocate != "coverage" else cuts_of(config, coverage_cut(order, config.coverage))
-    ranking = rank(order, subject.protected, cuts, cache.tail_start)
-    return replace(ranking, method=config.method), cuts
+    return rank(order, protected, cuts, start), cuts
 
 
 def score(
@@ -61,14 +78,18 @@ def score(
 
 def marks_for(model: Model, config: CompressConfig) -> Marks | None:
     """What asks the model's gate while tokens are computed, if that is the scorer. Raises InputError."""
-    return Marks(Gate(load_weights(model, "gate", config))) if config.scorer == "gate" else None
+    if config.scorer != "gate":
+        return None
+    weights = load_weights(model, "gate", config)
+    return Marks(Gate(weights), weights)
 
 
 def _learned(model: Model, cache: SegmentedCache, subject: Subject, config: CompressConfig) -> dict[str, Any]:
     """What a learned scorer is told beside the rest."""
     if config.scorer not in KINDS:
         return {}
-    told: dict[str, Any] = {"learned": load_weights(model, KINDS[config.scorer], config)}
+    known = cache.marks.weights if cache.marks else None
+    told: dict[str, Any] = {"learned": known or load_weights(model, KINDS[config.scorer], config)}
     if config.scorer == "gate":
         blank = torch.full([len(subject.keys), *subject.keys[0].shape[:2]], torch.nan, device=model.device)
         end = subject.start + len(subject.token_ids)
@@ -88,7 +109,10 @@ def require(model: Model, config: CompressConfig) -> None:
     find_scorer(config.scorer)
     way(model, config)
     if config.scorer in KINDS:
-        load_weights(model, KINDS[config.scorer], config)
+        weights = load_weights(model, KINDS[config.scorer], config)
+        Gate(weights) if config.scorer == "gate" else Policies(weights)
+    if config.scorer in LOOKING or config.aggregate in SHARING:
+        attentions(model)
 
 
 def read_header(record: SegmentRecord, model: Model) -> SegmentHeader:

@@ -85,15 +85,19 @@ class CompressConfig(Section):
     """Cumulative fractions at which a segment's ranking is cut; `keep_ratio` is added to them."""
 
     @property
-    def method(self) -> str:
-        """How new segments are ranked, which is part of their names."""
-        how = self.scorer if self.aggregate == "own" else f"{self.scorer}.{self.aggregate}"
+    def scored_by(self) -> str:
+        """What decides the scores: NAME or NAME.AGGREGATE."""
+        return self.scorer if self.aggregate == "own" else f"{self.scorer}.{self.aggregate}"
+
+    def method(self, version: str = "") -> str:
+        """How new segments are ranked, which is part of their names; `version` is of what was learned for that."""
+        how = f"{self.scored_by}@{version}" if version else self.scored_by
         return how if self.allocate == "global" else f"{how}-{self.allocate}"
 
     @field_validator("scorer")
     @classmethod
     def _named(cls, name: str) -> str:
-        if name not in SCORER_NAMES and not re.fullmatch(r"[\w.]+:\w+", name, re.ASCII):
+        if name not in SCORER_NAMES and not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:\w+", name, re.ASCII):
             raise ValueError(f"must be one of {', '.join(SCORER_NAMES)}, or module:name")
         return name
 

@@ -220,7 +220,7 @@ class Conversation:
     def configure(self, settings: Mapping[str, Any], base: Config) -> None:
         """Give the session settings of its own on top of `base`; None takes one away. Old segments stay as ranked."""
         own = {key: value for key, value in {**self.info.settings, **settings}.items() if value is not None}
-        self.residence.configure(base.for_session(own), self.path)
+        self.residence.configure(base.for_session(own, settings), self.path)
         self.store.set_settings(self.info.id, own)
         self.info = replace(self.info, settings=own)
 

@@ -6,7 +6,7 @@ After a turn's last visible token its caller goes on, and the thread seals; what
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
@@ -15,26 +15,24 @@ from pathlib import Path
 from kvchat import probe
 from kvchat.cipher import Key
 from kvchat.config import Config
-from kvchat.download import BUILTIN, is_here
 from kvchat.engine import Engine, Stop
-from kvchat.errors import FingerprintMismatch, InputError, ModelError, SessionExists, SessionNotFound
+from kvchat.engines import Engines, Loader
+from kvchat.errors import ConfigError, FingerprintMismatch, InputError, SessionExists, SessionNotFound
 from kvchat.events import Listener, Notice
 from kvchat.fingerprint import TEXT_FIELDS, fingerprint_difference
 from kvchat.handle import Session
 from kvchat.jobs import MEND_AFTER_S, SAVE_AFTER_S, Jobs, Owner, failure_notice
 from kvchat.locks import SessionLock, held_elsewhere, kept_closed
-from kvchat.model import Model, load
+from kvchat.model import load
 from kvchat.pool import new_pool
 from kvchat.portable import read_manifest, take_in
 from kvchat.recode import recode
 from kvchat.residence import Residence
-from kvchat.sections import ModelConfig
+from kvchat.sealing import require
 from kvchat.session import Conversation
 from kvchat.shed import Allowance
 from kvchat.store import SearchHit, SessionInfo, Store
 from kvchat.tiers import would_hold
-
-Loader = Callable[[ModelConfig, Listener], Model]
 
 PROBE_AFTER_S = 10.0
 """Further seconds after which the probe's answer is recorded: nobody waits, and a chat that goes on pays nothing."""
@@ -60,9 +58,8 @@ class Worker:
         self._open: dict[int, tuple[Conversation, int]] = {}
         chores = [(SAVE_AFTER_S, self._save), (MEND_AFTER_S, self._mend), (PROBE_AFTER_S, self._probe)]
         self.jobs = Jobs(listener, chores)
-        self._load = loader
         self._locks: dict[int, SessionLock] = {}
-        self._engines: dict[str, Engine] = {}
+        self._engines = Engines(config.model, loader, self.jobs.tell)
         self._pool = new_pool()
         # The thread ends with the process: whatever is still to be saved must be saved before.
         atexit.register(self.close)
@@ -201,8 +198,9 @@ class Worker:
             return conversation
         self._save()  # it may share messages with one that is open
         if info is None:
-            engine = self._engine(model or self.config.model.name)
+            engine = self._engines.get(model)
             engine.model.template.system(system)  # raises before anything is stored
+            require(engine.model, self.config.compress)
             name = f"{datetime.now():%Y-%m-%d-%H%M%S}" if name is None else name
             try:
                 info = self._store.create_session(name, engine.model.name, engine.model.fingerprint)
@@ -211,7 +209,7 @@ class Worker:
         with self._locked(info) as info:
             if system is not None and info.tip is not None:
                 raise InputError(f"session {info.name!r} has its system prompt already; begin a new one for another")
-            conversation = self._resume(info, self._engine(model or info.model), rebuild)
+            conversation = self._resume(info, self._engines.get(model or info.model), rebuild)
             if info.tip is None:
                 conversation.begin(system)
         self._open[info.id] = (conversation, 1)
@@ -230,7 +228,7 @@ class Worker:
 
     def _take_in(self, file: Path, name: str | None, model: str | None, rebuild: bool) -> Conversation:
         manifest = read_manifest(file)
-        loaded = self._engine_for(manifest.model, model).model
+        loaded = self._engines.for_file(manifest.model, model).model
         differing = fingerprint_difference(manifest.fingerprint, loaded.fingerprint)
         if differing:
             made = f"{file} was made with {manifest.model}; {loaded.name} as it is loaded now differs in "
@@ -244,13 +242,6 @@ class Worker:
         except BaseException:
             self._store.delete(name, info.id)
             raise
-
-    def _engine_for(self, named: str, model: str | None) -> Engine:
-        """`model`, or else the model that a file names, if that is on this machine, or else the configured one."""
-        if model is None and is_here(named):
-            with suppress(ModelError):
-                return self._engine(named)
-        return self._engine(model or self.config.model.name)
 
     def _find(self, name: str | None, create: bool) -> SessionInfo | None:
         if name is None:
@@ -275,16 +266,16 @@ class Worker:
 
     def _make(self, info: SessionInfo, engine: Engine) -> Conversation:
         self._store.require_sound(info.name, info.tip)
-        config = self.config.for_session(info.settings)
-        return Conversation(info, self._store, engine, Residence(self._store, engine, config, self._pool, info.id))
-
-    def _engine(self, name: str) -> Engine:
-        name = name or BUILTIN
-        if name not in self._engines:
-            settings = self.config.model.model_copy(update={"name": name})
-            engine = Engine(self._load(settings, self.jobs.tell), settings.prefill_chunk_size, settings.residence)
-            self._engines[name] = self._engines.setdefault(engine.model.name, engine)
-        return self._engines[name]
+        try:
+            config = self.config.for_session(info.settings)
+            residence = Residence(self._store, engine, config, self._pool, info.id)
+        except (ConfigError, InputError) as error:
+            if not info.settings:
+                raise
+            own = " ".join(f"{key}=" for key in info.settings)
+            away = f"session {info.name!r} has settings of its own, which `kvchat set {info.name} {own}` takes away"
+            raise ConfigError(f"{error} ({away})") from None
+        return Conversation(info, self._store, engine, residence)
 
     def _rename(self, name: str, new: str) -> None:
         self._store.rename(name, new)

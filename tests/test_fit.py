@@ -60,14 +60,15 @@ def small_weights(layers: int = 2, heads: int = 2, groups: int = 3, rank: int = 
 # -- the gate ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_ridge_gate_is_linear_in_the_states() -> None:
+def test_the_log_of_a_ridge_gate_is_linear_in_the_states() -> None:
     weights, states = {"weight": random(2, 3, 6), "bias": random(2, 3, seed=1)}, random(7, 6, seed=2)
     found = Gate(weights)(1, states)
     assert found.shape == (3, 7) and found.dtype == torch.float32
     for head in range(3):
         for token in range(7):
             told = sum(float(a) * float(b) for a, b in zip(weights["weight"][1, head], states[token], strict=True))
-            assert found[head, token].item() == pytest.approx(told + float(weights["bias"][1, head]), abs=1e-5)
+            log = told + float(weights["bias"][1, head])
+            assert found[head, token].log().item() == pytest.approx(log, abs=1e-5)
 
 
 def test_the_small_gate_is_the_weight_of_a_token_against_its_sinks_with_the_bias_once() -> None:
@@ -134,7 +135,7 @@ def test_kvp_scores_every_layer_by_its_own_weights(tiny_model: Model) -> None:
     found = SCORERS["kvp"](given, 2000).scores()
     for layer in range(3):
         told = Policies(weights)(layer, given.keys[layer], given.values[layer], 40, network.rotate)
-        assert torch.equal(found[layer], told)
+        assert torch.equal(found[layer], told.exp())
 
 
 # -- orders ------------------------------------------------------------------------------------------------------------

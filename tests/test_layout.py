@@ -40,6 +40,7 @@ ORDER = [
         "probe",
         "jobs",
         "handle",
+        "engines",
         "worker",
         "opening",
         "evals",

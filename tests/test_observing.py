@@ -16,7 +16,7 @@ from kvchat.anatomy import Anatomy, watched
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.compress.aggregate import AGGREGATORS, COVERAGE
 from kvchat.compress.compressor import rank
-from kvchat.compress.order import ORDERS, ordered
+from kvchat.compress.order import ORDERS, coverage_cut, ordered
 from kvchat.compress.scorers import SCORERS, Subject
 from kvchat.compress.scorers.expected_attention import AHEAD
 from kvchat.compress.scorers.rkv import ALIKE, IMPORTANCE, OBSERVING
@@ -136,14 +136,14 @@ def test_snapkv_is_the_smoothed_attention_of_the_last_tokens(text: Text, aggrega
             elif aggregate == "lifted":
                 expected = lifted[head]
             else:
-                expected = guaranteed(group.mean(0), lifted[head], max(part.max() for part in lifted))
+                expected = guaranteed(group.mean(0), lifted[head])
             assert np.allclose(ours, expected, atol=1e-5)
         assert (found[layer, :, TOKENS - window :] > found[layer, :, : TOKENS - window].max()).all()
 
 
-def guaranteed(average: Numbers, lifted: Numbers, most: float) -> Numbers:
+def guaranteed(average: Numbers, lifted: Numbers) -> Numbers:
     """The pairs that bring the head to its coverage come first, by their mean; the rest by the worst case."""
-    scores = lifted / (1 + most)
+    scores = lifted / (1 + lifted)
     covered = 1 - average.sum()
     for place, at in enumerate(np.argsort(-average, kind="stable")):
         if covered >= COVERAGE:
@@ -244,6 +244,11 @@ def test_rkv_is_attention_less_what_other_keys_repeat(text: Text) -> None:
         assert np.allclose(found[layer, head, : TOKENS - OBSERVING].numpy(), expected, atol=1e-6)
 
 
+def sound(scores: Tensor) -> bool:
+    """Whether all are numbers, and what is infinite is so to be kept."""
+    return bool((scores > -torch.inf).all())
+
+
 # -- what all of them keep to ------------------------------------------------------------------------------------------
 
 
@@ -282,7 +287,7 @@ def test_every_combination_is_exact_nested_and_keeps_what_is_protected(
 @pytest.mark.parametrize("name", PASSING)
 def test_short_segments_have_scores(name: str, tokens: int) -> None:
     found = Text(tokens=tokens).scores(name)
-    assert found.shape == (3, 2, tokens) and found.isfinite().all()
+    assert found.shape == (3, 2, tokens) and sound(found)
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0, 3e38, -3e38])
@@ -310,7 +315,22 @@ def test_scores_are_finite_whatever_is_observed(name: str, aggregate: str | None
         if hasattr(one, "enter"):
             one.enter(0, torch.full((rows, 8), fill, dtype=torch.bfloat16))
         one.observe(0, query, kv, kv, 0.25)
-    assert one.scores().isfinite().all()
+    assert sound(one.scores())
+
+
+@pytest.mark.parametrize("name", ["snapkv", "rkv"])
+def test_what_a_scorer_keeps_in_any_case_brings_no_mass(text: Text, name: str) -> None:
+    scores = text.scores(name)
+    window = int(scores[0, 0].isinf().sum())
+    assert 0 < window < TOKENS
+    order = ordered(scores, [False] * TOKENS, ORDERS["coverage"])
+    alone = coverage_cut(ORDERS["coverage"](scores[:, :, :-window]), 0.9)
+    expected = alone * (TOKENS - window) / TOKENS + window / TOKENS
+    assert coverage_cut(order, 0.9) == pytest.approx(expected, abs=1e-6)
+    for way in ORDERS.values():
+        kept = rank(ordered(scores, [False] * TOKENS, way), [False] * TOKENS, (window / TOKENS, 1.0), 0)
+        if way is not ORDERS["pyramid"]:
+            assert (kept.chunk_of[:, :, -window:] == 0).all()
 
 
 def test_a_window_is_no_more_than_an_eighth() -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from kvchat import learned
 from kvchat.cli import app
 from kvchat.config import Config
 from kvchat.errors import ConfigError, InputError
@@ -96,7 +98,7 @@ def test_another_way_to_rank_applies_to_new_segments_only(opener: Opener) -> Non
     [
         ("compress.keep_ratio", 7, "less than or equal to 1"),
         ("compress.scorer", "best", "must be one of kvzip"),
-        ("compress.scorer", "no.such:Scorer", "cannot be loaded"),
+        ("compress.scorer", "no.such:Scorer", "is code"),
         ("compress.allocate", "evolved", "kvchat tune"),
         ("compress.scorer", "gate", "kvchat fit"),
         ("model.name", "other", "cannot be set for one session"),
@@ -118,6 +120,69 @@ def test_what_is_set_for_a_run_goes_before_a_sessions_own(opener: Opener) -> Non
     worker.close()
     with opener(compress__keep_ratio=0.7).open("a") as session:
         assert session._conversation.residence.config.compress.keep_ratio == 0.7
+
+
+def test_what_is_set_while_chatting_goes_before_what_was_set_for_the_run(opener: Opener) -> None:
+    with opener(compress__keep_ratio=0.7).open("a") as session:
+        session.configure({"compress.keep_ratio": "0.3"})
+        assert session._conversation.residence.config.compress.keep_ratio == 0.3
+        with pytest.raises(ConfigError, match="keep_ratio"):
+            session.configure({"compress.keep_ratio": "abc"})
+        assert session._conversation.info.settings == {"compress.keep_ratio": "0.3"}
+
+
+def test_weights_of_another_kind_are_refused_before_anything_changes(opener: Opener, tmp_path: Path) -> None:
+    with opener(compress__learned=str(tmp_path)).open("a") as session:
+        before = session._conversation.residence.config
+        for kind in ("gate", "kvp"):
+            learned.save_weights(make_model(), kind, before.compress, {"other": torch.zeros(1)})
+            with pytest.raises(InputError, match=r"other tensors|kvchat fit"):
+                session.configure({"compress.scorer": kind})
+            assert session._conversation.residence.config == before
+        talk(session, 2)
+        assert methods(session) == ["kvzip"] * len(methods(session))
+
+
+def test_a_session_brings_no_code_along(opener: Opener) -> None:
+    with opener().open("a") as session, pytest.raises(ConfigError, match="is code"):
+        session.configure({"compress.scorer": "os:system"})
+    for name in (".os:system", "os.:system", "os:system:x"):
+        with pytest.raises(ConfigError, match=r"compress\.scorer"):
+            opener(compress__scorer=name)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        opener(compress__scorer="no.such:Scorer").open("b")
+
+
+def test_a_scorer_that_cannot_be_used_leaves_no_session(opener: Opener, tmp_path: Path) -> None:
+    worker = opener(compress__scorer="gate", compress__learned=str(tmp_path / "none"))
+    with pytest.raises(InputError, match="kvchat fit"):
+        worker.open("fresh")
+    assert worker.sessions() == []
+
+
+def test_settings_that_can_no_longer_be_used_say_how_to_take_them_away(opener: Opener, tmp_path: Path) -> None:
+    worker = opener()
+    worker.open("a").close()
+    worker.jobs.call(lambda: worker._store.set_settings(1, {"compress.scorer": "gate"}))
+    worker.close()
+    with pytest.raises(ConfigError, match=r"kvchat set a compress\.scorer="):
+        opener(compress__learned=str(tmp_path / "none")).open("a")
+    result = CliRunner().invoke(app, ["set", "a", "compress.scorer=", "--store", str(opener.path)], obj={})
+    assert "no settings" in result.output
+    opener().open("a").close()
+
+
+def test_segments_of_other_weights_have_other_names(opener: Opener, tmp_path: Path) -> None:
+    config = opener(compress__learned=str(tmp_path)).config.compress.model_copy(update={"scorer": "gate"})
+    names = []
+    for seed in (1, 2):
+        source = torch.Generator().manual_seed(seed)
+        weights = {"weight": torch.randn(3, 2, 64, generator=source) / 9, "bias": torch.randn(3, 2, generator=source)}
+        learned.save_weights(make_model(), "gate", config, weights)
+        with opener(compress__learned=str(tmp_path), compress__scorer="gate").open(f"s{seed}") as session:
+            talk(session, 2)
+            names += [*dict.fromkeys(methods(session))]
+    assert len(set(names)) == 2 and all(name.startswith("gate@") for name in names)
 
 
 def test_the_command_shows_and_changes_them(opener: Opener) -> None:

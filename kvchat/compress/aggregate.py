@@ -13,7 +13,9 @@ COVERAGE = 0.9
 """DefensiveKV: pairs that bring a head to this much of its attention, with what is kept anyway, come before others."""
 
 Aggregator = Callable[[Tensor, Tensor], Tensor]
-"""Probabilities (H, G, R, M), whose rows sum to at most 1, and a weight (H, M) of each value, to scores (H, M)."""
+"""Probabilities (H, G, R, M), whose rows sum to at most 1, and a weight (H, M) of each value, to scores (H, M).
+
+Heads do not look at each other, so they may be given one by one."""
 
 
 def mean(weights: Tensor, share: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def defensive(weights: Tensor, share: Tensor) -> Tensor:
     places.scatter_(1, order, (before < COVERAGE).to(average.dtype))
     scores = lifted(weights, share)
     ahead = 1 + _fractions(order)
-    return ahead.to(scores.dtype).where(places.bool(), scores / (1 + scores.amax()))
+    return ahead.to(scores.dtype).where(places.bool(), scores / (1 + scores))
 
 
 def _fractions(order: Tensor) -> Tensor:

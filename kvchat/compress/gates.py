@@ -33,7 +33,7 @@ class Form(Protocol):
 
 
 class Ridge:
-    """One matmul a layer; scores are log scores.
+    """One matmul a layer, whose exponential is the score.
 
     Args:
         weights: `weight` (L, H, n) and `bias` (L, H).
@@ -46,6 +46,10 @@ class Ridge:
 
     def __call__(self, layer: int, states: Tensor) -> Tensor:
         """As `Gate`."""
+        return self.log_scores(layer, states).clamp(LEAST, -LEAST).exp()
+
+    def log_scores(self, layer: int, states: Tensor) -> Tensor:
+        """(H, q) float32 of states (q, n): what is fitted."""
         return torch.addmm(self._bias[layer][:, None], self._weight[layer], states.float().T)
 
 

@@ -1,7 +1,7 @@
 """How pairs of different layers and heads compare: scores to one order over all, of which every budget takes the best.
 
 Each way is a function of scores (L, H, T) to numbers (L, H, T) of which higher ones stay longer. So what a budget keeps
-is always part of what a larger one keeps, whichever way is chosen. Scores of protected pairs are infinite.
+is always part of what a larger one keeps, whichever way is chosen. What is kept in any case has an infinite score.
 
 Letters: L layers, H KV heads, T tokens of the segment.
 """
@@ -25,9 +25,11 @@ NESTED_SINKS = 4
 
 def ordered(scores: Tensor, protected: Sequence[bool], way: Callable[[Tensor], Tensor]) -> Tensor:
     """What `compressor.rank` takes, of (L, H, T) scores and T flags of tokens that are kept in any case."""
-    shield = torch.tensor(protected, device=scores.device)
-    order = way(scores.masked_fill(shield, torch.inf))
-    return scores.to(order.dtype).where(shield & order.isinf(), order)
+    order = way(scores.masked_fill(torch.tensor(protected, device=scores.device), torch.inf))
+    first = order.masked_fill(order.isinf(), -torch.inf).amax().nan_to_num() + 1
+    # What is protected comes first whatever its number is, so that may as well say what it is worth.
+    known = torch.where(scores.isinf(), first, scores.to(order.dtype))
+    return known.where(order.isinf(), order)
 
 
 def over_all(scores: Tensor) -> Tensor:

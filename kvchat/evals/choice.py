@@ -16,7 +16,7 @@ from kvchat.config import Config
 from kvchat.errors import InputError
 from kvchat.evals.cases import Case
 from kvchat.evals.grid import Grid, Line, Setting
-from kvchat.evals.scored import Prefill, named, prefilled, scored_by
+from kvchat.evals.scored import Prefill, named, prefilled
 
 
 def cells(
@@ -55,7 +55,7 @@ class Choice(Grid):
     def _describe(self, case: Case, setting: Setting) -> Line:
         compress = self._settled(setting)[0].compress
         keep = compress.coverage if compress.allocate == "coverage" else compress.keep_ratio
-        return super()._describe(case, setting) | {"scorer": scored_by(compress), "keep": keep}
+        return super()._describe(case, setting) | {"scorer": compress.scored_by, "keep": keep}
 
     @contextmanager
     def _measuring(self, case: Case, settings: Sequence[Setting]) -> Iterator[Callable[[Setting], Line]]:

@@ -28,6 +28,7 @@ from kvchat.evals.measures import ANSWER_TOKENS, MEASURES, Truth, truth
 from kvchat.evals.rescoring import OneShot, Recompress, SnapRecompress
 from kvchat.events import Listener, Progress
 from kvchat.fingerprint import fingerprint_id
+from kvchat.learned import version
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 
@@ -135,11 +136,12 @@ class Grid:
 
     def _key(self, case: Case, setting: Setting) -> str:
         questions = [astuple(question) for question in case.questions]
-        _, settled = self._settled(setting)
+        config, settled = self._settled(setting)
         model, how = self.engine.model, self.config.model
         run = [self.task, fingerprint_id(model.fingerprint), model.device.type, how.attention, how.prefill_chunk_size]
         run += [INSTRUMENT, ANSWER_TOKENS, torch.__version__, transformers.__version__, self.step]
         parts = [run, case.name, case.system, case.turns, questions, setting.method, settled]
+        parts += [version(model, config.compress)]
         return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
     def _settled(self, setting: Setting) -> tuple[Config, Line]:

@@ -25,8 +25,6 @@ from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader
 from kvchat.compress.aggregate import AGGREGATORS
 from kvchat.compress.allocate import chunks_held
-from kvchat.compress.compressor import rank
-from kvchat.compress.order import coverage_cut, ordered
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
@@ -37,18 +35,13 @@ from kvchat.evals.measures import Truth, fidelity, truth
 from kvchat.events import Notice
 from kvchat.records import num_answered
 from kvchat.residence import Steps
-from kvchat.sealing import cuts_of, describe, marks_for, protected_tokens, require, score, way
+from kvchat.sealing import describe, marks_for, protected_tokens, ranked, require, score, way
 from kvchat.sections import CompressConfig
 from kvchat.session import Conversation
 from kvchat.store import Message, Store
 
 Way = Callable[[Tensor], Tensor]
 """How pairs of different layers and heads compare: see `kvchat.compress.order`."""
-
-
-def scored_by(config: CompressConfig) -> str:
-    """What decides the scores: NAME or NAME.AGGREGATE."""
-    return config.scorer if config.aggregate == "own" else f"{config.scorer}.{config.aggregate}"
 
 
 def named(scorer: str) -> tuple[str, str]:
@@ -73,7 +66,7 @@ class Scored(Masked):
         super().__init__(store, engine, config, pool)
         for wanted in ways:
             require(engine.model, wanted)
-        self.scorers = {scored_by(wanted): wanted for wanted in ways}
+        self.scorers = {wanted.scored_by: wanted for wanted in ways}
         gated = [wanted for wanted in ways if wanted.scorer == "gate"]
         self.cache.marks = marks_for(engine.model, gated[0]) if gated else None
         self.scores: list[dict[str, Tensor]] = []
@@ -111,19 +104,14 @@ class Scored(Masked):
         flags, rankings = protected_tokens(path, config), list[Ranking]()
         for block, found in zip(self.blocks, self.scores, strict=True):
             shielded = flags[block.start : block.end]
-            rankings.append(ranked(found[scored_by(config)], shielded, block.start, config, order))
+            scores = found[config.scored_by]
+            ranking, _ = ranked(scores, shielded, block.start, config, order)
+            rankings.append(replace(ranking, method=config.method()))
         segments = [(ranking, block.end) for ranking, block in zip(rankings, self.blocks, strict=True)]
         newest = self.bounds(path)[num_answered(path)]
         held = chunks_held(config, segments, [ranking.num_chunks for ranking in rankings], newest)
         parts = [ranking.chunk_of < count for ranking, count in zip(rankings, held, strict=True)]
         return torch.from_numpy(np.concatenate(parts, axis=2))
-
-
-def ranked(scores: Tensor, protected: Sequence[bool], start: int, config: CompressConfig, order: Way) -> Ranking:
-    """Scores (L, H, T) of a segment as `sealing.rank_turns` ranks them."""
-    numbers = ordered(scores, protected, order)
-    more = [coverage_cut(numbers, config.coverage)] if config.allocate == "coverage" else []
-    return replace(rank(numbers, protected, cuts_of(config, *more), start), method=config.method)
 
 
 class Prefill:

@@ -25,11 +25,11 @@ from kvchat.engine import Engine
 from kvchat.errors import InputError
 from kvchat.evals.cases import Case
 from kvchat.evals.grid import fitted
-from kvchat.evals.scored import Prefill, Way, prefilled, scored_by
+from kvchat.evals.scored import Prefill, Way, prefilled
 from kvchat.events import Listener, Progress
 from kvchat.files import written
 from kvchat.fingerprint import digest, fingerprint_id
-from kvchat.learned import folder, key, save_shares
+from kvchat.learned import folder, key, save_shares, version
 from kvchat.model import Model
 
 VERSION = 1
@@ -138,11 +138,17 @@ class Log:
 
     def __init__(self, model: Model, config: Config, cases: Sequence[Case], plan: Plan, fresh: bool) -> None:
         compress = config.compress
-        name = f"{key(model)}-tune-{scored_by(compress)}-{compress.keep_ratio:g}.json"
+        name = f"{key(model)}-tune-{compress.scored_by}-{compress.keep_ratio:g}.json"
         self.file = folder(compress) / name.replace(":", "-")
         told = [(case.name, case.system, case.turns, [astuple(q) for q in case.questions]) for case in cases]
         settings = config.model_dump(mode="json", include={"compress", "codec"})
-        run = [VERSION, fingerprint_id(model.fingerprint), model.device.type, torch.__version__]
+        run = [
+            VERSION,
+            fingerprint_id(model.fingerprint),
+            model.device.type,
+            torch.__version__,
+            version(model, compress),
+        ]
         self.run = digest([run, settings, told, astuple(plan)])
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._known = [] if fresh or not self.file.exists() else self._read()

@@ -51,7 +51,7 @@ def find_scorer(name: str) -> Make:
     module, _, attribute = name.partition(":")
     try:
         found: Make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise ConfigError(f"compress.scorer {name!r} cannot be loaded: {error}") from None
     if not callable(found):
         raise ConfigError(f"compress.scorer {name!r} is not a scorer: it cannot be called with a segment")

@@ -73,7 +73,7 @@ class Scorer(Protocol):
         """The tap of those passes: see `kvchat.cache.ragged.Tap`."""
 
     def scores(self) -> Tensor:
-        """(L, H, T) float32, higher = keep."""
+        """(L, H, T) float32, higher = keep; infinite: before all that are not."""
 
 
 class Alone:

@@ -16,10 +16,10 @@ class KVP(Alone):
     """Scores by the weights in the subject's `learned`. Raises InputError if they are not those of policies."""
 
     def scores(self) -> Tensor:
-        """(L, H, T) float32."""
+        """(L, H, T) float32: attention that a later token pays."""
         subject = self.subject
         assert subject.learned is not None and subject.network is not None
         policies, rows = Policies(subject.learned), zip(subject.keys, subject.values, strict=True)
         rotate, start = subject.network.rotate, subject.start
         scores = [policies(layer, keys, values, start, rotate) for layer, (keys, values) in enumerate(rows)]
-        return torch.stack(scores).nan_to_num()
+        return torch.stack(scores).nan_to_num().clamp(-80, 80).exp()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvchat.attention import has_kernels, log_normaliser
+from kvchat.compress.aggregate import Aggregator
 from kvchat.compress.scorers.base import Pass, Subject
 from kvchat.compress.scorers.values import value_share
 
@@ -56,15 +57,36 @@ class KVzip:
         if self.subject.aggregate is None:
             scores = attention_received(query, prefix, chunk, own, self._skipped, scale)
         else:
-            weights = reconstruction_attention(query, prefix, chunk, own, scale)[:, :, self._counted(query)]
-            scores = self.subject.aggregate(weights, self._share(layer))
+            scores = self._joined(self.subject.aggregate, query, (prefix, chunk, own), scale, self._share(layer))
         self._scores[layer].append(scores)
 
-    def _counted(self, query: Tensor) -> Tensor:
-        """Flags (R,) of the rows that count."""
+    def _joined(
+        self,
+        aggregate: Aggregator,
+        query: Tensor,
+        keys: tuple[Tensor, Tensor, Tensor],
+        scale: float,
+        share: Tensor,
+        adds: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """What an aggregator makes of the rows that count, (H, M), one head after the other.
+
+        Args:
+            keys: of prefix, chunk and pass.
+            share: of the chunk's values, (H, M).
+            adds, rows: what probabilities are multiplied with, (H, G, 1, M), and divided by, (R, 1).
+        """
         counted = torch.ones(query.shape[1], dtype=torch.bool, device=query.device)
         counted[self._skipped] = False
-        return counted
+        scores = []
+        for head, group in enumerate(query.chunk(len(share))):
+            prefix, chunk, own = (part[head, None] for part in keys)
+            weights = reconstruction_attention(group, prefix, chunk, own, scale)
+            if adds is not None and rows is not None:
+                weights = weights * adds[head, None] / rows
+            scores.append(aggregate(weights[:, :, counted], share[head, None]))
+        return torch.cat(scores)
 
     def _share(self, layer: int) -> Tensor:
         """Each head's part of what the chunk's values can add to the states, (H, M)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvchat.compress.aggregate import largest
-from kvchat.compress.scorers.kvzip import KVzip, reconstruction_attention
+from kvchat.compress.scorers.kvzip import KVzip
 from kvchat.compress.scorers.values import output_norms
 
 
@@ -28,9 +28,10 @@ class KVzipPlus(KVzip):
         assert self.subject.network is not None
         prefix, chunk = self.subject.prefix_keys[layer], keys[:, self._chunk]
         own = keys[:, keys.shape[1] - query.shape[1] :]
-        weights = reconstruction_attention(query, prefix, chunk, own, scale)
         adds = output_norms(values[:, self._chunk], self.subject.network.output_weight(layer), 2)
-        weights = weights * adds[:, :, None] / self._norms[:, None]
-        share = self._share(layer) if self.subject.aggregate else weights
-        scores = (self.subject.aggregate or largest)(weights[:, :, self._counted(query)], share)
-        self._scores[layer].append(scores)
+        share = self._share(layer) if self.subject.aggregate else adds[:, 0]
+        joined = self._joined(
+            *(self.subject.aggregate or largest, query, (prefix, chunk, own), scale, share),
+            *(adds[:, :, None], self._norms[:, None]),
+        )
+        self._scores[layer].append(joined)

@@ -40,7 +40,7 @@ class RKV:
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
         """One layer of the pass."""
         scores = rkv(query, keys, scale, self.subject.aggregate)
-        self._scores.append(torch.nn.functional.pad(scores, (0, query.shape[1]), value=torch.finfo(scores.dtype).max))
+        self._scores.append(torch.nn.functional.pad(scores, (0, query.shape[1]), value=torch.inf))
 
     def scores(self) -> Tensor:
         """(L, H, T) float32; of a single token, zero."""

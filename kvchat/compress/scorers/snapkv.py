@@ -22,8 +22,6 @@ WINDOW = 32
 """Tokens at most; of a segment shorter than 8 times as many, an eighth, for a window is no help if it fills the budget.
 """
 POOL = 5
-WHOLE = 3.0
-"""The window's score, above all that an aggregator gives."""
 
 
 class SnapKV:
@@ -48,7 +46,7 @@ class SnapKV:
         rows = window_attention(query, seen, scale)[..., -keys.shape[1] : -window]
         share = self._share(layer, rows) if self.subject.aggregate else rows.new_empty(0)
         scores = (self.subject.aggregate or mean)(pooled(rows), share)
-        self._scores.append(torch.nn.functional.pad(scores, (0, window), value=WHOLE))
+        self._scores.append(torch.nn.functional.pad(scores, (0, window), value=torch.inf))
 
     def _share(self, layer: int, rows: Tensor) -> Tensor:
         """Of each token, every head's part of what its values can add to the states, (H, M)."""
@@ -56,7 +54,7 @@ class SnapKV:
         return value_share(self.subject.values[layer][:, : rows.shape[-1]], self.subject.network.output_weight(layer))
 
     def scores(self) -> Tensor:
-        """(L, H, T) float32; of a segment too short for a window the newest come first."""
+        """(L, H, T) float32, infinite in the window; of a segment too short for one the newest come first."""
         if self._scores:
             return torch.stack(self._scores)
         keys = self.subject.keys
