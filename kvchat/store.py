@@ -127,7 +127,11 @@ class Store(LimitedStore, Checks):
         tips = [source.tip, *self.branches(source.id)]
         if tip is not None and not any(message.id == tip for end in tips for message in self.path(end)):
             raise StoreError(f"session {name!r} has no message {tip!r}; fork it at one of its own")
-        return self._create(new, source.model, source.fingerprint, tip, source.settings)
+        with self._write():
+            self._insert_session(new, source.model, source.fingerprint, tip)
+            own = "SELECT settings FROM sessions WHERE id = ?"
+            self._db.execute(f"UPDATE sessions SET settings = ({own}) WHERE name = ?", [source.id, new])
+        return self.session(new)
 
     def set_settings(self, session_id: int, settings: Mapping[str, Any]) -> None:
         """Give a session these settings of its own, by dotted key, and no others."""
@@ -311,32 +315,17 @@ class Store(LimitedStore, Checks):
     def _infos(self, where: str, **values: object) -> list[SessionInfo]:
         return [session_of(row) for row in self._rows(INFOS.format(where=where), **values)]
 
-    def _create(
-        self,
-        name: str,
-        model: str,
-        fingerprint: dict[str, str],
-        tip: str | None,
-        settings: Mapping[str, Any] | None = None,
-    ) -> SessionInfo:
+    def _create(self, name: str, model: str, fingerprint: dict[str, str], tip: str | None) -> SessionInfo:
         with self._write():
-            self._insert_session(name, model, fingerprint, tip, settings)
+            self._insert_session(name, model, fingerprint, tip)
         return self.session(name)
 
-    def _insert_session(
-        self,
-        name: str,
-        model: str,
-        fingerprint: dict[str, str],
-        tip: str | None,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
+    def _insert_session(self, name: str, model: str, fingerprint: dict[str, str], tip: str | None) -> None:
         self._check_free(name)
-        created, about = now(), [json.dumps(fingerprint, sort_keys=True), json.dumps(settings or {})]
+        created = now()
         self._db.execute(
-            "INSERT INTO sessions(name, model, fingerprint, settings, tip, created, updated) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [name, model, *about, tip, created, created],
+            "INSERT INTO sessions(name, model, fingerprint, tip, created, updated) VALUES (?, ?, ?, ?, ?, ?)",
+            [name, model, json.dumps(fingerprint, sort_keys=True), tip, created, created],
         )
 
     def _check_free(self, name: str) -> None:

@@ -770,7 +770,7 @@ def test_the_files_model_is_taken_only_if_it_is_on_this_machine(
 ) -> None:
     for name, found in (("a", True), ("b", False)):
         there = machine_like(here, tmp_path / name)
-        monkeypatch.setattr("kvchat.worker.is_here", lambda _, found=found: found)
+        monkeypatch.setattr("kvchat.engines.is_here", lambda _, found=found: found)
         there.run("import", str(tmp_path / "trip.kvchat"), "--set", "model.name=configured")
         assert there.asked[0] == ("tiny-llama" if found else "configured")
     there.run("import", str(tmp_path / "trip.kvchat"), "--name", "c", "--model", "mine")

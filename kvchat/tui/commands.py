@@ -151,6 +151,7 @@ class Commands:
 
         async def keep() -> None:
             await to_thread(chat.configure, {"compress.keep_ratio": argument or None})
+            app.note(f"older turns now hold {argument or 'what config.toml says'} of their KV pairs in memory")
             await app.turns.measure(chat)
 
         app.begin("fitting memory", keep())
