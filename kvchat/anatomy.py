@@ -30,48 +30,44 @@ class Anatomy:
         self._model = model
 
     @cached_property
-    def _attentions(self) -> list[Any]:
-        return [*attentions(self._model)]
+    def attentions(self) -> list[Any]:
+        """The attention module of every layer, looked for once."""
+        found = [
+            part for part in self._model.network.modules() if hasattr(part, "layer_idx") and hasattr(part, "o_proj")
+        ]
+        if len(found) != self._model.num_hidden_layers:
+            raise InputError(self._other())
+        return found
+
+    @contextmanager
+    def watched(self, enter: Enter) -> Iterator[None]:
+        """Inside, `enter` is told of every forward pass."""
+
+        def told(layer: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            enter(layer, (given[0] if given else named["hidden_states"])[0])
+
+        with ExitStack() as undo:
+            for layer, module in enumerate(self.attentions):
+                hook = module.register_forward_pre_hook(partial(told, layer), with_kwargs=True)
+                undo.callback(hook.remove)
+            yield
 
     def output_weight(self, layer: int) -> Tensor:
         """W_o of each query head, (Q, D, n): what a head adds to the states is its sum of values times it."""
-        weight: Tensor = self._attentions[layer].o_proj.weight
+        weight: Tensor = self.attentions[layer].o_proj.weight
         return weight.T.view(self._model.num_attention_heads, self._model.head_dim, -1)
 
     def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
         """RoPE without its scale of (H, q, D) by (q,) positions, in float32; a negative one turns back."""
-        module, rope = self._attentions[0], getattr(self._model.network.base_model, "rotary_emb", None)
+        module, rope = self.attentions[0], getattr(self._model.network.base_model, "rotary_emb", None)
         turn = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
         if rope is None or turn is None:
-            raise InputError(_other(self._model))
+            raise InputError(self._other())
         states = states.float()[None]
         cos, sin = rope(states, positions[None].to(states.device))
         scale = float(getattr(rope, "attention_scaling", 1.0))
         turned: Tensor = turn(states, states, cos / scale, sin / scale)[0][0]
         return turned
 
-
-def attentions(model: Model) -> list[nn.Module]:
-    """The attention module of every layer. Raises InputError."""
-    found = [part for part in model.network.modules() if hasattr(part, "layer_idx") and hasattr(part, "o_proj")]
-    if len(found) != model.num_hidden_layers:
-        raise InputError(_other(model))
-    return found
-
-
-def _other(model: Model) -> str:
-    return f"this scorer cannot look into {model.name}; set compress.scorer to kvzip, keydiff or knorm"
-
-
-@contextmanager
-def watched(model: Model, enter: Enter) -> Iterator[None]:
-    """Inside, `enter` is told of every forward pass."""
-
-    def told(layer: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        enter(layer, (given[0] if given else named["hidden_states"])[0])
-
-    with ExitStack() as undo:
-        for layer, module in enumerate(attentions(model)):
-            hook = module.register_forward_pre_hook(partial(told, layer), with_kwargs=True)
-            undo.callback(hook.remove)
-        yield
+    def _other(self) -> str:
+        return f"this scorer cannot look into {self._model.name}; set compress.scorer to kvzip, keydiff or knorm"

@@ -48,7 +48,7 @@ def _changed(flags: StoreFlags, store: Store, info: SessionInfo, given: Mapping[
     try:
         before = store.session(info.name, info.id).settings  # as they are now that nobody else can change them
         own = {key: value for key, value in {**before, **given}.items() if value != ""}
-        if set(own) - set(before) or any(own[key] != before.get(key) for key in own):
+        if own.keys() & given.keys():  # taking away must be possible whatever is left
             flags.settings().for_session(own)
         store.set_settings(info.id, own)
     finally:

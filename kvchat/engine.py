@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvchat import memory
-from kvchat.anatomy import watched
+from kvchat.anatomy import Anatomy
 from kvchat.attention import reads_encoded
 from kvchat.cache.ragged import Enters, SegmentedCache, Tap
 from kvchat.cap import Cap
@@ -49,6 +49,7 @@ class Engine:
 
     def __init__(self, model: Model, chunk_size: int, residence: Literal["auto", "encoded", "decoded"] = "auto"):
         self.model = model
+        self.anatomy = Anatomy(model)
         self.chunk_size = chunk_size
         self.captures = reads_encoded(model.device, model.dtype, model.head_dim)
         self.encoded = self.captures if residence == "auto" else residence == "encoded"
@@ -91,7 +92,7 @@ class Engine:
     @torch.inference_mode()
     def _forward(self, cache: SegmentedCache, ids: Sequence[int] | Tensor, logits: int) -> Tensor:
         marks, start = cache.marks, cache.num_seen
-        with cache.appending(), watched(self.model, marks.enter) if marks else nullcontext():
+        with cache.appending(), self.anatomy.watched(marks.enter) if marks else nullcontext():
             output: Tensor = self.model.network(**self._inputs(cache, ids), logits_to_keep=logits).logits
         if marks:
             marks.add(start)
@@ -224,7 +225,7 @@ class Engine:
         With `start` they are tokens of the tail, and run once more where they stand.
         """
         place = cache.scratch(tap) if start is None else cache.again(start, start + len(ids), tap)
-        watching = watched(self.model, tap.enter) if isinstance(tap, Enters) else nullcontext()
+        watching = self.anatomy.watched(tap.enter) if isinstance(tap, Enters) else nullcontext()
         with place, watching:
             self.model.network.base_model(**self._inputs(cache, ids))
 

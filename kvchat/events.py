@@ -6,10 +6,10 @@ A turn is any number of `Progress`, `Notice` and `Delta`, then one `TurnDone`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 FinishReason = Literal["stop", "length", "interrupted", "context"]
 """stop: the model ended its turn; length: max_new_tokens; interrupted: the user; context: the window is full."""
@@ -105,3 +105,16 @@ Event = Progress | Notice | Delta | TurnDone
 
 Listener = Callable[[Progress | Notice], None]
 """Where work outside a turn (download, load, import, seal) reports."""
+
+Step = TypeVar("Step")
+Result = TypeVar("Result")
+
+
+def followed(steps: Generator[Step, None, Result], listener: Callable[[Step], object]) -> Result:
+    """What steps give in the end, the listener told of each."""
+    while True:
+        try:
+            listener(next(steps))
+        except StopIteration as finished:
+            result: Result = finished.value
+            return result

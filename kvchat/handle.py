@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kvchat.engine import Stop
 from kvchat.errors import InputError
-from kvchat.events import Event, Reply, TurnDone, Usage
+from kvchat.events import Event, Reply, TurnDone, Usage, followed
 from kvchat.jobs import raise_failure
 from kvchat.probe import Finding, check
 from kvchat.sections import GenerateConfig
@@ -102,12 +102,7 @@ class Session:
 
         def take() -> Usage:
             steps = self._conversation.append(messages, stop.is_set)
-            while True:
-                try:
-                    self._worker.jobs.tell(next(steps))
-                except StopIteration as finished:
-                    usage: Usage = finished.value
-                    return usage
+            return followed(steps, self._worker.jobs.tell)
 
         self._stops.add(stop)
         try:

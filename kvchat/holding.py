@@ -21,11 +21,10 @@ from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import OutOfMemory, StoreError
 from kvchat.events import Notice
-from kvchat.learned import version
 from kvchat.loading import Resident
 from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver
-from kvchat.sealing import marks_for, require
+from kvchat.sealing import Ranker
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
@@ -38,6 +37,7 @@ class Holding:
     store: Store
     engine: Engine
     config: Config
+    ranker: Ranker
     cache: SegmentedCache
     tiers: Tiers
     saver: Saver
@@ -125,16 +125,13 @@ class Holding:
 
     def configure(self, config: Config, path: Sequence[Message]) -> None:
         """Go on with other settings of `compress` and `codec`. Raises ConfigError, InputError; nothing changes then."""
-        require(self.engine.model, config.compress)
-        self._adopt(config)
+        self._adopt(config, Ranker(self.engine.model, config.compress))
         if self._load_s is not None:
             self.hold(path)
 
-    def _adopt(self, config: Config) -> None:
-        """Rank new segments as `config` says, which `require` has passed."""
-        self.config, model = config, self.engine.model
-        self.cache.marks = marks_for(model, config.compress)
-        self.saver.method = config.compress.method(version(model, config.compress))
+    def _adopt(self, config: Config, ranker: Ranker) -> None:
+        """Rank new segments so."""
+        self.config, self.ranker, self.cache.marks = config, ranker, ranker.marks()
 
     # -- when memory runs out ----------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -27,10 +27,14 @@ from kvchat.model import Model
 from kvchat.sections import CompressConfig
 
 Kind = Literal["gate", "kvp"]
-KINDS: dict[str, Kind] = {"gate": "gate", "kvp": "kvp"}
-"""Learned scorers."""
+"""A learned scorer."""
 SHIPPED = Path(__file__).parent / "shipped"
 SHARES = "budgets"
+
+
+def learned_kind(config: CompressConfig) -> Kind | None:
+    """The scorer, if it is a learned one."""
+    return next((kind for kind in get_args(Kind) if kind == config.scorer), None)
 
 
 def folder(config: CompressConfig) -> Path:
@@ -40,7 +44,7 @@ def folder(config: CompressConfig) -> Path:
 
 def key(model: Model) -> str:
     """What files of a model are named by."""
-    return digest([model.fingerprint["weights"], model.fingerprint["config"]])[:16]
+    return digest([model.fingerprint["weights"], model.fingerprint["config"]])
 
 
 def weights_path(model: Model, kind: Kind, config: CompressConfig) -> Path:
@@ -56,7 +60,8 @@ def _found(model: Model, kind: Kind, config: CompressConfig) -> Path:
 
 def version(model: Model, config: CompressConfig) -> str:
     """What stands for all that was learned and decides a ranking: segments of another one do not compare."""
-    files = [_found(model, KINDS[config.scorer], config)] if config.scorer in KINDS else []
+    kind = learned_kind(config)
+    files = [_found(model, kind, config)] if kind else []
     files += [shares_path(model, config)] if config.allocate == "evolved" else []
     parts = [blake2b(file.read_bytes(), digest_size=4).hexdigest() for file in files if file.exists()]
     return "".join(parts)

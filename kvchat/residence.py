@@ -34,7 +34,7 @@ from kvchat.memory import twice
 from kvchat.pool import submit
 from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver, Saving, sealed_layers
-from kvchat.sealing import rank_turns, read_header, require
+from kvchat.sealing import Ranker, rank_turns, read_header
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
@@ -60,7 +60,6 @@ class Residence(Holding):
     def __init__(
         self, store: Store, engine: Engine, config: Config, pool: Executor, session_id: int | None = None
     ) -> None:
-        require(engine.model, config.compress)
         self.store = store
         self.engine = engine
         self.cache = engine.new_cache()
@@ -68,7 +67,7 @@ class Residence(Holding):
         self.tiers = Tiers(self.cache, store.readings, pool)
         self.fingerprint = fingerprint_id(engine.model.fingerprint)
         self.saver = Saver(store, self.fingerprint, session_id, pool)
-        self._adopt(config)
+        self._adopt(config, Ranker(engine.model, config.compress))
         self.waiting: list[tuple[SegmentRecord, int]] = []
         """Open segments that cover parts of the tail, each with one past the last position that is in use."""
         self.num_computed = 0
@@ -289,7 +288,8 @@ class Residence(Holding):
             return
         if not self.saver.worth_trying(self.cache.tail_length):
             return
-        record = self.saver.record("sealed", ",".join(self.config.codec.names), path[first:last], bounds[first])
+        method, codec = self.ranker.method, ",".join(self.config.codec.names)
+        record = self.saver.record("sealed", codec, path[first:last], bounds[first], method)
         if self.saver.has(record.id):
             yield from self.save()
         saving, tokens, model = None, record.end - record.start, self.engine.model
@@ -330,7 +330,7 @@ class Residence(Holding):
     ) -> Generator[Progress | Notice, None, tuple[Reading, SegmentRecord]]:
         """Score, rank and read one segment, and its record: with codec raw, if its own cannot write it."""
         begun, compress = time.perf_counter(), self.config.compress
-        ranking, cuts = yield from rank_turns(self.engine, self.cache, path, first, last, compress)
+        ranking, cuts = yield from rank_turns(self.engine, self.cache, path, first, last, self.ranker)
         ranking = replace(ranking, method=record.scorer)
         keys, values = self.cache.tail(record.start, record.end)
         codecs = codecs_for(cuts, compress.rank_chunks, record.codec.split(","))

@@ -109,8 +109,6 @@ class Saver:
 
     def __init__(self, store: Store, fingerprint: str, session_id: int | None, pool: Executor) -> None:
         self._store = store
-        self.method = ""
-        """How new segments are ranked."""
         self._fingerprint = fingerprint
         self._session_id = session_id
         self._pool = pool
@@ -133,9 +131,13 @@ class Saver:
         """Whether to ask again if there is room. Scoring and encoding the whole tail at every turn would be in vain."""
         return tail_length >= self._retry_at
 
-    def record(self, kind: Kind, codec: str, messages: Sequence[Message], start: int) -> SegmentRecord:
-        """A segment of these messages still without header; the first of its tokens stands at `start`."""
-        scorer = self.method if kind == "sealed" else ""
+    def record(
+        self, kind: Kind, codec: str, messages: Sequence[Message], start: int, scorer: str = ""
+    ) -> SegmentRecord:
+        """A segment of these messages still without header; the first of its tokens stands at `start`.
+
+        `scorer` says how a sealed one is ranked.
+        """
         identity = segment_id(self._fingerprint, kind, scorer, codec, messages[0].id, messages[-1].id)
         end = start + sum(len(message.token_ids) for message in messages)
         ids = tuple(message.id for message in messages)

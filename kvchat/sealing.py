@@ -6,12 +6,11 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvchat.anatomy import Anatomy, attentions
+from kvchat.anatomy import Anatomy
 from kvchat.cache.marks import Marks
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
@@ -25,7 +24,7 @@ from kvchat.compress.scorers import Scorer, Subject, find_scorer
 from kvchat.engine import Engine
 from kvchat.errors import CorruptFrame
 from kvchat.events import Progress
-from kvchat.learned import KINDS, load_shares, load_weights
+from kvchat.learned import learned_kind, load_shares, load_weights, version
 from kvchat.model import Model
 from kvchat.sections import CompressConfig
 from kvchat.store import Message, SegmentRecord
@@ -37,16 +36,49 @@ SHARING = frozenset({"lifted", "defensive"})
 """Aggregates that do."""
 
 
+class Ranker:
+    """How segments are ranked: settings, and what was learned for them, which is read once.
+
+    Raises:
+        ConfigError, InputError: they cannot be ranked so.
+    """
+
+    def __init__(self, model: Model, config: CompressConfig) -> None:
+        kind = learned_kind(config)
+        self.config = config
+        self.make = find_scorer(config.scorer)
+        self.compare = way(model, config)
+        self.method = config.method(version(model, config))
+        """Part of a segment's name."""
+        self.weights = load_weights(model, kind, config) if kind else None
+        self._gate = Gate(self.weights) if self.weights is not None and kind == "gate" else None
+        if self.weights is not None and kind == "kvp":
+            Policies(self.weights)  # raises if they are not
+        if config.scorer in LOOKING or config.aggregate in SHARING:
+            _ = Anatomy(model).attentions
+
+    def marks(self) -> Marks | None:
+        """What asks the gate while tokens are computed, if that is the scorer."""
+        return Marks(self._gate) if self._gate else None
+
+
+def way(model: Model, config: CompressConfig) -> Callable[[Tensor], Tensor]:
+    """How pairs of different layers and heads compare. Raises InputError."""
+    if config.allocate == "evolved":
+        return partial(by_shares, shares=load_shares(model, config))
+    return ORDERS[config.allocate]
+
+
 def rank_turns(
-    engine: Engine, cache: SegmentedCache, path: Sequence[Message], first: int, last: int, config: CompressConfig
+    engine: Engine, cache: SegmentedCache, path: Sequence[Message], first: int, last: int, ranker: Ranker
 ) -> Generator[Progress, None, tuple[Ranking, list[float]]]:
     """Rank the pairs of messages [first, last), whose tokens begin the tail; the cache is left as it was.
 
     Also the cumulative fractions at which the ranking is cut.
     """
-    subject = describe(engine.model.template, cache, path, first, last, config)
-    scores = yield from score(engine, cache, subject, config)
-    return ranked(scores, subject.protected, cache.tail_start, config, way(engine.model, config))
+    subject = describe(engine.model.template, cache, path, first, last, ranker.config)
+    scores = yield from score(engine, cache, subject, ranker)
+    return ranked(scores, subject.protected, cache.tail_start, ranker.config, ranker.compare)
 
 
 def ranked(
@@ -63,56 +95,27 @@ def ranked(
     return rank(order, protected, cuts, start), cuts
 
 
-def score(
-    engine: Engine, cache: SegmentedCache, subject: Subject, config: CompressConfig
-) -> Generator[Progress, None, Tensor]:
+def score(engine: Engine, cache: SegmentedCache, subject: Subject, ranker: Ranker) -> Generator[Progress, None, Tensor]:
     """Scores (L, H, T) of a segment whose tokens begin the tail."""
-    start, aggregate = cache.tail_start, AGGREGATORS.get(config.aggregate)
-    keys, values = cache.tail(start, start + len(subject.token_ids))
-    subject = replace(subject, start=start, keys=keys, values=values, aggregate=aggregate)
-    subject = replace(subject, network=Anatomy(engine.model), **_learned(engine.model, cache, subject, config))
-    scorer = find_scorer(config.scorer)(subject, pass_length(engine, cache, config))
+    config, start, end = ranker.config, cache.tail_start, cache.tail_start + len(subject.token_ids)
+    keys, values = cache.tail(start, end)
+    marks = None
+    if config.scorer == "gate":
+        blank = torch.full([len(keys), *keys[0].shape[:2]], torch.nan, device=engine.model.device)
+        marks = cache.marks.take(start, end, blank) if cache.marks else blank
+    subject = replace(
+        subject,
+        start=start,
+        keys=keys,
+        values=values,
+        aggregate=AGGREGATORS.get(config.aggregate),
+        network=engine.anatomy,
+        learned=ranker.weights,
+        marks=marks,
+    )
+    scorer = ranker.make(subject, pass_length(engine, cache, config))
     yield from run_passes(engine, cache, scorer, subject.token_ids)
     return scorer.scores()
-
-
-def marks_for(model: Model, config: CompressConfig) -> Marks | None:
-    """What asks the model's gate while tokens are computed, if that is the scorer. Raises InputError."""
-    if config.scorer != "gate":
-        return None
-    weights = load_weights(model, "gate", config)
-    return Marks(Gate(weights), weights)
-
-
-def _learned(model: Model, cache: SegmentedCache, subject: Subject, config: CompressConfig) -> dict[str, Any]:
-    """What a learned scorer is told beside the rest."""
-    if config.scorer not in KINDS:
-        return {}
-    known = cache.marks.weights if cache.marks else None
-    told: dict[str, Any] = {"learned": known or load_weights(model, KINDS[config.scorer], config)}
-    if config.scorer == "gate":
-        blank = torch.full([len(subject.keys), *subject.keys[0].shape[:2]], torch.nan, device=model.device)
-        end = subject.start + len(subject.token_ids)
-        told["marks"] = cache.marks.take(subject.start, end, blank) if cache.marks else blank
-    return told
-
-
-def way(model: Model, config: CompressConfig) -> Callable[[Tensor], Tensor]:
-    """How pairs of different layers and heads compare. Raises InputError."""
-    if config.allocate == "evolved":
-        return partial(by_shares, shares=load_shares(model, config))
-    return ORDERS[config.allocate]
-
-
-def require(model: Model, config: CompressConfig) -> None:
-    """Find out that segments can be ranked as the settings ask, before there is one. Raises ConfigError, InputError."""
-    find_scorer(config.scorer)
-    way(model, config)
-    if config.scorer in KINDS:
-        weights = load_weights(model, KINDS[config.scorer], config)
-        Gate(weights) if config.scorer == "gate" else Policies(weights)
-    if config.scorer in LOOKING or config.aggregate in SHARING:
-        attentions(model)
 
 
 def read_header(record: SegmentRecord, model: Model) -> SegmentHeader:

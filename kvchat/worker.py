@@ -28,7 +28,7 @@ from kvchat.pool import new_pool
 from kvchat.portable import read_manifest, take_in
 from kvchat.recode import recode
 from kvchat.residence import Residence
-from kvchat.sealing import require
+from kvchat.sealing import Ranker
 from kvchat.session import Conversation
 from kvchat.shed import Allowance
 from kvchat.store import SearchHit, SessionInfo, Store
@@ -200,7 +200,7 @@ class Worker:
         if info is None:
             engine = self._engines.get(model)
             engine.model.template.system(system)  # raises before anything is stored
-            require(engine.model, self.config.compress)
+            Ranker(engine.model, self.config.compress)
             name = f"{datetime.now():%Y-%m-%d-%H%M%S}" if name is None else name
             try:
                 info = self._store.create_session(name, engine.model.name, engine.model.fingerprint)

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from kvchat.model import Model, load
 from kvchat.sections import ModelConfig
+from tests.scarcity import Scarcity
 from tests.tiny import make_model
 
 # Two processes with more threads than there are cores wait for each other's at every barrier, for minutes.
@@ -51,3 +52,10 @@ def tiny_model() -> Model:
 def builtin_model() -> Model:
     """The built-in model from the real cache folder, downloaded once. Mark tests that use it with `weights`."""
     return load(ModelConfig())
+
+
+@pytest.fixture
+def scarce() -> Iterator[Scarcity]:
+    """Memory that runs out when a test says so."""
+    with Scarcity() as scarcity:
+        yield scarcity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -30,12 +30,6 @@ from tests.tiny import make_model
 
 ROWS = 2 * BUFFER
 CUDA = torch.cuda.is_available()
-
-
-@pytest.fixture
-def scarce() -> Iterator[Scarcity]:
-    with Scarcity() as scarcity:
-        yield scarcity
 
 
 @pytest.fixture

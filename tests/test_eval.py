@@ -95,7 +95,7 @@ class Isolated(Masked):
 
     def _seal(self, path: Sequence[Message], last: int) -> Any:
         first = self.bounds(path).index(self.cache.tail_start)
-        ranking, _ = yield from rank_turns(self.engine, self.cache, path, first, last, self.config.compress)
+        ranking, _ = yield from rank_turns(self.engine, self.cache, path, first, last, self.ranker)
         yield from super()._seal(path, last)
         kept = torch.from_numpy(ranking.chunk_of < self.budgets([(ranking, self.blocks[-1].end)], path)[0])
         self.show(torch.cat([self.mask[:, :, : -kept.shape[2]], kept], dim=2))

@@ -288,9 +288,8 @@ def test_states_are_what_the_gate_is_told_while_a_session_runs(
 ) -> None:
     segment = segments(tiny_model, config, "gate", tmp_path)[0]
     told: list[Tensor] = []
-    from kvchat.anatomy import watched
 
-    with watched(tiny_model, lambda layer, states: told.append(states.clone())), torch.inference_mode():
+    with Anatomy(tiny_model).watched(lambda layer, states: told.append(states.clone())), torch.inference_mode():
         ids = segment.tensor("ids")[None]
         tiny_model.network(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None])
     assert torch.allclose(segment.tensor("states"), torch.stack(told), atol=1e-4)

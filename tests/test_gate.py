@@ -14,7 +14,7 @@ from kvchat import learned
 from kvchat.cache.marks import Marks
 from kvchat.cache.ragged import Tap
 from kvchat.engine import Engine
-from kvchat.sealing import marks_for, score
+from kvchat.sealing import Ranker, score
 from kvchat.sections import CompressConfig
 from tests.test_observing import finish
 from tests.test_scorers import subject
@@ -49,13 +49,13 @@ def scored(engine: Engine, cache: Any, config: CompressConfig) -> Tensor:
     keys, values = cache.tail(0, TOKENS)
     given = subject(keys, values)
     object.__setattr__(given, "token_ids", tuple(ids()))
-    return finish(score(engine, cache, given, config))
+    return finish(score(engine, cache, given, Ranker(engine.model, config)))
 
 
 def test_marks_made_on_the_way_equal_those_of_a_pass(config: CompressConfig) -> None:
     engine = Counting(make_model(), 1024)
     asked, not_asked = engine.new_cache(), engine.new_cache()
-    asked.marks = marks_for(engine.model, config)
+    asked.marks = Ranker(engine.model, config).marks()
     for cache in (asked, not_asked):
         engine.forward(cache, ids()[:40])
         for token in ids()[40:]:
@@ -71,7 +71,7 @@ def test_only_tokens_that_it_did_not_see_run_again(config: CompressConfig) -> No
     engine = Counting(make_model(), 1024)
     cache, whole = engine.new_cache(), engine.new_cache()
     engine.forward(cache, ids()[:20])  # as if these came from the store
-    cache.marks = marks_for(engine.model, config)
+    cache.marks = Ranker(engine.model, config).marks()
     engine.forward(cache, ids()[20:])
     engine.forward(whole, ids())
     found = scored(engine, cache, config)
@@ -82,7 +82,7 @@ def test_only_tokens_that_it_did_not_see_run_again(config: CompressConfig) -> No
 def test_taken_back_tokens_leave_no_marks(config: CompressConfig) -> None:
     engine = Counting(make_model(), 1024)
     cache = engine.new_cache()
-    cache.marks = marks_for(engine.model, config)
+    cache.marks = Ranker(engine.model, config).marks()
     engine.forward(cache, [7] * 50)
     cache.crop(10)
     cache.marks.crop(0)

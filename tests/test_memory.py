@@ -29,12 +29,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def scarce() -> Iterator[Scarcity]:
-    with Scarcity() as scarcity:
-        yield scarcity
-
-
-@pytest.fixture
 def engine(tiny_model: Model) -> Engine:
     return Engine(tiny_model, 32)
 

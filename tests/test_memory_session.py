@@ -66,12 +66,6 @@ def life(tmp_path: Path) -> Iterator[Life]:
     life.close()
 
 
-@pytest.fixture
-def scarce() -> Iterator[Scarcity]:
-    with Scarcity() as scarcity:
-        yield scarcity
-
-
 def play(session: Session, questions: list[str]) -> list[str]:
     texts = []
     for question in questions:

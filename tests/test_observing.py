@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvchat.anatomy import Anatomy, watched
+from kvchat.anatomy import Anatomy
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.compress.aggregate import AGGREGATORS, COVERAGE
 from kvchat.compress.compressor import rank
@@ -22,7 +22,7 @@ from kvchat.compress.scorers.expected_attention import AHEAD
 from kvchat.compress.scorers.rkv import ALIKE, IMPORTANCE, OBSERVING
 from kvchat.compress.scorers.snapkv import WINDOW
 from kvchat.engine import Engine
-from kvchat.sealing import score
+from kvchat.sealing import Ranker, score
 from kvchat.sections import OBSERVING as JOINING
 from kvchat.sections import CompressConfig
 from tests.test_scorers import subject
@@ -43,7 +43,7 @@ class Seen:
         self.states: list[Numbers] = []
         cache = engine.new_cache()
         cache.tap = self
-        with watched(engine.model, lambda layer, states: self.states.append(states.double().numpy())):
+        with Anatomy(engine.model).watched(lambda layer, states: self.states.append(states.double().numpy())):
             engine.forward(cache, ids)
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
@@ -67,7 +67,7 @@ class Text:
 
     def scores(self, name: str, aggregate: str = "own", **about: Any) -> Tensor:
         config = CompressConfig(scorer=name, aggregate=aggregate)
-        running = score(self.engine, self.cache, replace(self.subject, **about), config)
+        running = score(self.engine, self.cache, replace(self.subject, **about), Ranker(self.engine.model, config))
         return finish(running)
 
 
@@ -189,9 +189,8 @@ def test_expected_attention_is_the_mean_exponential_of_queries_ahead(family: str
 
 def test_expected_attention_in_several_passes_is_that_in_one(text: Text) -> None:
     whole = text.scores("expected_attention")
-    parts = finish(
-        score(text.engine, text.cache, text.subject, CompressConfig(scorer="expected_attention", score_chunk=16))
-    )
+    ranker = Ranker(text.engine.model, CompressConfig(scorer="expected_attention", score_chunk=16))
+    parts = finish(score(text.engine, text.cache, text.subject, ranker))
     assert torch.allclose(whole, parts, atol=1e-6)
 
 

@@ -132,17 +132,17 @@ def test_what_is_found_is_what_evolved_reads(run: Tune, settings: Config, tiny_m
 
 
 def test_a_stopped_search_goes_on(run: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, kl, tries = run(), tuning._kl, []
+    whole, figures, tries = run(), tuning._figures, []
     log = next(whole.file.parent.glob("*-tune-*.json"))
     told = log.read_bytes()
 
-    def counted(*given: Any) -> float:
+    def counted(*given: Any) -> Any:
         tries.append(1)
         if len(tries) == 12:
             raise KeyboardInterrupt
-        return kl(*given)
+        return figures(*given)
 
-    monkeypatch.setattr(tuning, "_kl", counted)
+    monkeypatch.setattr(tuning, "_figures", counted)
     with pytest.raises(KeyboardInterrupt):
         run(fresh=True)
     assert 0 < len(json.loads(log.read_bytes())["known"]) < len(json.loads(told)["known"])

@@ -5,7 +5,7 @@ Letters: L layers, H KV heads, q tokens of a forward pass, T tokens, n width of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,12 +16,10 @@ class Marks:
 
     Args:
         gate: a layer and the states (q, n) that enter its attention to scores (H, q).
-        weights: the gate's, for tokens that it is asked about later.
     """
 
-    def __init__(self, gate: Callable[[int, Tensor], Tensor], weights: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, gate: Callable[[int, Tensor], Tensor]) -> None:
         self._gate = gate
-        self.weights = weights
         self._layers: list[Tensor] = []
         self._blocks: list[tuple[int, Tensor]] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from kvchat.errors import InputError
 from kvchat.evals.grid import Line
@@ -38,9 +39,14 @@ def draw(lines: Sequence[Line], file: Path) -> None:
             axes.set_yscale("log")
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=7)
+    save(figure, file)
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a matplotlib figure. Raises InputError for a suffix that it does not know."""
     try:
         figure.savefig(file, dpi=150)
-    except ValueError as error:  # a suffix that it does not know
+    except ValueError as error:
         raise InputError(f"{file}: {error}") from None
 
 

@@ -35,7 +35,7 @@ from kvchat.evals.measures import Truth, fidelity, truth
 from kvchat.events import Notice
 from kvchat.records import num_answered
 from kvchat.residence import Steps
-from kvchat.sealing import describe, marks_for, protected_tokens, ranked, require, score, way
+from kvchat.sealing import Ranker, describe, protected_tokens, ranked, score, way
 from kvchat.sections import CompressConfig
 from kvchat.session import Conversation
 from kvchat.store import Message, Store
@@ -65,10 +65,10 @@ class Scored(Masked):
     ) -> None:
         super().__init__(store, engine, config, pool)
         for wanted in ways:
-            require(engine.model, wanted)
-        self.scorers = {wanted.scored_by: wanted for wanted in ways}
-        gated = [wanted for wanted in ways if wanted.scorer == "gate"]
-        self.cache.marks = marks_for(engine.model, gated[0]) if gated else None
+            way(engine.model, wanted)
+        wanted_scores = {wanted.scored_by: wanted for wanted in ways}
+        self.rankers = {name: Ranker(engine.model, wanted) for name, wanted in wanted_scores.items()}
+        self.cache.marks = self.rankers["gate"].marks() if "gate" in self.rankers else None
         self.scores: list[dict[str, Tensor]] = []
         """By name, of each block."""
         self._coded: list[Rows] = []
@@ -79,9 +79,9 @@ class Scored(Masked):
     def _seal(self, path: Sequence[Message], last: int) -> Steps:
         """As ever, scored first."""
         first, found = self.bounds(path).index(self.cache.tail_start), dict[str, Tensor]()
-        for name, wanted in self.scorers.items():
-            subject = describe(self.engine.model.template, self.cache, path, first, last, wanted)
-            found[name] = yield from score(self.engine, self.cache, subject, wanted)
+        for name, ranker in self.rankers.items():
+            subject = describe(self.engine.model.template, self.cache, path, first, last, ranker.config)
+            found[name] = yield from score(self.engine, self.cache, subject, ranker)
         yield from super()._seal(path, last)
         self.scores.append(found)
 

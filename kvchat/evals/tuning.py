@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -190,7 +190,7 @@ def _drive(searching: Search, log: Log, config: Config, learned: Asked, total: i
             worth = []
             for shares in tries:
                 listener(Progress("evaluate", done + len(worth), total))
-                worth.append(math.exp(-_kl(config, learned, partial(by_shares, shares=shares))))
+                worth.append(math.exp(-_a_token(_figures(config, learned, partial(by_shares, shares=shares)), "kl")))
             log.add(tries, worth)
         done += len(tries)
         listener(Progress("evaluate", done, total))
@@ -200,14 +200,15 @@ def _drive(searching: Search, log: Log, config: Config, learned: Asked, total: i
             return tuple(finished.value)
 
 
-def _kl(config: Config, asked: Asked, order: Way) -> float:
-    figures = [*_figures(config, asked, order)]
-    return float(sum(one["kl"] for one in figures) / sum(one["tokens"] for one in figures))
+def _figures(config: Config, asked: Asked, order: Way) -> list[dict[str, Any]]:
+    return [
+        figures for prefill, ids in asked for figures in prefill.measure(prefill.choose(config.compress, order), ids)
+    ]
 
 
-def _figures(config: Config, asked: Asked, order: Way) -> Iterator[dict[str, Any]]:
-    for prefill, ids in asked:
-        yield from prefill.measure(prefill.choose(config.compress, order), ids)
+def _a_token(figures: Sequence[dict[str, Any]], what: str) -> float:
+    """A figure that is a sum over tokens, a token."""
+    return float(sum(one[what] for one in figures) / sum(one["tokens"] for one in figures))
 
 
 def _compared(config: Config, learned: Asked, held: Asked, shares: Shares) -> list[dict[str, Any]]:
@@ -216,13 +217,13 @@ def _compared(config: Config, learned: Asked, held: Asked, shares: Shares) -> li
     ways: dict[str, Way] = {"evolved": partial(by_shares, shares=shares), **{name: ORDERS[name] for name in named}}
     rows = []
     for name, order in ways.items():
-        figures = [*_figures(config, held, order)]
+        figures = _figures(config, held, order)
         rows.append(
             {
                 "allocate": name,
-                "KL learned from": _kl(config, learned, order),
-                "KL held out": _kl(config, held, order),
-                "agree": sum(one["agree"] for one in figures) / sum(one["tokens"] for one in figures),
+                "KL learned from": _a_token(_figures(config, learned, order), "kl"),
+                "KL held out": _a_token(figures, "kl"),
+                "agree": _a_token(figures, "agree"),
                 "pairs": sum(one["pairs"] for one in figures) / len(figures),
             }
         )

@@ -26,7 +26,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kvchat.anatomy import watched
 from kvchat.attention import log_normaliser
 from kvchat.cache.layer import Piece
 from kvchat.cache.ragged import SegmentedCache
@@ -35,12 +34,12 @@ from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
 from kvchat.evals.cases import Case
-from kvchat.events import Progress
+from kvchat.events import Progress, followed
 from kvchat.files import written
 from kvchat.fingerprint import digest
 from kvchat.learned import Kind
 from kvchat.model import Model
-from kvchat.sealing import describe, score
+from kvchat.sealing import Ranker, describe, score
 from kvchat.store import Message
 
 VERSION = 1
@@ -148,8 +147,9 @@ class Feeding:
 
     def __init__(self, engine: Engine, config: Config, kind: Kind, folder: Path, scored: bool) -> None:
         self._engine, self._kind, self._folder, self._scored = engine, kind, folder, scored
-        self._config = config.compress.model_copy(update={"scorer": "kvzip", "aggregate": "own"})
         model = engine.model
+        own = {"scorer": "kvzip", "aggregate": "own", "allocate": "global"}  # whatever segments are ranked by
+        self._ranker = Ranker(model, config.compress.model_copy(update=own))
         shape = (model.num_key_value_heads, 0, model.head_dim)
         layers = range(model.num_hidden_layers)
         self._past = [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in layers]
@@ -177,7 +177,7 @@ class Feeding:
     def _read(self, cache: SegmentedCache, ids: Sequence[int], total: int) -> Iterator[Progress]:
         """Compute the next tokens."""
         cache.tap = self if self._kind == "kvp" else None
-        with watched(self._engine.model, self.enter) if self._kind == "gate" else nullcontext():
+        with self._engine.anatomy.watched(self.enter) if self._kind == "gate" else nullcontext():
             for _ in self._engine.prefill(cache, ids, lambda: False):
                 yield Progress("prefill", cache.num_seen, total)
         cache.tap = None
@@ -185,14 +185,14 @@ class Feeding:
     def _seal(self, number: int, cache: SegmentedCache, path: Sequence[Message], span: tuple[int, int]) -> None:
         """Write what was seen of the segment that is the tail, messages `span`, and keep all of it, exactly."""
         start, end, engine = cache.tail_start, cache.num_seen, self._engine
-        subject = describe(engine.model.template, cache, path, *span, self._config)
+        subject = describe(engine.model.template, cache, path, *span, self._ranker.config)
         keys, values = cache.tail(start, end)
         if self._kind == "gate":
             seen = {"states": torch.stack([torch.cat(parts) for parts in self._states])}
         else:
             seen = {"keys": torch.stack(keys), "values": torch.stack(values)}
         if self._scored:
-            seen["kvzip"] = _finished(score(engine, cache, subject, self._config))
+            seen["kvzip"] = followed(score(engine, cache, subject, self._ranker), lambda _: None)
         flags = torch.tensor(subject.protected)
         about = {"protected": flags, "ids": torch.tensor(subject.token_ids), "start": torch.tensor(start)}
         _save(self._folder / f"{number:04}.safetensors", {**seen, **about})
@@ -230,16 +230,6 @@ def attention_paid(query: Tensor, past: Tensor, tail: Tensor, scale: float) -> T
         # The largest before exponentiation, which is the costly part.
         paid.append(logs.view(-1, q, past.shape[1]).amax(0).exp().sum(0))
     return torch.stack(paid)
-
-
-def _finished(steps: Generator[object, None, Tensor]) -> Tensor:
-    """What steps that nobody follows give in the end."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as finished:
-            result: Tensor = finished.value
-            return result
 
 
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -19,8 +19,7 @@ from torch import Tensor
 from kvchat.compress.gates import Gate
 from kvchat.compress.order import ORDERS
 from kvchat.compress.scorers import SCORERS, Network, Subject
-from kvchat.errors import InputError
-from kvchat.evals.plot import require_matplotlib
+from kvchat.evals.plot import require_matplotlib, save
 from kvchat.fitting.collecting import Segment
 
 KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -123,7 +122,4 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         axes.set(title=f"heads: {allocate}", xlabel="part of the pairs kept", ylabel="later attention retained")
         axes.grid(True, alpha=0.3)
         axes.legend(fontsize=7)
-    try:
-        figure.savefig(file, dpi=150)
-    except ValueError as error:  # a suffix that it does not know
-        raise InputError(f"{file}: {error}") from None
+    save(figure, file)

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
 from kvchat.evals.cases import Case
-from kvchat.events import Listener, Progress
+from kvchat.events import Listener, Progress, followed
 from kvchat.fingerprint import digest
 from kvchat.fitting import ridge, small
 from kvchat.fitting.checkpoint import Checkpoint
@@ -26,7 +26,6 @@ from kvchat.fitting.policies import Fit, Plan, Sample, written_form
 from kvchat.learned import Kind
 
 Form = Literal["ridge", "small", "best"]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +73,10 @@ class Fitting:
         shape = small.Shape(model.num_hidden_layers, model.num_key_value_heads, groups)
         found: dict[str, dict[str, Tensor]] = {}
         if form != "small":
-            found["ridge"] = self._followed(ridge.fitted(trained, shape.layers, model.device))
+            found["ridge"] = followed(ridge.fitted(trained, shape.layers, model.device), self._listener)
         if form != "ridge":
             point = self._point("gate", trained, ["small", steps, seed])
-            found["small"] = self._followed(small.fitted(trained, shape, steps, seed, point, model.device))
+            found["small"] = followed(small.fitted(trained, shape, steps, seed, point, model.device), self._listener)
             found["small"] = {name: part.half() for name, part in found["small"].items()}
         rows = [{"gate": name, **correlations(tested, weights)} for name, weights in found.items()]
         best = max(rows, key=lambda row: float(row["all pairs"]))
@@ -89,7 +88,7 @@ class Fitting:
         model, network = self._engine.model, Anatomy(self._engine.model)
         samples = [Sample(segment, network.rotate, model.device) for segment in trained]
         fit = Fit(samples, plan, self._point("kvp", trained, plan.name()))
-        weights = written_form(self._followed(fit.run()), model.num_hidden_layers)
+        weights = written_form(followed(fit.run(), self._listener), model.num_hidden_layers)
         rows = retained_masses(tested, weights, network, model.device)
         return self._written("kvp", Fitted(weights, rows, len(trained), len(tested)))
 
@@ -100,7 +99,7 @@ class Fitting:
         self._work.mkdir(parents=True, exist_ok=True)
         scored = [kind == "gate" or index >= len(cases) - held_out for index in range(len(cases))]
         parts = [
-            self._usable(self._followed(self._collected(case, kind, how)), kind)
+            self._usable(followed(self._collected(case, kind, how), self._listener), kind)
             for case, how in zip(cases, scored, strict=True)
         ]
         if len(parts) == 1:
@@ -124,15 +123,6 @@ class Fitting:
         """The checkpoint of a fit of these segments in this way."""
         name = digest([kind, how, [[one.file.parent.name, one.file.name] for one in segments]])
         return Checkpoint(self._work / f"{kind}.safetensors", name)
-
-    def _followed(self, steps: Generator[Progress, None, Result]) -> Result:
-        """The result of steps, their progress told."""
-        while True:
-            try:
-                self._listener(next(steps))
-            except StopIteration as finished:
-                result: Result = finished.value
-                return result
 
     def _written(self, kind: Kind, fitted: Fitted) -> Fitted:
         file = learned.save_weights(self._engine.model, kind, self._config.compress, fitted.weights)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kvchat.compress.aggregate import Aggregator
@@ -74,6 +75,37 @@ class Scorer(Protocol):
 
     def scores(self) -> Tensor:
         """(L, H, T) float32, higher = keep; infinite: before all that are not."""
+
+
+class Newest:
+    """What scorers share that look at what a segment's last tokens attend to, and keep these before all others.
+
+    Args:
+        tokens: so many of the last.
+    """
+
+    def __init__(self, subject: Subject, tokens: int) -> None:
+        self.subject = subject
+        self._tokens = tokens
+        self._scores: list[Tensor] = []
+
+    def passes(self) -> Iterator[Pass]:
+        """The last tokens, once."""
+        if self._tokens:
+            end = len(self.subject.token_ids)
+            yield range(end - self._tokens, end)
+
+    def _add(self, scores: Tensor) -> None:
+        """Take one layer's scores (H, T - tokens)."""
+        self._scores.append(torch.nn.functional.pad(scores, (0, self._tokens), value=torch.inf))
+
+    def scores(self) -> Tensor:
+        """(L, H, T) float32, infinite for the last tokens; of a segment too short for any the newest come first."""
+        if self._scores:
+            return torch.stack(self._scores)
+        keys = self.subject.keys
+        newest = torch.arange(len(self.subject.token_ids), dtype=torch.float32, device=keys[0].device)
+        return newest.expand(len(keys), len(keys[0]), -1).clone()
 
 
 class Alone:

@@ -5,13 +5,11 @@ Letters: H KV heads, G query heads per KV head, A observing tokens, T tokens, D 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from kvchat.compress.aggregate import Aggregator
-from kvchat.compress.scorers.base import Pass, Subject
+from kvchat.compress.scorers.base import Newest, Subject
 
 OBSERVING = 8
 POOL = 7
@@ -23,30 +21,15 @@ BLOCK = 256
 """Keys that are compared with all others at a time: a prompt may be long."""
 
 
-class RKV:
+class RKV(Newest):
     """Scores per head; the observing tokens come before all others."""
 
     def __init__(self, subject: Subject, chunk_size: int) -> None:
-        self.subject = subject
-        tokens = len(subject.token_ids)
-        self._first = tokens - min(OBSERVING, tokens // 2)
-        self._scores: list[Tensor] = []
-
-    def passes(self) -> Iterator[Pass]:
-        """The observing tokens, once."""
-        if self._first < len(self.subject.token_ids):
-            yield range(self._first, len(self.subject.token_ids))
+        super().__init__(subject, min(OBSERVING, len(subject.token_ids) // 2))
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
         """One layer of the pass."""
-        scores = rkv(query, keys, scale, self.subject.aggregate)
-        self._scores.append(torch.nn.functional.pad(scores, (0, query.shape[1]), value=torch.inf))
-
-    def scores(self) -> Tensor:
-        """(L, H, T) float32; of a single token, zero."""
-        if self._scores:
-            return torch.stack(self._scores)
-        return self.subject.keys[0].new_zeros(len(self.subject.keys), len(self.subject.keys[0]), 1, dtype=torch.float32)
+        self._add(rkv(query, keys, scale, self.subject.aggregate))
 
 
 def rkv(query: Tensor, keys: Tensor, scale: float, aggregate: Aggregator | None = None) -> Tensor:

@@ -9,13 +9,11 @@ Letters: H KV heads, G query heads per KV head, W window tokens, M tokens before
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from kvchat.compress.aggregate import mean
-from kvchat.compress.scorers.base import Pass, Subject
+from kvchat.compress.scorers.base import Newest, Subject
 from kvchat.compress.scorers.values import value_share
 
 WINDOW = 32
@@ -24,42 +22,24 @@ WINDOW = 32
 POOL = 5
 
 
-class SnapKV:
+class SnapKV(Newest):
     """Scores per head; whether those of two heads compare is left to `compress.allocate`."""
 
     def __init__(self, subject: Subject, chunk_size: int) -> None:
-        self.subject = subject
-        tokens = len(subject.token_ids)
-        self._first = tokens - min(WINDOW, tokens // 8)
-        self._scores: list[Tensor] = []
-
-    def passes(self) -> Iterator[Pass]:
-        """The window, once."""
-        if self._first < len(self.subject.token_ids):
-            yield range(self._first, len(self.subject.token_ids))
+        super().__init__(subject, min(WINDOW, len(subject.token_ids) // 8))
 
     def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
         """One layer of the pass."""
-        window = len(self.subject.token_ids) - self._first
-        assert query.shape[1] == window
+        window = query.shape[1]
         seen = torch.cat([self.subject.prefix_keys[layer], keys], dim=1)
         rows = window_attention(query, seen, scale)[..., -keys.shape[1] : -window]
         share = self._share(layer, rows) if self.subject.aggregate else rows.new_empty(0)
-        scores = (self.subject.aggregate or mean)(pooled(rows), share)
-        self._scores.append(torch.nn.functional.pad(scores, (0, window), value=torch.inf))
+        self._add((self.subject.aggregate or mean)(pooled(rows), share))
 
     def _share(self, layer: int, rows: Tensor) -> Tensor:
         """Of each token, every head's part of what its values can add to the states, (H, M)."""
         assert self.subject.network is not None
         return value_share(self.subject.values[layer][:, : rows.shape[-1]], self.subject.network.output_weight(layer))
-
-    def scores(self) -> Tensor:
-        """(L, H, T) float32, infinite in the window; of a segment too short for one the newest come first."""
-        if self._scores:
-            return torch.stack(self._scores)
-        keys = self.subject.keys
-        newest = torch.arange(len(self.subject.token_ids), dtype=torch.float32, device=keys[0].device)
-        return newest.expand(len(keys), len(keys[0]), -1).clone()
 
 
 def window_attention(query: Tensor, keys: Tensor, scale: float) -> Tensor:
