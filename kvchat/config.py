@@ -27,6 +27,7 @@ from kvchat.sections import (
     SCORER_NAMES,
     CodecConfig,
     CompressConfig,
+    EpisodesConfig,
     GenerateConfig,
     ModelConfig,
     StoreConfig,
@@ -48,6 +49,7 @@ class Config(BaseSettings):
     store: StoreConfig = StoreConfig()
     compress: CompressConfig = CompressConfig()
     codec: CodecConfig = CodecConfig()
+    episodes: EpisodesConfig = EpisodesConfig()
     generate: GenerateConfig = GenerateConfig()
     _given: frozenset[str] = PrivateAttr(default=frozenset())
     """Keys that were set for this run, which a session's own settings do not change."""

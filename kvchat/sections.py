@@ -155,6 +155,15 @@ class CodecConfig(Section):
         return (self.name,) if isinstance(self.name, str) else self.name
 
 
+class EpisodesConfig(Section):
+    """How turns are told apart by what they are about."""
+
+    embedder: Literal["own", "minilm"] = "own"
+    """What makes vectors of turns: the loaded model's own states, or all-MiniLM-L6-v2, downloaded at the first use."""
+    clusters: int = Field(default=0, ge=0, le=256)
+    """Episodes of a conversation; 0 = by its length."""
+
+
 class GenerateConfig(Section):
     """Sampling of an answer; `temperature` 0 is greedy."""
 
