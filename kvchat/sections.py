@@ -28,6 +28,13 @@ class ModelConfig(Section):
     where a kernel reads it (CUDA with Triton)."""
     prefill_chunk_size: int = Field(default=1024, ge=16)
     """Tokens of one forward pass while prefilling; progress and stop are seen between passes."""
+    memory_budget: ByteSize = Field(default=ByteSize(0), ge=0)
+    """Most bytes of KV in memory of all open sessions together; 0 or empty = no limit."""
+
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _empty_is_none(cls, size: Any) -> Any:
+        return size or 0
 
 
 class StoreConfig(Section):
@@ -40,8 +47,10 @@ class StoreConfig(Section):
     min_free: ByteSize = Field(default=ByteSize(1 << 30), ge=0)
     """Bytes of the disk that stay free, as in "1GiB"; 0 or empty = none. A turn of 8000 tokens with a model of 8
     billion weights takes half a gibibyte in 8 bits, and as much again in the log until that is folded in."""
+    host_cache: ByteSize = Field(default=ByteSize(256 << 20), ge=0)
+    """Most bytes of frames that stay in host memory, as the store has them, to come back sooner; 0 or empty = none."""
 
-    @field_validator("disk_budget", "min_free", mode="before")
+    @field_validator("disk_budget", "min_free", "host_cache", mode="before")
     @classmethod
     def _empty_is_none(cls, size: Any) -> Any:
         return size or 0
