@@ -22,6 +22,7 @@ ORDER = [
     *(
         "records",
         "utility",
+        "bandwidths",
         "schema",
         "migrations",
         "queries",
@@ -42,6 +43,7 @@ ORDER = [
         "recode",
         "pool",
         "loading",
+        "host",
         "tiers",
         "catalogue",
         "sealing",
