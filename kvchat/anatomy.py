@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvchat.errors import InputError
@@ -68,6 +69,22 @@ class Anatomy:
         scale = float(getattr(rope, "attention_scaling", 1.0))
         turned: Tensor = turn(states, states, cos / scale, sin / scale)[0][0]
         return turned
+
+    @cached_property
+    def turns(self) -> bool:
+        """Whether keys can be turned to other positions: the network has RoPE, whose angles add up."""
+        keys = torch.randn(1, 4, self._model.head_dim, generator=torch.Generator().manual_seed(0))
+        one, two = torch.tensor([3, 5, 0, 100]), torch.tensor([1, 7, 9, -40])
+        try:
+            rotate = partial(self.rotate, keys.to(self._model.device))
+            both, twice = rotate(one + two), self.rotate(rotate(one), two)
+        except InputError:
+            return False
+        return bool(torch.allclose(both, twice, atol=1e-3)) and not bool(torch.equal(both, rotate(one)))
+
+    def turned(self, keys: Tensor, by: Tensor) -> Tensor:
+        """Keys (N, D) turned by (N,) positions, once, in float32; in their own dtype."""
+        return self.rotate(keys[None], by)[0].to(keys.dtype)
 
     def _other(self) -> str:
         return f"this scorer cannot look into {self._model.name}; set compress.scorer to kvzip, keydiff or knorm"

@@ -71,6 +71,7 @@ class Engine:
         return SegmentedCache(
             *(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, model.dtype, model.device),
             decode=decoded if self.encoded else None,
+            turn=self.anatomy.turned,
         )
 
     def free(self) -> None:
@@ -103,7 +104,7 @@ class Engine:
         return {
             "input_ids": ids[None] if isinstance(ids, Tensor) else torch.tensor([list(ids)], device=device),
             # From the logical length, never from the number of rows.
-            "position_ids": torch.arange(cache.num_seen, cache.num_seen + len(ids), device=device)[None],
+            "position_ids": torch.arange(cache.position, cache.position + len(ids), device=device)[None],
             "past_key_values": cache,
             "segmented_cache": cache,
             "use_cache": True,

@@ -6,7 +6,7 @@ runs out half-way through the layers, all is let go, which needs no memory, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,19 +16,26 @@ from typing import TypeVar
 from kvchat import memory
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
+from kvchat.catalogue import Cap, Entry, Room, recalls, shifts, wanted
+from kvchat.codecs import SegmentHeader
 from kvchat.compress.allocate import chunks_held
 from kvchat.config import Config
 from kvchat.engine import Engine
-from kvchat.errors import OutOfMemory, StoreError
+from kvchat.errors import CapacityError, CodecError, OutOfMemory, StoreError
 from kvchat.events import Notice
 from kvchat.loading import Resident
 from kvchat.records import num_answered, turn_of
 from kvchat.saving import Saver
-from kvchat.sealing import Ranker
+from kvchat.sealing import Ranker, read_header
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
 Result = TypeVar("Result")
+
+REBASED = (
+    "the model's window of {window} tokens was full: the conversation goes on at position {goal}, and older turns come "
+    "back when they are asked for"
+)
 
 
 class Holding:
@@ -43,6 +50,10 @@ class Holding:
     saver: Saver
     fingerprint: str
     waiting: list[tuple[SegmentRecord, int]]
+    known: list[Entry]
+    recalled: dict[int, int]
+    expected: int
+    offset: int
     num_computed: int
     notices: list[Notice]
     lacking: bool
@@ -67,53 +78,171 @@ class Holding:
     def budgets(
         self, segments: Sequence[tuple[Ranking, int]], path: Sequence[Message], stored: Sequence[int] | None = None
     ) -> list[int]:
-        """Chunks that memory holds of segments, each given with the end of its use, of so many `stored` (None: all).
+        """Chunks that `keep_ratio` gives segments, each given with the end of its use, of so many `stored` (None: all).
 
         The newest token is that of the newest message that does not wait for its answer.
         """
         most = [ranking.num_chunks for ranking, _ in segments] if stored is None else stored
         return chunks_held(self.config.compress, segments, most, self.bounds(path)[num_answered(path)])
 
-    def _sized(self, residents: Sequence[Resident], path: Sequence[Message]) -> list[Resident]:
-        """The residents with as many chunks as the budget gives them together; never more than the store has."""
-        found = self.store.stored_chunks([one.id for one in residents])
+    def _wanted(self, path: Sequence[Message]) -> dict[str, int]:
+        """Chunks that memory is to hold of every segment, by its id."""
+        if not self.known:
+            return {}
+        newest = self.bounds(path)[num_answered(path)]
+        most, room = self._most(), self._room()
+        chunks = wanted(self.config.compress, self.known, most, newest, room, self.recalled, recalls(path))
+        return {entry.id: count for entry, count in zip(self.known, chunks, strict=True)}
+
+    def _most(self) -> list[int]:
+        """Chunks of each segment that can be had: never more than the store has."""
+        held = {one.id: one.chunks for one in self.tiers.residents}
+        found = self.store.stored_chunks([entry.id for entry in self.known])
         # Of what is gone from the store, or has another version there, memory keeps what it has.
-        found |= {one.id: one.chunks for one in residents if one.id in self.saver.superseded}
-        found |= {one.id: one.header.ranking.num_chunks for one in residents if self.saver.has(one.id)}
-        stored = [found.get(one.id, one.chunks) for one in residents]
-        chunks = self.budgets([(one.header.ranking, one.end) for one in residents], path, stored)
-        return [replace(one, chunks=count) for one, count in zip(residents, chunks, strict=True)]
+        found |= {name: held.get(name, 0) for name in self.saver.superseded}
+        found |= {entry.id: entry.num_chunks for entry in self.known if self.saver.has(entry.id)}
+        return [0 if one.lost else found.get(one.id, held.get(one.id, one.stored)) for one in self.known]
+
+    def _room(self) -> Room:
+        """What sealed segments may take beside the tail and what comes next."""
+        end, cap = self.known[-1].end, self.cap
+        span = end - self.offset
+        if cap is None:
+            return Room(span)
+        reserved = max(0, self.cache.num_seen - end) + max(self.expected, cap.reserve)
+        return Room(span, max(0, cap.units - reserved * cap.unit), cap.in_rows)
+
+    @property
+    def cap(self) -> Cap | None:
+        """What all KV in memory may take, if there is a limit."""
+        return Cap.of(self.config.compress, self.engine.model)
 
     def hold(self, path: Sequence[Message]) -> None:
-        """Shrink and grow the sealed segments to what the budget gives each."""
-        wanted = {one.id: one.chunks for one in self._sized(self.tiers.residents, path)}
-        if any(self.saver.has(one.id) and wanted[one.id] > one.chunks for one in self.tiers.residents):
+        """Shrink, grow, bring and let go sealed segments, so that memory holds of each what it is to hold."""
+        wanted, held = self._wanted(path), {one.id: one.chunks for one in self.tiers.residents}
+        if any(count > held.get(name, 0) and self.saver.has(name) for name, count in wanted.items()):
             # What is to grow must be in the store; should it not get there, it stays as it is.
             with suppress(StoreError):
                 self.notices += [event for event in self.saver.flush() if isinstance(event, Notice)]
-            wanted = {one.id: one.chunks for one in self._sized(self.tiers.residents, path)}
-            still = {one.id: one.chunks for one in self.tiers.residents if self.saver.has(one.id)}
-            wanted |= {name: min(chunks, wanted[name]) for name, chunks in still.items()}
-        for one in self._fit(wanted):
-            removed = self._drop(one.id)
-            self.lacking = True
-            turn = turn_of(path, self.bounds(path).index(one.start))
-            self.notices.append(Notice(f"saved KV from turn {turn} on is damaged and {removed}; it is computed again"))
-            self.cut(min(one.start, self.cache.num_seen))
+            wanted = self._wanted(path)
+            still = {name for name in wanted if self.saver.has(name)}
+            wanted |= {name: min(wanted[name], held.get(name, 0)) for name in still}
+        damaged = [*self._arrive(wanted), *self._fit(wanted)]
+        self.arrange()
+        for start in damaged:
+            self._lose(start, path)
+
+    def _arrive(self, wanted: dict[str, int]) -> list[int]:
+        """Have tiers know the segments of which something is to come; the starts of those that cannot be read."""
+        there, damaged = {one.id for one in self.tiers.residents}, list[int]()
+        for entry in self.known:
+            if wanted[entry.id] and entry.id not in there:
+                try:
+                    self.tiers.know(self._resident(entry))
+                except CodecError:
+                    damaged.append(entry.start)
+        return damaged
+
+    def _resident(self, entry: Entry) -> Resident:
+        """A stored segment, nothing of which is in memory. Raises CodecError."""
+        record = self.store.segment(entry.id)
+        if record is None:
+            raise CodecError(f"segment {entry.id} is gone")
+        return Resident(entry.id, read_header(record, self.engine.model), entry.end, 0)
+
+    def _lose(self, start: int, path: Sequence[Message]) -> None:
+        """A segment is damaged: compute it and what follows again, or, if that is too long ago, go on without it."""
+        entry = next(one for one in self.known if one.start == start)
+        removed = self._drop(entry.id)
+        turn = turn_of(path, self.bounds(path).index(start))
+        if self.offset and entry is not self.known[0]:
+            self.known = [replace(one, lost=True) if one is entry else one for one in self.known]
+            self.tiers.forget(start)
+            self.notices.append(Notice(f"saved KV from turn {turn} on is damaged and {removed}; its text is kept"))
+            return
+        self.lacking = True
+        self.notices.append(Notice(f"saved KV from turn {turn} on is damaged and {removed}; it is computed again"))
+        self.cut(min(start, self.cache.num_seen))
+
+    # -- positions that the network sees -----------------------------------------------------------------------------
+
+    def arrange(self) -> None:
+        """Have the network see segments and tail where they are to stand."""
+        there = {one.start for one in self.tiers.residents if one.chunks}
+        turned = shifts([entry for entry in self.known if entry.start in there], self.offset)
+        self.cache.arrange(turned, self.offset)
+
+    def make_room(self, path: Sequence[Message], tokens: int, answer: int = 0) -> Iterator[Notice]:
+        """See to it that so many more tokens have positions and memory, and if possible an answer too.
+
+        Raises:
+            CapacityError: they have not, whatever is let go.
+        """
+        window, cap = self.engine.model.context_window, self.cap
+        self.expected = tokens + answer
+        if self.cache.position + self.expected > window - self.spare_positions:
+            goal = self._goal(tokens + answer) or self._goal(tokens)
+            if goal:
+                self.offset = self.cache.num_seen - goal
+                self.hold(path)
+                yield Notice(REBASED.format(window=window, goal=goal))
+                return
+            if self.cache.position + tokens > window:
+                raise CapacityError(f"{tokens} tokens do not fit behind the newest turns; send less, or rewind")
+        if cap:
+            if tokens > cap.tokens // 2:
+                raise CapacityError(
+                    f"{tokens} tokens do not fit into compress.kv_budget, which has room for {cap.tokens // 2} at "
+                    "once; give them in parts, or raise it"
+                )
+            self.hold(path)
+
+    def _goal(self, tokens: int) -> int:
+        """Where the conversation can go on after a re-base so that so many tokens fit; 0 if it cannot."""
+        window = self.engine.model.context_window
+        goal = min(window * 5 // 8, window - self.spare_positions - tokens)
+        return goal if self.engine.anatomy.turns and self._least() < goal < self.cache.position else 0
+
+    def _least(self) -> int:
+        """Positions that are in use whatever is let go: of the first segment, and of the tail."""
+        return self.cache.tail_length + (self.known[0].length if self.known else 0)
+
+    @property
+    def spare_positions(self) -> int:
+        """Positions at the end of the window that are left for scoring."""
+        return self.engine.model.context_window // 16 if self.engine.anatomy.turns else 0
+
+    def longest(self, used: int) -> int:
+        """The most tokens that can follow so many: what the window has left, or half of it after a re-base."""
+        window, cap = self.engine.model.context_window, self.cap
+        most = max(window - used, window // 2 if self.engine.anatomy.turns else 0)
+        return min(most, cap.tokens // 2) if cap else most
 
     def crop(self, path: Sequence[Message]) -> None:
         """Forget what lies beyond the end of the path."""
         with suppress(OutOfMemory):  # all was let go
             if self._load_s is not None:
                 self.cut(min(self.bounds(path)[-1], self.cache.num_seen))
+                if self.offset and self.offset != self._saved_offset():  # turned once already, from where it was
+                    self.let_go()
+                    return
                 self.hold(path)
+
+    def _saved_offset(self) -> int:
+        """That of the newest segment."""
+        newest = [record for record, _ in self.waiting[-1:]]
+        if newest:
+            return SegmentHeader.of(newest[0]).ranking.offset
+        return self.known[-1].offset if self.known else 0
 
     def cut(self, position: int) -> None:
         """Forget every token from `position` on, and all of a segment from a file: `Store.cover` gives none in part."""
-        split = [one.start for one in self.tiers.residents if one.from_file and one.start < position < one.end]
+        split = [one.start for one in self.known if one.from_file and one.start < position < one.end]
         split += [one.start for one, end in self.waiting if one.from_file and one.start < position < end]
         self._crop(position := min([position, *split]))
         self.waiting = [(record, min(used, position)) for record, used in self.waiting if record.start < position]
+        known = [entry for entry in self.known if entry.start < position]
+        self.known = [replace(one, end=position, whole=False) if one.end > position else one for one in known]
 
     def _drop(self, segment_id: str) -> str:
         """Remove a damaged segment; what became of it. It may lie in a page that nothing can be removed from."""
@@ -139,6 +268,7 @@ class Holding:
         """Forget all KV in memory, whatever state it is in; the next restoring brings back what is saved."""
         self.cache.clear()
         self.tiers.residents, self.waiting, self.num_computed, self._load_s = [], [], 0, None
+        self.known, self.offset, self.expected, self.recalled = [], 0, 0, {}
         self.engine.free()
 
     def _let_go_sealed(self, path: Sequence[Message]) -> bool:
@@ -163,16 +293,20 @@ class Holding:
         """As `spare`, and of sealed segments what they hold beyond their budget on `path`."""
         if not self.spare():
             return False
-        held = {one.id: one.chunks for one in self.tiers.residents}
-        wanted = {one.id: min(one.chunks, held[one.id]) for one in self._sized(self.tiers.residents, path)}
-        self._again(partial(self.tiers.hold, wanted), "making room")
+        wanted = self._wanted(path)
+        less = {one.id: min(one.chunks, wanted[one.id]) for one in self.tiers.residents}
+        self._again(partial(self.tiers.hold, less), "making room")
+        self.arrange()
         return True
 
     def _again(self, work: Callable[[], Result], doing: str) -> Result:
         return memory.again(work, self.spare, doing, self.engine.model.device)
 
-    def _fit(self, wanted: dict[str, int]) -> list[Resident]:
-        """`Tiers.hold`; without memory for it segments stay smaller than wanted, until the next time."""
+    def _fit(self, wanted: dict[str, int]) -> list[int]:
+        """`Tiers.hold`; without memory for it segments stay smaller than wanted, until the next time.
+
+        The starts of the segments of which chunks that were to come are damaged.
+        """
         try:
             damaged = self._again(partial(self.tiers.hold, wanted), "holding more of older turns")
         except OutOfMemory as error:
@@ -183,7 +317,7 @@ class Holding:
             self.short = True
             return []
         self.short = False
-        return damaged
+        return [one.start for one in damaged]
 
     def _crop(self, position: int) -> None:
         """Forget every token from `position` on; if there is no memory for that, all, which is OutOfMemory."""

@@ -17,9 +17,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 
+import torch
 from torch import Tensor
 
 from kvchat.cache.segment import Ranking
+from kvchat.catalogue import Entry
 from kvchat.codecs import SegmentHeader, decode_frame
 from kvchat.codecs.encode import Reading, read_segment
 from kvchat.compress.compressor import codecs_for
@@ -68,6 +70,14 @@ class Residence(Holding):
         self.fingerprint = fingerprint_id(engine.model.fingerprint)
         self.saver = Saver(store, self.fingerprint, session_id, pool)
         self._adopt(config, Ranker(engine.model, config.compress))
+        self.known: list[Entry] = []
+        """All sealed segments, up to the tail."""
+        self.recalled: dict[int, int] = {}
+        """Chunks of segments that the question at hand concerns, by start, the most relevant first."""
+        self.expected = 0
+        """Tokens that are computed next, for which a limit of memory is to leave room."""
+        self.offset = 0
+        """By how much positions are to be smaller than places; see `SegmentedCache`."""
         self.waiting: list[tuple[SegmentRecord, int]] = []
         """Open segments that cover parts of the tail, each with one past the last position that is in use."""
         self.num_computed = 0
@@ -123,7 +133,8 @@ class Residence(Holding):
         except StoreDamaged as error:
             cover = []
             yield Notice(f"saved KV cannot be read and is computed again: {error}")
-        whole = self._restore_together(cover, path) if together else 0
+        self.offset = self._offset_of(cover)
+        whole = self._restore_together(cover, path) if together or self._is_far(path) else 0
         yield Progress("restore", self.cache.num_seen, self.bounds(path)[-1])
         for record, used in cover[whole:]:
             yield from self._restore_one(record, used, path)
@@ -131,6 +142,17 @@ class Residence(Holding):
         self.hold(path)
         self.lacking = any(message.role == "assistant" for message in path)
         self._load_s = time.perf_counter() - begun
+
+    def _offset_of(self, cover: Sequence[tuple[SegmentRecord, int]]) -> int:
+        """Where the conversation goes on: that of its newest segment that can be read."""
+        for record, _ in reversed(cover):
+            with suppress(CodecError):
+                return read_header(record, self.engine.model).ranking.offset
+        return 0
+
+    def _is_far(self, path: Sequence[Message]) -> bool:
+        """Whether the path has more tokens than the model has positions: then what is lost long ago stays lost."""
+        return self.bounds(path)[-1] > self.engine.model.context_window
 
     def mend(self, path: Sequence[Message], stop: Stop) -> Steps:
         """Compute and save what the store did not have, until `stop`."""
@@ -145,17 +167,40 @@ class Residence(Holding):
 
     def _restore_together(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> int:
         """Attach the leading sealed segments at once, as far as they are whole; how many those are."""
-        residents: list[Resident] = []
-        position = 0
+        headers = self._leading(cover, path)
+        wanted, self.known = self._wanted(path), [*self.known]
+        residents = [
+            Resident(entry.id, headers[entry.id], entry.end, wanted[entry.id], entry.from_file)
+            for entry in self.known
+            if wanted.get(entry.id)
+        ]
+        whole = self.tiers.bring(residents)
+        if whole < len(residents):
+            broken = residents[whole].start
+            if self._is_far(path) and whole:
+                self._lose(broken, path)
+            else:
+                self.known = [entry for entry in self.known if entry.start < broken]
+        if self.known:
+            self.cache.go_on_at(self.known[-1].end)
+        self.arrange()
+        return sum(not entry.lost for entry in self.known)
+
+    def _leading(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> dict[str, SegmentHeader]:
+        """Know the leading sealed segments, as far as they are whole; their headers by id."""
+        leading = [*takewhile(lambda one: one[0].kind == "sealed", cover)]
+        reading = [submit(self.pool, partial(read_header, record, self.engine.model)) for record, _ in leading]
+        headers: dict[str, SegmentHeader] = {}
         with suppress(CodecError):  # the first that is damaged is reported when its turn comes
-            leading = [*takewhile(lambda one: one[0].kind == "sealed", cover)]
-            reading = [submit(self.pool, partial(read_header, record, self.engine.model)) for record, _ in leading]
             for (record, used), header in zip(leading, reading, strict=True):
-                if record.start != position:
-                    break
-                residents.append(self._resident(record, used, path, header.result()))
-                position = residents[-1].end
-        return self.tiers.bring(self._sized(residents, path))
+                end = self.known[-1].end if self.known else 0
+                if record.start != end:
+                    if not self._is_far(path) or not end:
+                        break
+                    self.known.append(Entry.missing(end, record.start))
+                headers[record.id] = header.result()
+                self.known.append(self._entry(record, headers[record.id], self._end_of(record, used, path)))
+        return headers
 
     def _restore_one(self, record: SegmentRecord, used: int, path: Sequence[Message]) -> Steps:
         """Attach one segment, after computing what is missing before it."""
@@ -179,15 +224,29 @@ class Residence(Holding):
 
     def _attach(self, record: SegmentRecord, used: int, path: Sequence[Message], tail: int = 0) -> None:
         """Attach one sealed segment beside those there are, in place of so many tokens of the tail."""
-        resident = self._resident(record, used, path, read_header(record, self.engine.model))
-        *_, resident = self._sized([*self.tiers.residents, resident], path)
-        self.tiers.add({resident: self.tiers.load(resident).pieces()}, tail)
+        header, end = read_header(record, self.engine.model), self._end_of(record, used, path)
+        chunks = self._with(self._entry(record, header, end), path)
+        try:
+            resident = Resident(record.id, header, end, chunks, record.from_file)
+            self.tiers.add({resident: self.tiers.load(resident).pieces()}, tail)
+        except BaseException:
+            self.known.pop()
+            raise
+        self.arrange()
 
-    def _resident(self, record: SegmentRecord, used: int, path: Sequence[Message], header: SegmentHeader) -> Resident:
-        """A sealed segment of whose messages the first `used` lie on the path, whole."""
+    def _with(self, entry: Entry, path: Sequence[Message]) -> int:
+        """Know one more segment; how much of it is to be held."""
+        self.known.append(entry)
+        return self._wanted(path)[entry.id]
+
+    def _entry(self, record: SegmentRecord, header: SegmentHeader, end: int) -> Entry:
+        """What stays known of a segment that is used up to `end`."""
+        return Entry.of(record, header, end, None if self.cache.encoded else self.engine.model.bytes_per_pair)
+
+    def _end_of(self, record: SegmentRecord, used: int, path: Sequence[Message]) -> int:
+        """One past the last place in use of a segment of whose messages the first `used` lie on the path, whole."""
         last = next(index for index, message in enumerate(path) if message.id == record.messages[used - 1])
-        end = self.bounds(path)[last + 1]
-        return Resident(record.id, header, end, record.stored_chunks, record.from_file)
+        return self.bounds(path)[last + 1]
 
     def _wait_again(self, record: SegmentRecord, end: int) -> None:
         """Append an open segment's exact KV, up to position `end`, to the tail. Raises CodecError."""
@@ -195,7 +254,12 @@ class Residence(Holding):
         frames = self.store.frames(record.id, [0])
         rows = [kv for _, group, blob in frames for kv in decode_frame(header, 0, group, blob, device)]
         used, shape = end - record.start, (self.engine.model.num_key_value_heads, -1, header.head_dim)
-        self.cache.append_tail([(kv.keys.view(shape)[:, :used], kv.values.view(shape)[:, :used]) for kv in rows])
+        keys = [kv.keys.view(shape)[:, :used] for kv in rows]
+        if by := header.ranking.offset - self.offset:  # once more than in the store, as when the conversation went on
+            turns = torch.full((len(keys[0]) * used,), by, device=device)
+            keys = [self.cache.turn(part.flatten(0, 1), turns).view_as(part) for part in keys]
+        values = [kv.values.view(shape)[:, :used] for kv in rows]
+        self.cache.append_tail([*zip(keys, values, strict=True)])
         self.waiting.append((record, end))
         self.saver.taken(record)
 
@@ -209,6 +273,7 @@ class Residence(Holding):
             # Short messages are computed together: one pass over many tokens is far quicker than many passes.
             if bounds[index] <= self.cache.num_seen or not (long or index == last):
                 continue
+            yield from self.make_room(path[:index], bounds[index] - self.cache.num_seen)
             yield from self.prefill(ids, bounds[index], phase, stop)
             if self.cache.num_seen < bounds[index]:
                 break
@@ -221,7 +286,7 @@ class Residence(Holding):
     def prefill(
         self, ids: Sequence[int], end: int, phase: Phase, stop: Stop
     ) -> Generator[Progress | Notice, None, Tensor | None]:
-        """Compute KV up to position `end`; the last token's logits, or None if stopped before it."""
+        """Compute KV up to place `end`; the last token's logits, or None if stopped before it."""
         start = self.cache.num_seen
         running = self.engine.prefill(self.cache, ids[start:end], stop)
         while True:
@@ -231,10 +296,17 @@ class Residence(Holding):
                 logits: Tensor | None = finished.value
                 return logits
 
+    def recall(self, path: Sequence[Message]) -> Steps:
+        """Bring back more of the segments that the path's last message, a question, concerns."""
+        yield from ()
+
     # -- after a turn ------------------------------------------------------------------------------------------------
 
     def settle(self, path: Sequence[Message]) -> Steps:
         """After a turn: seal what is long enough, save the rest, hold the budget. What is sealed, `save` writes."""
+        recalled, self.recalled, self.expected = self.recalled, {}, 0
+        if recalled:  # what a question brought back leaves with its answer
+            self.hold(path)
         if self.cache.num_seen < self.num_saved:  # an answer's rows did not come back
             self.let_go()
         if not path or (path[-1].role == "user" and self.cache.num_seen < self.bounds(path)[-1]):
@@ -331,7 +403,7 @@ class Residence(Holding):
         """Score, rank and read one segment, and its record: with codec raw, if its own cannot write it."""
         begun, compress = time.perf_counter(), self.config.compress
         ranking, cuts = yield from rank_turns(self.engine, self.cache, path, first, last, self.ranker)
-        ranking = replace(ranking, method=record.scorer)
+        ranking = replace(ranking, method=record.scorer, offset=self.cache.offset)
         keys, values = self.cache.tail(record.start, record.end)
         codecs = codecs_for(cuts, compress.rank_chunks, record.codec.split(","))
         try:
@@ -345,9 +417,14 @@ class Residence(Holding):
     def _take(self, reading: Reading, saving: Saving, path: Sequence[Message]) -> None:
         """Attach a segment of the path's last messages as it is read, in place of its tail."""
         record, header = saving.record, reading.header
-        new = Resident(record.id, header, record.end, header.ranking.num_chunks, record.from_file)
-        *_, resident = self._sized([*self.tiers.residents, new], path)
-        self.tiers.seal(resident, sealed_layers(reading, saving, resident.chunks), record.end - record.start)
+        try:
+            chunks = self._with(self._entry(record, header, record.end), path)
+            resident = Resident(record.id, header, record.end, chunks, record.from_file)
+            self.tiers.seal(resident, sealed_layers(reading, saving, chunks), record.end - record.start)
+        except BaseException:
+            self.known.pop()
+            raise
+        self.arrange()
 
     def _save_waiting(self, path: Sequence[Message]) -> Steps:
         """Save the finished turns in the tail that no segment has yet, exactly."""
@@ -358,6 +435,7 @@ class Residence(Holding):
         record = self.saver.record("open", "raw", path[first:last], bounds[first])
         keys, values = self.cache.tail(record.start, record.end)
         ranking = Ranking.single(record.start, len(keys), len(keys[0]), record.end - record.start)
+        ranking = replace(ranking, offset=self.cache.offset)
         try:
             for attempt in twice(self.spare, "saving the newest turns", self.engine.model.device):
                 with attempt:

@@ -14,6 +14,7 @@ from kvchat.anatomy import Anatomy
 from kvchat.cache.marks import Marks
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
+from kvchat.catalogue import Cap
 from kvchat.codecs import SegmentHeader
 from kvchat.compress.aggregate import AGGREGATORS
 from kvchat.compress.compressor import rank
@@ -105,7 +106,7 @@ def score(engine: Engine, cache: SegmentedCache, subject: Subject, ranker: Ranke
         marks = cache.marks.take(start, end, blank) if cache.marks else blank
     subject = replace(
         subject,
-        start=start,
+        start=start - cache.offset,
         keys=keys,
         values=values,
         aggregate=AGGREGATORS.get(config.aggregate),
@@ -144,9 +145,11 @@ def run_passes(
 def pass_length(engine: Engine, cache: SegmentedCache, config: CompressConfig) -> int:
     """About how many tokens of a segment one pass repeats, or a quarter more.
 
-    Passes stand behind the conversation, and near the window's end must be shorter.
+    Passes stand behind the conversation, and near the end of the window, or of what memory may take, must be shorter.
     """
-    return min(config.score_chunk, max(256, engine.model.context_window - cache.num_seen - 64) * 4 // 5)
+    most = max(256, engine.model.context_window - cache.position - 64) * 4 // 5
+    cap = Cap.of(config, engine.model)
+    return min(config.score_chunk, most, max(64, cap.reserve - 64) * 4 // 5 if cap else most)
 
 
 def cuts_of(config: CompressConfig, *more: float) -> list[float]:

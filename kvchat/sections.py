@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 
 class Section(BaseModel):
@@ -56,6 +56,10 @@ class StoreConfig(Section):
         return size or 0
 
 
+_BYTES = TypeAdapter(ByteSize)
+LEAST_ROWS = 256
+"""The smallest `kv_budget` in rows: less has no room for a turn, its scoring and what comes before."""
+
 OBSERVING = ("kvzip", "kvzip+", "snapkv", "rkv")
 """Scorers whose score is joined from the attention of several rows."""
 SCORER_NAMES = (*OBSERVING, *("expected_attention", "gate", "kvp", "keydiff", "knorm", "lagkv", "streaming", "random"))
@@ -81,6 +85,9 @@ class CompressConfig(Section):
     """Whether `keep_ratio` is meant of all older segments together, the best chunks first, or of each."""
     answer_rows: int = Field(default=0, ge=0)
     """Most rows a head that the current turn takes in memory while it is answered, 256 or more; 0 = all."""
+    kv_budget: str = ""
+    """What all KV of a conversation may take in memory, tail included: bytes as in "2GiB", or "4096 rows" a head on
+    average; empty = no limit."""
     recent_tokens: int = Field(default=1024, ge=0)
     """Segments with one of the newest so many tokens hold all their pairs."""
     segment_min: int = Field(default=512, ge=1)
@@ -109,6 +116,32 @@ class CompressConfig(Section):
         if name not in SCORER_NAMES and not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*:\w+", name, re.ASCII):
             raise ValueError(f"must be one of {', '.join(SCORER_NAMES)}, or module:name")
         return name
+
+    @property
+    def budget_rows(self) -> int:
+        """Of `kv_budget`, if it is given in rows."""
+        number, _, unit = self.kv_budget.partition(" ")
+        return int(number) if unit == "rows" else 0
+
+    @property
+    def budget_bytes(self) -> int:
+        """Of `kv_budget`, if it is given in bytes."""
+        return 0 if self.budget_rows or not self.kv_budget else int(_BYTES.validate_python(self.kv_budget))
+
+    @field_validator("kv_budget", mode="before")
+    @classmethod
+    def _is_size(cls, size: Any) -> str:
+        text = " ".join(str(size or "").split())
+        if found := re.fullmatch(r"(\d+) rows?", text):
+            if int(found[1]) < LEAST_ROWS:
+                raise ValueError(f"must be at least {LEAST_ROWS} rows")
+            return f"{int(found[1])} rows"
+        if text:
+            try:
+                _BYTES.validate_python(text)
+            except ValidationError:
+                raise ValueError('must be bytes, as in "2GiB", or rows a head, as in "4096 rows"') from None
+        return text
 
     @field_validator("answer_rows")
     @classmethod

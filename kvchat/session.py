@@ -82,12 +82,14 @@ class Conversation:
         yield from residence.restore(self.path)
         yield from residence.tell()
         yield from residence.catch_up(self.path, len(self.path) - 1, "rebuild", stop)
+        yield from residence.recall(self.path)
         prompt = [*residence.ids(self.path), *opening]
         if residence.cache.num_seen >= len(prompt):  # no opening of a reply, and all is there: logits need a pass
             residence.cut(residence.bounds(self.path)[-2])
         cached = residence.num_reused
-        yield from self._warn(len(prompt))
+        yield from residence.make_room(self.path, len(prompt) - residence.cache.num_seen, self._reserved(settings))
         logits = yield from residence.prefill(prompt, len(prompt), "prefill", stop)
+        yield from self._warn()
         draft, reason = Draft(submitted), INTERRUPTED
         read = min(len(prompt), residence.cache.num_seen) - cached
         if logits is not None:
@@ -99,7 +101,7 @@ class Conversation:
     ) -> Generator[Event, None, FinishReason]:
         """Generate into `draft`; returns why it ended."""
         model, cache = self.engine.model, self.residence.cache
-        most, rows = min(settings.max_new_tokens, self._room(len(prompt))), self.residence.config.compress.answer_rows
+        most, rows = min(settings.max_new_tokens, self._room()), self._rows(settings)
         reason, stream, sample = INTERRUPTED, self._template.stream(), Sampler(settings, prompt, model.device)
         with closing(self.engine.decode(cache, logits, sample, model.stop_ids, stop, rows)) as tokens:
             for token in tokens:
@@ -183,16 +185,25 @@ class Conversation:
             drafts.append((role, text, self._piece(number, role, text, asked)))
             asked = asked or role == "user"
         if drafts:
-            self._require_room(path, sum(len(piece.ids) for _, _, piece in drafts))
+            self._require_room(path, drafts)
         return [draft for draft in drafts if draft[2].ids]
 
-    def _require_room(self, path: Sequence[Message], needed: int) -> None:
+    def _require_room(self, path: Sequence[Message], drafts: Sequence[Drafted]) -> None:
+        """Raise CapacityError unless each draft finds room when its turn comes."""
         used, window = self.residence.bounds(path)[-1], self.engine.model.context_window
-        if self._room(used + needed) < 1:
-            raise CapacityError(
-                f"{needed} tokens do not fit: {used} of the model's window of {window} are in use; shorten the "
-                "message, fork from an earlier turn, or start a new session (nothing was cut)"
-            )
+        for number, (_, _, piece) in enumerate(drafts, 1):
+            needed = len(piece.ids) + self._around + 1
+            if needed > self.residence.longest(used):
+                raise CapacityError(
+                    f"message {number} has {needed} tokens and does not fit: of the model's window of {window} "
+                    f"{self.residence.longest(used)} can be free; shorten it or give it in parts (nothing was cut)"
+                )
+            used += len(piece.ids)
+
+    @property
+    def _around(self) -> int:
+        """Tokens around a reply."""
+        return len(self._template.generation_prompt) + len(self._template.assistant_close)
 
     def append(self, messages: Sequence[Mapping[str, str]], stop: Stop) -> Generator[Progress | Notice, None, Usage]:
         """Take in messages, and compute and seal their KV; generates nothing. Errors as for `take`."""
@@ -241,7 +252,7 @@ class Conversation:
         ids, question = reply.ids[slice(*reply.content_span)], self.question(prompt)
         if not ids or not prompt.strip():
             raise InputError("prompt and continuation must not be empty")
-        self._require_room(self.path, len(question) + len(ids))
+        self._require_room(self.path, [("user", prompt, Piece((*question, *ids), (0, 0)))])
         self._unseen(self.restore())
         self._unseen(self.residence.catch_up(self.path, len(self.path), "rebuild", lambda: False))
         values = self.engine.logprobs(self.residence.cache, question, ids)
@@ -315,14 +326,28 @@ class Conversation:
             raise SessionChanged(f"{error}; this answer is kept beside it, where `kvchat search` finds it") from None
         self.path += messages
 
-    def _room(self, used: int) -> int:
-        """Tokens that a reply may still have after `used` ones, leaving space for its opening and closing."""
-        template = self._template
-        return self.engine.model.context_window - used - len(template.generation_prompt) - len(template.assistant_close)
+    def _room(self) -> int:
+        """Tokens that a reply may still have, leaving space for its closing."""
+        window = self.engine.model.context_window
+        return window - self.residence.cache.position - len(self._template.assistant_close)
 
-    def _warn(self, used: int) -> Iterator[Notice]:
+    def _reserved(self, settings: GenerateConfig) -> int:
+        """Tokens for which there is to be room when an answer begins."""
+        window, cap = self.engine.model.context_window, self.residence.cap
+        most = min(settings.max_new_tokens, window // 4, cap.reserve if cap else window)
+        return most + len(self._template.assistant_close)
+
+    def _rows(self, settings: GenerateConfig) -> int:
+        """Rows a head to which the turn is held while it is answered; 0 = no limit."""
+        rows, cap = self.residence.config.compress.answer_rows, self.residence.cap
+        if cap is None or self._reserved(settings) >= settings.max_new_tokens:
+            return rows
+        most = max(256, self.residence.cache.tail_length + self._reserved(settings))
+        return min(rows, most) if rows else most
+
+    def _warn(self) -> Iterator[Notice]:
         """Say that the window will be full before it is."""
-        room, window = self._room(used), self.engine.model.context_window
+        room, window = self._room(), self.engine.model.context_window
         if room < window // 10:
             yield Notice(
                 f"the model's window is nearly full: {room} of {window} tokens are left; "

@@ -100,6 +100,15 @@ class Tiers:
         """A piece as rows lie in this cache."""
         return part if self.cache.encoded else CodedKV.plain(decoded(part), *part.runs[0, [START, CHUNK]].tolist())
 
+    def know(self, resident: Resident) -> None:
+        """A segment nothing of which is in memory yet, but will be (`hold`)."""
+        self.residents = sorted([*self.residents, resident], key=lambda one: one.start)
+
+    def forget(self, start: int) -> None:
+        """Let go the segment at `start`."""
+        self.residents = [one for one in self.residents if one.start != start]
+        self.cache.keep([piece for piece in self.cache.pieces if piece.start != start])
+
     def hold(self, wanted: Mapping[str, int]) -> list[Resident]:
         """Shrink or grow segments to so many chunks, shrinks first so that the peak stays low.
 
@@ -122,6 +131,7 @@ class Tiers:
         if pieces:  # all at once: every attaching packs all rows anew
             self.cache.attach(pieces, self.cache.tail_start)
             self.residents = grown
+        self.residents = [one for one in self.residents if one.chunks]
         return damaged
 
     def crop(self, position: int) -> None:

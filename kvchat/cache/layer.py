@@ -8,20 +8,24 @@ Letters: H KV heads, T tokens, N sealed rows of a layer, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from kvchat.cache.coded import CHUNK, PLAIN, START, CodedKV, Form
+from kvchat.cache.coded import CHUNK, PLAIN, ROWS, START, CodedKV, Form
 from kvchat.cache.pack import Runs, before, merged, pack
 from kvchat.cache.segment import LayerKV
 from kvchat.cache.tail import Tail
 
 Decode = Callable[[CodedKV], LayerKV]
 """Rows in any form to plain numbers, for passes over many tokens."""
+Turn = Callable[[Tensor, Tensor], Tensor]
+"""Keys (N, D) and by how many positions each is to be turned (N,), to keys in their dtype."""
 
 FEW = 4096
 """Rows of a beginning that are worth keeping as plain numbers, because every sealing asks for them."""
@@ -35,8 +39,17 @@ class Piece(NamedTuple):
     chunk: int
 
 
+def unturned(keys: Tensor, by: Tensor) -> Tensor:
+    """The `Turn` of keys without RoPE."""
+    return keys
+
+
 class RaggedLayer(Tail):
-    """One layer: sealed rows are unchanged during a turn, the tail grows in place. Nothing is re-packed per token."""
+    """One layer: sealed rows are unchanged during a turn, the tail grows in place. Nothing is re-packed per token.
+
+    Where a segment stands for the network can change (`shifts`); its rows do not, they are what the store has. Keys are
+    turned for who reads them, each time from the stored ones, so that nothing adds up.
+    """
 
     def __init__(
         self,
@@ -45,9 +58,13 @@ class RaggedLayer(Tail):
         dtype: torch.dtype,
         device: torch.device,
         decode: Decode = CodedKV.rows,
+        turn: Turn = unturned,
     ) -> None:
         super().__init__(num_key_value_heads, head_dim, dtype, device)
         self._decode = decode
+        self._turn = turn
+        self.shifts: Mapping[int, int] = {}
+        """By how many positions the keys of a segment are to be turned, by its start; none is 0."""
         self._nothing = LayerKV.dense(self.keys, self.values, 0)
         self.forms: tuple[CodedKV, ...] = ()
         """Sealed rows, those of each form packed together."""
@@ -60,8 +77,40 @@ class RaggedLayer(Tail):
 
     @property
     def sealed(self) -> LayerKV:
-        """Sealed rows as plain numbers: as they lie, or decoded for who asks."""
-        return self._plain if self._plain is not None else merged(self.forms, [*map(self._decode, self.forms)])
+        """Sealed rows as plain numbers, where they stand now: as they lie, or decoded and turned for who asks."""
+        if self._plain is not None:
+            return self._plain
+        rows = self._read(self.forms)
+        if all(form.form == PLAIN for form in self.forms):  # only turned: else every pass would do it again
+            self._plain = rows
+        return rows
+
+    def _read(self, forms: Sequence[CodedKV]) -> LayerKV:
+        """Rows in any forms as plain numbers, keys turned."""
+        return merged(forms, [self._turned(form, self._decode(form)) for form in forms])
+
+    def _turned(self, form: CodedKV, rows: LayerKV) -> LayerKV:
+        """Rows whose keys are turned to where their segments stand now."""
+        if not self._turns(form):
+            return rows
+        by = np.array([self.shifts.get(start, 0) for start in form.runs[:, START].tolist()], np.int64)
+        turns = torch.repeat_interleave(torch.from_numpy(by), torch.from_numpy(form.runs[:, ROWS].copy()))
+        return replace(rows, keys=self._turn(rows.keys, turns.to(rows.keys.device)))
+
+    def arrange(self, shifts: Mapping[int, int], tail: int) -> None:
+        """Have segments stand elsewhere, as `shifts` says, and turn the tail's keys by `tail` positions."""
+        shifts = {start: by for start, by in shifts.items() if by}
+        if tail and self.tail_length:
+            self._turn_tail(tail)
+        if shifts != self.shifts:
+            self.shifts, self._early = shifts, None
+            self.place(self.forms)
+
+    @torch.inference_mode()
+    def _turn_tail(self, by: int) -> None:
+        keys, _ = self.tail()
+        turns = torch.full(keys.shape[:2], by, device=keys.device)
+        keys.copy_(self._turn(keys.flatten(0, 1), turns.flatten()).view(keys.shape))
 
     def sealed_before(self, position: int) -> LayerKV:
         """Sealed rows of tokens before `position` as plain numbers; no others are decoded."""
@@ -69,7 +118,7 @@ class RaggedLayer(Tail):
         if self._early and self._early[:2] == (position, pieces):
             return self._early[2]
         forms = [before(form, position) for form in self.forms]
-        rows = merged(forms, [*map(self._decode, forms)]) if forms else self._nothing
+        rows = self._read(forms) if forms else self._nothing
         self._early = (position, pieces, rows) if len(rows.keys) <= FEW else None
         return rows
 
@@ -102,6 +151,7 @@ class RaggedLayer(Tail):
 
     def clear(self) -> None:
         """Forget everything."""
+        self.shifts = {}
         self._set([])
         self._early = None
         self.aside = 0
@@ -120,9 +170,13 @@ class RaggedLayer(Tail):
         )
         self.place(packed)
 
+    def _turns(self, form: CodedKV) -> bool:
+        """Whether keys of some of its segments are to be turned."""
+        return bool(self.shifts) and bool(np.isin(form.runs[:, START], [*self.shifts]).any())
+
     def place(self, forms: tuple[CodedKV, ...]) -> None:
         """Hold these rows and no others: one CodedKV a form, as `pack` makes them, the form with most bits first."""
-        plain = forms[0].rows() if len(forms) == 1 and forms[0].form == PLAIN else None
+        plain = forms[0].rows() if len(forms) == 1 and forms[0].form == PLAIN and not self._turns(forms[0]) else None
         self.forms, self._plain, self._pieces = forms, plain if forms else self._nothing, None
         self.version += 1
 

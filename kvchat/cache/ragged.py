@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvchat.cache.coded import CHUNK, ROWS, START, CodedKV
-from kvchat.cache.layer import Decode, Piece, RaggedLayer
+from kvchat.cache.layer import Decode, Piece, RaggedLayer, Turn, unturned
 from kvchat.cache.marks import Marks
 from kvchat.cache.segment import LayerKV
 
@@ -50,7 +50,11 @@ class Step(Protocol):
 
 
 class SegmentedCache(Cache):  # type: ignore[misc]
-    """All layers of one conversation. `num_seen` counts tokens and gives positions; rows are fewer after eviction."""
+    """All layers of one conversation. `num_seen` counts tokens and gives places; rows are fewer after eviction.
+
+    A token's place is its number in the conversation, which never changes. Its position is what RoPE sees: the same,
+    until the conversation is re-based (`arrange`) because it has more tokens than the model has positions.
+    """
 
     def __init__(
         self,
@@ -60,19 +64,28 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         dtype: torch.dtype,
         device: torch.device,
         decode: Decode | None = None,
+        turn: Turn = unturned,
     ):
-        shape = (num_key_value_heads, head_dim, dtype, device, decode or CodedKV.rows)
+        shape = (num_key_value_heads, head_dim, dtype, device, decode or CodedKV.rows, turn)
         super().__init__(layers=[RaggedLayer(*shape) for _ in range(num_layers)])
+        self.turn = turn
         self.encoded = decode is not None
         """Whether rows may be attached in another form than as plain numbers."""
         self.tap: Tap | None = None
         self.step: Step | None = None
         self.marks: Marks | None = None
         """A gate's scores of the tail, if one is asked."""
+        self.offset = 0
+        """By how much the positions of the tail, and of what comes next, are smaller than their places."""
+
+    @property
+    def position(self) -> int:
+        """Of the next token."""
+        return self.num_seen - self.offset
 
     @property
     def num_seen(self) -> int:
-        """Logical length: tokens that the cache stands for."""
+        """Logical length: tokens that the cache stands for, and the place of the next."""
         return int(self.layers[0].get_seq_length())
 
     @property
@@ -143,6 +156,22 @@ class SegmentedCache(Cache):  # type: ignore[misc]
             layer.place(forms)
             layer.tail_start = end
 
+    def go_on_at(self, place: int) -> None:
+        """The empty tail begins no earlier than at `place`: what stands before it need not be in memory."""
+        assert not self.tail_length or place <= self.tail_start
+        for layer in self.layers:
+            layer.tail_start = max(layer.tail_start, place)
+
+    def arrange(self, shifts: Mapping[int, int], offset: int) -> None:
+        """Have the network see tokens at other positions.
+
+        shifts: by how much the position of each segment, by its start, differs from the one that it was computed at.
+        offset: of the tail, whose keys are turned.
+        """
+        by, self.offset = self.offset - offset, offset
+        for layer in self.layers:
+            layer.arrange(shifts, by)
+
     @contextmanager
     def attaching(self, tail: int) -> Iterator[None]:
         """Inside, pieces are attached to layers; at the end of it they have taken the place of that much of the tail.
@@ -171,6 +200,7 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         """Forget everything, whatever state a failure has left; needs no memory."""
         if self.marks:
             self.marks.crop(0)
+        self.offset = 0
         for layer in self.layers:
             layer.clear()
 

@@ -75,16 +75,18 @@ class LayerKV:
 class Ranking:
     """Which rank chunk each pair of a segment lies in; within a chunk rows stand in time order.
 
-    start     position of the segment's first token
+    start     place of the segment's first token
     chunk_of  (L, H, T) uint8, 0 = best
     scores    the median score of each chunk, never rising; None where a program that did not tell them sealed it
     method    how it was ranked (`CompressConfig.method`): scores of different methods do not compare
+    offset    by how much the positions at which its keys were computed are smaller than their places
     """
 
     start: int
     chunk_of: npt.NDArray[np.uint8]
     scores: tuple[float, ...] | None = None
     method: str = ""
+    offset: int = 0
 
     def __post_init__(self) -> None:
         assert self.chunk_of.ndim == 3 and self.chunk_of.dtype == np.uint8
@@ -96,7 +98,7 @@ class Ranking:
 
     @property
     def end(self) -> int:
-        """One past the position of the last token."""
+        """One past the place of the last token."""
         return self.start + int(self.chunk_of.shape[2])
 
     @cached_property

@@ -103,6 +103,8 @@ class SegmentHeader:
         }
         if self.basis:
             head["basis"] = self.basis.identity
+        if self.ranking.offset:
+            head["offset"] = self.ranking.offset
         planes = {"chunk_of": self.ranking.chunk_of, **self.params}
         if self.ranking.scores is not None:
             planes["chunk_scores"] = np.array(self.ranking.scores, np.float32)
@@ -168,7 +170,10 @@ class SegmentHeader:
         if start + tokens > _MOST_TOKENS:
             raise CorruptFrame(f"the segment begins at token {start}, which no conversation has")
         shared = _shared(codecs, head.get("basis"), basis, (layers, heads, head_dim))
-        ranking = Ranking(start, chunk_of, scores)
+        offset = head.get("offset", 0)
+        if not isinstance(offset, int) or not 0 <= offset <= start:
+            raise CorruptFrame(f"the segment's positions begin at {start} less {str(offset)[:40]}, which none can")
+        ranking = Ranking(start, chunk_of, scores, offset=offset)
         shapes = {
             plane: shape
             for name in codecs
