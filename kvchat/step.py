@@ -3,8 +3,8 @@
 Launching a step's kernels one by one from Python takes several times as long as the kernels themselves. A graph holds
 addresses, so everything that a step reads or writes lies in buffers that stay: the token, its position, the length of
 the tail, the tail's room, and the plans that say where sealed rows lie. Sealing, attaching and rewinding overwrite the
-contents of the plans; only a tail that outgrows its room makes another capture necessary. Small modules of the network
-run as one kernel each (`fused`).
+contents of the plans; only a tail that outgrows its room, or plans whose tables must grow, make another capture
+necessary. Small modules of the network run as one kernel each (`fused`).
 
 Letters: V vocabulary, H KV heads, G query heads per KV head, D head_dim.
 """
@@ -14,8 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kvchat.anatomy import Anatomy
 from kvchat.attention.ragged_decode import DecodePlan, Shape
+from kvchat.attention.turned import TurnedQuery
 from kvchat.cache.coded import Form
+from kvchat.cache.layer import RaggedLayer
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.fused import Forward, fused, prove
 from kvchat.model import Model
@@ -39,6 +42,8 @@ class DecodeStep:
         self._position = torch.zeros_like(self._token)
         self._row = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._length = torch.zeros(1, dtype=torch.int32, device=model.device)
+        shape = model.num_attention_heads, model.head_dim, model.dtype, model.device
+        self._turned = TurnedQuery(Anatomy(model).rotate, *shape)
         self._forwards: dict[nn.Module, Forward] | None = None
         self._plans: list[DecodePlan] = []
         self._forms: frozenset[Form] = frozenset()
@@ -68,9 +73,12 @@ class DecodeStep:
             self._forms |= forms
             self._plans = [self._new_plan() for _ in cache.layers]
             self._read = [-1 for _ in cache.layers]
+        shifts = [_shifts(layer) for layer in cache.layers]
+        same &= self._turned.arrange({shift for some in shifts for shift in some.values()})
         for index, (plan, layer) in enumerate(zip(self._plans, cache.layers, strict=True)):
             if self._read[index] != layer.version:
-                same &= plan.update([(form, plan.work(form)) for form in layer.forms])
+                variants = self._turned.variants(shifts[index])
+                same &= plan.update([(form, plan.work(form, variants)) for form in layer.forms])
                 self._read[index] = layer.version
         return same
 
@@ -92,7 +100,8 @@ class DecodeStep:
     def attend(self, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Attention of the new token in layer `index`: (H * G, 1, D) queries, the tail's whole room (H, C, D)."""
         out = torch.empty_like(query)
-        self._plans[index].run(query.view(len(query), -1), keys, values, self._length, out.view(len(query), -1), scale)
+        queries = self._turned.of(query.view(len(query), -1))
+        self._plans[index].run(queries, keys, values, self._length, out.view(len(query), -1), scale)
         return out
 
     def _new_plan(self) -> DecodePlan:
@@ -103,7 +112,7 @@ class DecodeStep:
 
     def _count(self, cache: SegmentedCache) -> None:
         """Set the device's counters to just before the next token."""
-        self._position.fill_(cache.num_seen - 1)
+        self._position.fill_(cache.position - 1)
         self._row.fill_(cache.tail_length - 1)
         self._length.fill_(cache.tail_length)
 
@@ -138,6 +147,12 @@ class DecodeStep:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._logits = self._forward(cache)
         self._graph, self._captured = graph, _addresses(cache)
+
+
+def _shifts(layer: RaggedLayer) -> dict[int, int]:
+    """By how many positions the keys of attached segments are to be turned, by their start; none is 0."""
+    attached = {piece.start for piece in layer.pieces} if layer.shifts else set()
+    return {start: by for start, by in layer.shifts.items() if by and start in attached}
 
 
 def _addresses(cache: SegmentedCache) -> list[int]:

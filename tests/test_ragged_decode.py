@@ -228,35 +228,41 @@ def test_updating_in_place_equals_a_new_plan() -> None:
     st.lists(st.lists(st.integers(1, 150), max_size=4), min_size=1, max_size=5),
     st.sampled_from([16, 8, 4]),
     st.sampled_from([32, 64, 128]),
+    st.lists(st.integers(0, 3), max_size=10),
 )
-def test_work_lists_cover_every_row_once(runs_of_heads: list[list[int]], bits: int, tile: int) -> None:
-    runs = np.array([(h, 0, n, 0) for h, runs in enumerate(runs_of_heads) for n in runs], np.int64).reshape(-1, 4)
+def test_work_lists_cover_every_row_once(
+    runs_of_heads: list[list[int]], bits: int, tile: int, variants: list[int]
+) -> None:
+    runs = np.array([(h, 0, n, 0, 0, 0) for h, runs in enumerate(runs_of_heads) for n in runs], np.int64).reshape(-1, 6)
     runs[:, 1] = runs[:, 2].cumsum() - runs[:, 2]
     units = -(-runs[:, 2] // 32) if bits == 4 else np.array([i % 2 for i in range(len(runs))], np.int64)
     runs[:, 3] = units.cumsum() - units
+    runs[:, 4] = np.arange(len(runs)) // 2 * 100  # what shares a scale is of one segment
+    variant_of = {number * 100: variant for number, variant in enumerate(variants)}
     total = int(runs[:, 2].sum())
     rows, none = torch.zeros(total, 64, dtype=torch.half), torch.zeros(0)
     keys = rows if bits == 16 else torch.zeros(total, 64 if bits == 8 else 32, dtype=torch.uint8)
     scale, where = torch.zeros(0, 64), torch.zeros(total, dtype=torch.int32)
     heads = len(runs_of_heads)
     part = CodedKV(Form(bits, 16), torch.half, heads, keys, rows, scale, scale, none, none, where, runs)
-    work = WorkList.build(part, 8, tile)
+    work = WorkList.build(part, 8, tile, variant_of)
     seen = []
     for head, (first, count) in enumerate(work.spans.tolist()):
-        for low, high, of in work.programs[first : first + count].tolist():
+        for low, high, of, variant in work.programs[first : first + count].tolist():
             assert of == head and low < high
             for at, n, unit in work.tiles[low:high].tolist():
                 assert n <= tile
-                seen += [(at + i, head, unit + i // 32 if bits == 4 else unit) for i in range(n)]
+                seen += [(at + i, head, unit + i // 32 if bits == 4 else unit, variant) for i in range(n)]
     truth = [
-        (at + i, head, unit + i // 32 if bits == 4 else unit if bits == 8 else 0)
-        for head, at, n, unit in runs.tolist()
+        (at + i, head, unit + i // 32 if bits == 4 else unit if bits == 8 else 0, variant_of.get(start, 0))
+        for head, at, n, unit, start, _ in runs.tolist()
         for i in range(n)
     ]
-    assert seen == truth
+    assert (sorted(seen) if any(variants) else seen) == truth
     assert not work.programs[int(work.spans[:, 1].sum()) :].any()
     words = work.words()
     assert np.array_equal(np.stack([words >> 32, words & 0xFF, words >> 8 & 0xFFFFFF], axis=1), work.tiles)
-    for (low, high, _), (start, stop, _) in zip(work.programs, work.bounds(16), strict=True):
+    for (low, high, head, variant), (start, stop, queries) in zip(work.programs, work.bounds(16), strict=True):
+        assert queries == variant * heads + head
         rows_of_tiles = [row for at, n, _ in work.tiles[low:high] for row in range(at, at + n)]
         assert bits < 16 or rows_of_tiles == list(range(start, stop))

@@ -86,6 +86,34 @@ def test_rows_that_were_decoded(engine: Engine) -> None:
     assert_close(step, played)
 
 
+@pytest.mark.parametrize(
+    ("codec", "residence"),
+    [("k8v8", "encoded"), (["k8v4", "k4v4", "raw"], "encoded"), ("k8v8", "decoded")],
+    ids=str,
+)
+def test_segments_that_have_moved(engine: Engine, codec: Any, residence: Any) -> None:
+    played = Played(Engine(engine.model, 64, residence), 0.6, codec, TURNS)
+    step, cache = DecodeStep(engine.model, capture=CUDA), played.cache
+    engine.forward(cache, TURNS[-1])
+    before = torch.stack(list(stepped(step, played, TOKENS[:1])))
+    for moved, offset, variants in [((0, -40, -40), 40, 2), ((5, 30, -50), 50, 4), ((0, 0, 0), 0, 4)]:
+        cache.arrange(dict(zip((0, 70, 71), moved, strict=True)), offset)
+        assert_close(step, played)
+        assert step._turned.num_variants == variants
+        played.hold(0.1 if offset == 40 else 0.6)  # rows come and go where segments stand now
+    assert_close(step, played)
+    after = torch.stack(list(stepped(step, played, TOKENS[:1])))
+    assert (after - before).norm() < 0.02 * before.norm()
+
+
+def test_moved_rows_matter(engine: Engine) -> None:
+    """The test above would else pass with a step that does not turn."""
+    played, step = Played(engine, 0.6, "k8v8", TURNS), DecodeStep(engine.model, capture=CUDA)
+    before = torch.stack(list(stepped(step, played, TOKENS))).float()
+    played.cache.arrange({0: 40}, 0)
+    assert (torch.stack(list(stepped(step, played, TOKENS))).float() - before).norm() > 0.05 * before.norm()
+
+
 def test_a_tail_that_outgrows_its_room(engine: Engine) -> None:
     played, step = Played(engine, 0.6, "k8v8", [TURNS[0], TURNS[-1]]), DecodeStep(engine.model, capture=CUDA)
     played.cache.layers[0].reserve(1)

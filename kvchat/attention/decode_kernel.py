@@ -97,7 +97,7 @@ def attend_rows(
 ):  # fmt: skip
     """Partial results of the tail's shares, which are short and so come first, and of one form's programs.
 
-    Grid: programs, heads / 16.
+    `programs`: as `WorkList.bounds`. Grid: programs, heads / 16.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -118,17 +118,17 @@ def attend_rows(
         )  # fmt: skip
         first = tl.load(programs + program * 3)
         last = tl.load(programs + program * 3 + 1)
-        kv_head = tl.load(programs + program * 3 + 2)
+        queries = query + tl.load(programs + program * 3 + 2) * G * D
         # No branch on whether there is work: loads that follow one would wait for its condition.
         if KEY_BITS == 4:
             fewer = tl.program_id(1) * HEADS + tl.arange(0, 8 if G <= 8 else 16)
             nibble_rows(
-                query + kv_head * G * D, places, tiles, first, last, out, lse, first_slot + program, fewer, scale,
+                queries, places, tiles, first, last, out, lse, first_slot + program, fewer, scale,
                 SCALE, VALUE_SCALE, G, D, PAD, TILE, STAGES, SOFTCAP, PACKED, WIDE,
             )  # fmt: skip
         else:
             _sealed(
-                query + kv_head * G * D, places, tiles, first, last, out, lse, first_slot + program, head, scale,
+                queries, places, tiles, first, last, out, lse, first_slot + program, head, scale,
                 KEY_BITS, VALUE_BITS, SCALE, VALUE_SCALE, G, D, PAD, TILE, STAGES, SOFTCAP, PACKED, WIDE,
             )  # fmt: skip
 

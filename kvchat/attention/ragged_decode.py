@@ -4,9 +4,11 @@ One launch for each form of rows, the first of which serves the tail too, then o
 each query head (the scheme of Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Key scales are
 folded into the query and value scales into the weights, so that nothing is dequantised number by number; rotated values
 are rotated back once, after the sum. `run` neither allocates nor waits for the device, and reads everything that a seal
-changes from buffers of its own: a CUDA graph that holds it stays valid.
+changes from buffers of its own: a CUDA graph that holds it stays valid. Rows of segments that have moved are read with
+a variant of the query that is turned the other way (`turned`).
 
-Letters: H KV heads, G query heads per KV head, C room of the tail, D head_dim, P programs of a form.
+Letters: H KV heads, G query heads per KV head, V variants of the query, C room of the tail, D head_dim, P programs of a
+form.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from kvchat.attention import overlaps
 from kvchat.attention.decode_combine import combine
 from kvchat.attention.decode_kernel import attend_rows
-from kvchat.attention.worklist import WorkList
+from kvchat.attention.worklist import UNMOVED, WorkList
 from kvchat.cache.coded import GROUP, CodedKV, Form
 from kvchat.codecs.rotate import back_rotation
 
@@ -37,7 +39,7 @@ class Tuning:
     tile      rows a step, the same for each warp; 32 each where keys have 4 bits
     warps     of a program
     stages    one more than the tiles that are under way at once
-    programs  P
+    programs  P, at least
     packed    two words an instruction through inline assembly, where there are codes
     registers at most so many a thread, or as many as the compiler likes
     """
@@ -105,19 +107,12 @@ class DecodePlan:
         if not self.forms:
             self.forms = {Form(16, 16): Tuning(64, 4, 3, self.shape.kv_heads)}
         heads, groups, dim = self.shape.kv_heads, self.shape.groups, self.shape.head_dim
-        self._firsts = np.cumsum([0] + [tuning.programs for tuning in self.forms.values()])
-        slots = int(self._firsts[-1]) + heads * self.tail_splits
         self._scales = dict.fromkeys(self.forms, (torch.float32, torch.float32))
-        self._out = torch.empty(slots, groups, dim, device=self.device)
-        self._lse = torch.empty(slots, groups, device=self.device)
         self._no_lse = torch.empty(heads * groups, device=self.device)
         self._addresses = torch.zeros(len(self.forms), 6, dtype=torch.int64, device=self.device)
         self._boosts = torch.ones(len(self.forms), device=self.device)
         self._spans = torch.zeros(len(self.forms), heads, 2, dtype=torch.int32, device=self.device)
-        self._programs = [
-            torch.zeros(tuning.programs, 3, dtype=torch.int32, device=self.device) for tuning in self.forms.values()
-        ]
-        self._starts = [self._words(tuning.programs) for tuning in self.forms.values()]
+        self._make_room([tuning.programs for tuning in self.forms.values()])
         self._tiles = [self._words(self.max_tiles) for _ in self.forms]
         self._back = back_rotation(dim, self.device)
 
@@ -129,10 +124,19 @@ class DecodePlan:
         tunings = {form: Tuning.of(form, size, shape.head_dim) for form in forms}
         return cls(shape, tunings, device, overlap=overlaps(device))
 
-    def work(self, part: CodedKV) -> WorkList:
-        """The work list that `update` wants for a part."""
-        tuning = self.forms[part.form]
-        return WorkList.build(part, tuning.programs, tuning.tile)
+    def work(self, part: CodedKV, variants: Mapping[int, int] = UNMOVED) -> WorkList:
+        """The work list that `update` wants for a part, given the variant of the query for segments by their start."""
+        programs = dict(zip(self.forms, self._programs, strict=True))[part.form]
+        return WorkList.build(part, len(programs), self.forms[part.form].tile, variants)
+
+    def _make_room(self, programs: Sequence[int]) -> None:
+        """Tables and partial results for so many programs of each form."""
+        self._firsts = np.cumsum([0, *programs])
+        slots = int(self._firsts[-1]) + self.shape.kv_heads * self.tail_splits
+        self._out = torch.empty(slots, self.shape.groups, self.shape.head_dim, device=self.device)
+        self._lse = torch.empty(slots, self.shape.groups, device=self.device)
+        self._programs = [torch.zeros(count, 3, dtype=torch.int32, device=self.device) for count in programs]
+        self._starts = [self._words(count) for count in programs]
 
     def _words(self, tiles: int) -> Tensor:
         return torch.zeros(tiles, dtype=torch.int64, device=self.device)
@@ -146,7 +150,10 @@ class DecodePlan:
         """
         given = {part.form: (part, work) for part, work in parts}
         assert len(given) == len(parts) and given.keys() <= self.forms.keys(), (given.keys(), self.forms.keys())
-        same = True
+        old = {form: len(table) for form, table in zip(self.forms, self._programs, strict=True)}
+        programs = old | {form: len(work.programs) for form, (_, work) in given.items()}
+        if not (same := programs == old):
+            self._make_room([*programs.values()])
         for index, form in enumerate(self.forms):
             if form in given:
                 same &= self._place(index, *given[form])
@@ -193,7 +200,8 @@ class DecodePlan:
     ) -> None:
         """Attention of one new token into `out`; log-sum-exp of its logits into `lse`.
 
-        query, out   (H * G, D), contiguous, bfloat16 or float16
+        query        (V * H * G, D), contiguous, bfloat16 or float16; the tail reads variant 0
+        out          (H * G, D), likewise
         keys, values the tail's buffers, (H, C, D) of that dtype, rows contiguous
         length       (1,) int32 on the device: rows of the tail that count, the new token's own among them
         scale        factor on the logits
@@ -206,7 +214,7 @@ class DecodePlan:
         for index, (form, tuning) in enumerate(self.forms.items()):
             tail = shape.kv_heads * self.tail_splits if index == 0 else 0
             key_scale, value_scale = (_TRITON[dtype] for dtype in self._scales[form])
-            attend_rows[(tuning.programs + tail, triton.cdiv(shape.groups, 16))](
+            attend_rows[(len(self._programs[index]) + tail, triton.cdiv(shape.groups, 16))](
                 query, self._addresses, self._boosts, self._programs[index], self._starts[index], self._tiles[index],
                 keys, values, length, self._out, self._lse, tail, int(self._firsts[index]), tail_slot, keys.stride(0),
                 scale,
@@ -221,7 +229,7 @@ class DecodePlan:
         rotated = sum(1 << index for index, form in enumerate(self.forms) if form.value_bits == 4)
         # A row is rotated back whole, and loads go ahead of their use; else more programs read at once.
         width, warps, stages = (pad, 16, 3) if rotated else (32, 4, 1)
-        slots = min(64, triton.next_power_of_2(2 * max(t.programs for t in self.forms.values()) // shape.kv_heads))
+        slots = min(64, triton.next_power_of_2(2 * max(map(len, self._programs)) // shape.kv_heads))
         combine[(shape.kv_heads * shape.groups, pad // width)](
             self._out, self._lse, self._spans, self._back, out, self._no_lse if lse is None else lse, tail_slot,
             FORMS=len(self.forms), ROTATED=rotated, G=shape.groups, H=shape.kv_heads, D=shape.head_dim, PAD=pad,
@@ -241,16 +249,21 @@ def ragged_decode(
     tail_length: Tensor,
     scale: float,
     softcap: float = 0.0,
+    variants: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """One `DecodePlan.run` with a plan of its own: output (H * G, D) and log-sum-exp (H * G,) float32."""
+    """One `DecodePlan.run` with a plan of its own: output (H * G, D) and log-sum-exp (H * G,) float32.
+
+    `query` (V * H * G, D), V being `variants`.
+    """
     heads, _, dim = tail_keys.shape
+    rows = len(query) // variants
     forms = {
         part.form: Tuning(work.tile, work.tile // GROUP if part.form.key_bits == 4 else 4, 3, len(work.programs))
         for part, work in parts
     }
-    shape = Shape(heads, len(query) // heads, dim, softcap)
+    shape = Shape(heads, rows // heads, dim, softcap)
     plan = DecodePlan(shape, forms, query.device)
     plan.update(parts)
-    out, lse = torch.empty_like(query), torch.empty(len(query), device=query.device)
+    out, lse = torch.empty_like(query[:rows]), torch.empty(rows, device=query.device)
     plan.run(query, tail_keys, tail_values, tail_length, out, scale, lse)
     return out, lse
