@@ -50,7 +50,9 @@ class Checks(KVStore):
         if not problems:
             return []
         tables = self._rows("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
-        text = [row["name"] for row in tables if not row["name"].startswith(("messages_fts", *DERIVED, "probes"))]
+        text = [
+            row["name"] for row in tables if not row["name"].startswith(("messages_fts", *DERIVED, "probes", "vectors"))
+        ]
         cure = RESTORE if any(self._integrity(f"('{name}')") for name in text) else MEND
         return [f"{self.file}: {problem}; {cure}" for problem in problems]
 

@@ -33,6 +33,7 @@ from kvchat.records import (
     session_of,
 )
 from kvchat.salvage import remove_leftovers
+from kvchat.vector_store import VectorStore
 
 __all__ = ["Kind", "Message", "Role", "SearchHit", "SegmentRecord", "SessionInfo", "Store"]
 
@@ -40,7 +41,7 @@ __all__ = ["Kind", "Message", "Role", "SearchHit", "SegmentRecord", "SessionInfo
 NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")
 
 
-class Store(LimitedStore, Checks):
+class Store(LimitedStore, VectorStore, Checks):
     """One database file of sessions, messages, segments and frames.
 
     Every method may raise StoreError: the file is damaged, cannot be written, or another process writes to it for
