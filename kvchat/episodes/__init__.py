@@ -1,0 +1,1 @@
+"""Which old turns a question concerns, and what a conversation is about, part by part."""

@@ -1,0 +1,89 @@
+"""From texts to vectors that say what they are about: by the loaded model itself, or by a small one made for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from kvchat.engine import Engine
+from kvchat.learned import key
+from kvchat.sections import EpisodesConfig
+
+DEPTH = 2 / 3
+"""How deep in the network states are taken: later ones say more of the next word than of the text."""
+
+
+class Embedder(Protocol):
+    """What makes vectors."""
+
+    @property
+    def name(self) -> str:
+        """Vectors of the same name compare."""
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """(n, d) of length 1, one for each text; 0 for a text without tokens."""
+
+
+def find_embedder(config: EpisodesConfig, engine: Engine) -> Embedder:
+    """What the settings name; nothing is loaded or downloaded before it is used."""
+    if config.embedder == "minilm":
+        from kvchat.episodes.sentences import Sentences
+
+        return Sentences()
+    return HiddenStates(engine)
+
+
+class HiddenStates:
+    """The loaded model's own states, averaged over the tokens of a text that stands alone.
+
+    The text is run twice in a row, and the second half is averaged: there every token has seen the whole text
+    (Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449).
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._layer = round(engine.model.num_hidden_layers * DEPTH)
+        self.name = f"own-{key(engine.model)}-{self._layer}"
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """As `Embedder` has it; one text at a time, so that no vector depends on what is asked with it."""
+        return np.stack([self._embed(text) for text in texts]) if texts else np.zeros((0, 1), np.float32)
+
+    def _embed(self, text: str) -> npt.NDArray[np.float32]:
+        model = self._engine.model
+        ids = model.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = ids[: model.context_window // 2]
+        seen = _Seen(self._layer)
+        if not ids:
+            return np.zeros(int(model.config.hidden_size), np.float32)
+        with suppress(_Enough):
+            self._engine.observe(self._engine.new_cache(), ids * 2, seen)
+        assert seen.states is not None
+        mean = seen.states[len(ids) :].float().mean(0)
+        return (mean / mean.norm().clamp_min(1e-6)).cpu().numpy()
+
+
+class _Enough(Exception):
+    """Ends a forward pass at the layer that was asked for."""
+
+
+class _Seen:
+    """A tap that keeps what enters the attention of one layer, and ends the pass there."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self.states: Tensor | None = None
+
+    def enter(self, layer: int, states: Tensor) -> None:
+        """Keep the states (q, n)."""
+        if layer == self._layer:
+            self.states = states
+            raise _Enough
+
+    def observe(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
+        """Not looked at."""

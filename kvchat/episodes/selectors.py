@@ -1,0 +1,151 @@
+"""Say which sealed segments of a conversation have to do with a question.
+
+Every selector gives a number to each segment, of which only the order counts. Equal inputs give equal numbers in every
+process; of segments with equal numbers the newer comes first, as `best` has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kvchat.cache.ragged import SegmentedCache
+from kvchat.engine import Engine
+from kvchat.episodes.attending import attended
+from kvchat.episodes.embedder import Embedder
+from kvchat.episodes.vectors import Vectors, similar
+from kvchat.errors import InputError
+from kvchat.store import Message, Store
+
+STEADY = 60
+"""Reciprocal rank fusion (Cormack et al., SIGIR 2009): the larger, the less the first places count before the next."""
+BEST_HITS = 3
+"""Messages of a segment whose matches are added up: more would favour segments of many short messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A sealed segment of a path: places of its tokens, and index of its first message and one past its last."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+class Selector(Protocol):
+    """One way to say it."""
+
+    def scores(self, question: Message, path: Sequence[Message], candidates: Sequence[Candidate]) -> list[float]:
+        """A number for each candidate; the higher, the more it has to do with the question."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What selectors look into; none looks into all of it."""
+
+    store: Store
+    engine: Engine
+    cache: SegmentedCache
+    embedder: Embedder
+
+
+class Recency:
+    """The newer, the higher."""
+
+    def __init__(self, _: Sources) -> None:
+        pass
+
+    def scores(self, question: Message, path: Sequence[Message], candidates: Sequence[Candidate]) -> list[float]:
+        """Where each candidate ends."""
+        return [float(candidate.end) for candidate in candidates]
+
+
+class Text:
+    """Words that a segment shares with the question, the rare ones most: BM25 of its best messages."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._store = sources.store
+
+    def scores(self, question: Message, path: Sequence[Message], candidates: Sequence[Candidate]) -> list[float]:
+        """The best BEST_HITS messages of each candidate, added up; 0 where nothing matches."""
+        ids = [[message.id for message in path[one.first : one.last]] for one in candidates]
+        hits = self._store.matches(question.content, [identity for part in ids for identity in part])
+        found = (sorted((hits.get(identity, 0.0) for identity in part), reverse=True) for part in ids)
+        return [sum(part[:BEST_HITS]) for part in found]
+
+
+class Embedding:
+    """The message of each segment that is nearest to the question, by the angle of their vectors."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._vectors = Vectors(sources.store, sources.embedder)
+
+    def scores(self, question: Message, path: Sequence[Message], candidates: Sequence[Candidate]) -> list[float]:
+        """The largest cosine of each candidate's messages; -1 where there is none with text."""
+        parts = [path[one.first : one.last] for one in candidates]
+        vectors = iter(self._vectors.of([message for part in parts for message in part]))
+        groups = [[piece for _ in part for piece in next(vectors)] for part in parts]
+        return similar(self._vectors.question(question), groups)
+
+
+class Attention:
+    """What the question's own queries read of the rows that memory holds, in one pass over the question.
+
+    Only segments with rows in memory can be judged; the others get the lowest number, 0.
+    """
+
+    def __init__(self, sources: Sources) -> None:
+        self._engine, self._cache = sources.engine, sources.cache
+
+    def scores(self, question: Message, path: Sequence[Message], candidates: Sequence[Candidate]) -> list[float]:
+        """The part of attention that each candidate's rows get, as `attended` has it."""
+        spans = [(one.start, one.end) for one in candidates]
+        return attended(self._engine, self._cache, question.token_ids, spans)
+
+
+class Fused:
+    """Several selectors by the places that they give: a segment that is early in any of them comes early."""
+
+    def __init__(self, selectors: Sequence[Selector]) -> None:
+        self._selectors = selectors
+
+    def scores(self, question: Message, path: Sequence[Message], candidates: Sequence[Candidate]) -> list[float]:
+        """The sum of 1 / (STEADY + place), the place from 1, over the selectors."""
+        total = np.zeros(len(candidates))
+        for selector in self._selectors:
+            order = best(selector.scores(question, path, candidates), candidates)
+            total[order] += 1 / (STEADY + np.arange(1, len(order) + 1))
+        return [float(score) for score in total]
+
+
+SELECTORS: dict[str, Callable[[Sources], Selector]] = {
+    "recency": Recency,
+    "text": Text,
+    "embedding": Embedding,
+    "attention": Attention,
+}
+"""Name to selector, as `recall.by` says it."""
+
+
+def find_selector(name: str, sources: Sources) -> Selector:
+    """The selector of a name, or of several joined with +.
+
+    Raises:
+        InputError: no such selector.
+    """
+    names = [part.strip() for part in name.split("+")]
+    if unknown := [part for part in names if part not in SELECTORS]:
+        known = ", ".join(SELECTORS)
+        raise InputError(f"there is no selector {unknown[0]!r}; known are {known}, and several joined with +")
+    selectors = [SELECTORS[part](sources) for part in dict.fromkeys(names)]
+    return selectors[0] if len(selectors) == 1 else Fused(selectors)
+
+
+def best(scores: Sequence[float], candidates: Sequence[Candidate], most: int | None = None) -> list[int]:
+    """Indices of the candidates, at most `most`, the highest score first, of equal ones the newer."""
+    order = sorted(range(len(candidates)), key=lambda index: (-scores[index], -candidates[index].start))
+    return order[:most]
