@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "AsyncSession": ("kvchat.handle", "AsyncSession"),
+    "AsyncSession": ("kvchat.asynchronous", "AsyncSession"),
     "Config": ("kvchat.config", "Config"),
     "Session": ("kvchat.handle", "Session"),
     "Worker": ("kvchat.worker", "Worker"),

@@ -9,6 +9,7 @@ Each is a moving average, of which what happened first counts as a short while a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from threading import Lock
 
 from kvchat.utility import Costs
@@ -67,3 +68,9 @@ class Bandwidths:
     def costs(self) -> Costs:
         """As `utility` takes them."""
         return Costs(fixed_s=FIXED_S, **self.figures())
+
+
+def told(figures: Mapping[str, float]) -> str:
+    """As a line."""
+    disk, decode = (figures[name] / 1e6 for name in ("disk", "decode"))
+    return f"back from disk: {disk:.0f} MB/s and {decode:.0f} MB/s decoded, {figures['prefill']:.0f} tokens/s computed"

@@ -15,7 +15,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvchat import cli_archive, cli_crypt, cli_eval, cli_fit, cli_import, cli_settings, cli_store, cli_tune, cli_verify
+from kvchat import (
+    cli_archive,
+    cli_crypt,
+    cli_eval,
+    cli_far,
+    cli_fit,
+    cli_import,
+    cli_settings,
+    cli_store,
+    cli_tune,
+    cli_verify,
+)
 from kvchat.cipher import database_errors
 from kvchat.errors import InputError, KVChatError, SessionBusy, SessionExists
 from kvchat.flags import Json, ModelFlags, WorkerFactory, command
@@ -175,10 +186,24 @@ def _stdin() -> str:
 
 @app.command()
 @command
-def stats(flags: ModelFlags, name: Name, as_json: Json = False) -> None:
-    """What a session holds, in memory and on disk."""
+def stats(
+    flags: ModelFlags,
+    name: Annotated[str | None, typer.Argument(help="The session; with --why all.", show_default=False)] = None,
+    why: Annotated[bool, typer.Option("--why", help="What would give way to the limits now, and why.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What a session holds, in memory and on disk; or what of all sessions would give way to the limits."""
     from kvchat import plain
 
+    if why:
+        lines = cli_store.decisions(flags, name)
+        if as_json:
+            cli_store.print_json(lines)
+        else:
+            plain.write("\n".join(lines or ["nothing gives way: all keeps to the limits that are set"]) + "\n")
+        return
+    if name is None:
+        raise InputError("name a session, or ask --why")
     try:
         with plain.opened(flags, name, create=False) as (_, session, _):
             figures = session.stats()
@@ -254,6 +279,7 @@ app.add_typer(cli_settings.app)
 app.add_typer(cli_verify.app)
 app.add_typer(cli_archive.app)
 app.add_typer(cli_crypt.app)
+cli_eval.app.add_typer(cli_far.app)
 app.add_typer(cli_eval.app, name="eval")
 app.add_typer(cli_fit.app, name="fit")
 app.add_typer(cli_tune.app)

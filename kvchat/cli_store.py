@@ -57,6 +57,16 @@ def stored_stats(flags: StoreFlags, name: str) -> dict[str, Any]:
         return describe_stored(store, store.session(name))
 
 
+def decisions(flags: StoreFlags, name: str | None) -> list[str]:
+    """What would give way if all sessions were opened now, or of one session, and why."""
+    from kvchat.planning import would_decide
+
+    with open_store(flags) as store:
+        wanted = "" if name is None else f"{store.session(name).name} "
+        told = map(str, would_decide(store, flags.settings()))
+        return [line for line in told if line.startswith(wanted)]
+
+
 def print_json(value: Any) -> None:
     """One JSON value on stdout."""
     print(json.dumps(value, ensure_ascii=False, indent=2))

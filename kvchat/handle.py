@@ -1,4 +1,4 @@
-"""Handles on a conversation that lives in a worker's thread: `Session`, and `AsyncSession` for asyncio.
+"""The handle on a conversation that lives in a worker's thread.
 
 Safe from any thread. Every method is a message to the worker, so calls of several threads are served one after the
 other.
@@ -6,10 +6,10 @@ other.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -67,7 +67,8 @@ class Session:
             InputError: the message is blank. CapacityError: it does not fit. ConfigError: a wrong sampling value.
         """
         settings, submitted = self._sampling(sampling), time.perf_counter()
-        return self._turn(lambda stop: self._conversation.send(text, settings, stop, submitted))
+        growth = len(text) + settings.max_new_tokens
+        return self._turn(lambda stop: self._conversation.send(text, settings, stop, submitted), growth)
 
     def ask(self, text: str, **sampling: Any) -> Reply:
         """One turn, whole; arguments and errors as for `send`."""
@@ -82,7 +83,7 @@ class Session:
             conversation.rewind(conversation.user_index(1) + 1)
             return conversation.answer(settings, stop, submitted)
 
-        return self._turn(again)
+        return self._turn(again, settings.max_new_tokens)
 
     def regenerate(self, **sampling: Any) -> Reply:
         """`resend`, whole."""
@@ -97,29 +98,28 @@ class Session:
 
     def append(self, messages: Sequence[Mapping[str, str]]) -> Usage:
         """Take in {"role", "content"} messages and generate nothing; progress goes to the listener."""
-
-        stop = threading.Event()
-
-        def take() -> Usage:
-            steps = self._conversation.append(messages, stop.is_set)
-            return followed(steps, self._worker.jobs.tell)
-
+        stop, conversation, balance = threading.Event(), self._conversation, self._worker.balance
+        steps = balance.held(conversation, conversation.append(messages, stop.is_set))
         self._stops.add(stop)
         try:
-            usage = self._call(take)
+            usage = self._call(lambda: followed(steps, self._worker.jobs.tell))
         finally:
             self._stops.discard(stop)
-        conversation = self._conversation
-        self._worker.jobs.put(lambda: self._worker.jobs.in_background(conversation.finish, conversation))
+        self._background(balance.finish)
         return usage
 
     def logprobs(self, prompt: str, continuation: str) -> list[tuple[str, float]]:
         """Natural log-probability of each token of `continuation` as the answer to `prompt`; nothing changes."""
-        return self._call(lambda: self._conversation.logprobs(prompt, continuation))
+        return self._call(lambda: self._conversation.logprobs(prompt, continuation), len(prompt + continuation))
+
+    def prefetch(self) -> None:
+        """Bring back what the session gave way with, while the user still types; waits for nothing."""
+        self._check_open()
+        self._background(self._worker.balance.ready)
 
     def fork(self, name: str, at: int | None = None) -> Session:
         """A new session, open, that shares everything up to the end of turn `at` (None = all)."""
-        self._call(lambda: self._conversation.fork(name, at))
+        self._call(lambda: self._conversation.fork(name, at), None)
         return self._worker.open(name)
 
     def rewind(self, turns: int = 1) -> str:
@@ -136,7 +136,7 @@ class Session:
 
     def messages(self) -> list[Message]:
         """The conversation so far, the system prompt first."""
-        return self._call(lambda: list(self._conversation.path))
+        return self._call(lambda: list(self._conversation.path), None)
 
     def configure(self, settings: Mapping[str, Any]) -> None:
         """Give this session settings of its own, as {"compress.keep_ratio": 0.2}; None takes one away. ConfigError."""
@@ -144,11 +144,11 @@ class Session:
 
     def settle(self) -> float:
         """Wait until every finished turn is sealed or saved; seconds that the last answer's took."""
-        return self._call(self._conversation.save)
+        return self._call(self._conversation.save, None)
 
     def stats(self) -> dict[str, Any]:
-        """Tokens, pairs and bytes: of the whole, each segment, each turn. Waits for a running seal."""
-        return self._call(self._conversation.stats)
+        """Tokens, pairs, bytes of the whole, each segment, each turn, and why sessions gave way. Waits for a seal."""
+        return self._call(lambda: self._conversation.stats() | self._worker.balance.stats())
 
     def check(self) -> Finding:
         """Whether the session answers a probe as recorded, and each message's tokens say its text; `verify --deep`."""
@@ -174,16 +174,24 @@ class Session:
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _call(self, work: Callable[[], Result]) -> Result:
+    def _call(self, work: Callable[[], Result], growth: int | None = 0) -> Result:
+        """Do it when there is room for so many more tokens; None: it reads no KV."""
         self._check_open()
-        return self._worker.jobs.call(work, self._conversation)
+        conversation, balance = self._conversation, self._worker.balance
+        return self._worker.jobs.call(lambda: balance.attended(conversation, growth, work), conversation)
 
-    def _turn(self, work: Callable[[Stop], Iterator[Event]]) -> Iterator[Event]:
+    def _background(self, steps: Callable[[Conversation], Iterator[Event]]) -> None:
+        """Have them done with nobody waiting."""
+        conversation, jobs = self._conversation, self._worker.jobs
+        jobs.put(lambda: jobs.in_background(partial(steps, conversation), conversation))
+
+    def _turn(self, work: Callable[[Stop], Iterator[Event]], growth: int) -> Iterator[Event]:
         """Begin a turn now; it is stopped if nobody wants to see its end."""
         self._check_open()
-        stop, conversation = threading.Event(), self._conversation
+        stop, conversation, balance = threading.Event(), self._conversation, self._worker.balance
         self._stops.add(stop)
-        events = self._worker.jobs.stream(lambda: work(stop.is_set), conversation.finish, conversation)
+        turn = partial(balance.turn, conversation, growth, partial(work, stop.is_set))
+        events = self._worker.jobs.stream(turn, partial(balance.finish, conversation), conversation)
 
         def followed() -> Iterator[Event]:
             try:
@@ -208,85 +216,3 @@ def _last(events: Iterator[Event]) -> Reply:
         last = event
     assert isinstance(last, TurnDone)
     return last
-
-
-class AsyncSession:
-    """`Session` for asyncio: the same methods, awaited; `send` and `resend` are asynchronous iterators."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-
-    async def send(self, text: str, **sampling: Any) -> AsyncIterator[Event]:
-        """As `Session.send`."""
-        async for event in _follow(self.session.send(text, **sampling)):
-            yield event
-
-    async def resend(self, **sampling: Any) -> AsyncIterator[Event]:
-        """As `Session.resend`."""
-        async for event in _follow(self.session.resend(**sampling)):
-            yield event
-
-    async def ask(self, text: str, **sampling: Any) -> Reply:
-        """As `Session.ask`."""
-        return await asyncio.to_thread(self.session.ask, text, **sampling)
-
-    async def regenerate(self, **sampling: Any) -> Reply:
-        """As `Session.regenerate`."""
-        return await asyncio.to_thread(self.session.regenerate, **sampling)
-
-    def stop(self) -> None:
-        """As `Session.stop`."""
-        self.session.stop()
-
-    async def append(self, messages: Sequence[Mapping[str, str]]) -> Usage:
-        """As `Session.append`."""
-        return await asyncio.to_thread(self.session.append, messages)
-
-    async def logprobs(self, prompt: str, continuation: str) -> list[tuple[str, float]]:
-        """As `Session.logprobs`."""
-        return await asyncio.to_thread(self.session.logprobs, prompt, continuation)
-
-    async def fork(self, name: str, at: int | None = None) -> AsyncSession:
-        """As `Session.fork`."""
-        return AsyncSession(await asyncio.to_thread(self.session.fork, name, at))
-
-    async def rewind(self, turns: int = 1) -> str:
-        """As `Session.rewind`."""
-        return await asyncio.to_thread(self.session.rewind, turns)
-
-    async def messages(self) -> list[Message]:
-        """As `Session.messages`."""
-        return await asyncio.to_thread(self.session.messages)
-
-    async def configure(self, settings: Mapping[str, Any]) -> None:
-        """As `Session.configure`."""
-        await asyncio.to_thread(self.session.configure, settings)
-
-    async def settle(self) -> float:
-        """As `Session.settle`."""
-        return await asyncio.to_thread(self.session.settle)
-
-    async def stats(self) -> dict[str, Any]:
-        """As `Session.stats`."""
-        return await asyncio.to_thread(self.session.stats)
-
-    async def check(self) -> Finding:
-        """As `Session.check`."""
-        return await asyncio.to_thread(self.session.check)
-
-    async def close(self) -> None:
-        """As `Session.close`."""
-        await asyncio.to_thread(self.session.close)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        await self.close()
-
-
-async def _follow(events: Iterator[Event]) -> AsyncIterator[Event]:
-    """The events of a turn, each waited for in a thread."""
-    end = object()
-    while (event := await asyncio.to_thread(next, events, end)) is not end:
-        yield event  # type: ignore[misc]

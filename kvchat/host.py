@@ -2,8 +2,8 @@
 
 Which frames stay is decided by what they are worth (`utility.py`), not by when they were read last. Pinning them would
 not pay: what goes to a GPU is what frames decode to, and that lies in pinned buffers already (`cache/assembly.py`,
-`cache/pack.py`). A frame that was just read is not checked here, for whoever asked decodes it now; if it is damaged, its
-segment is dropped, here too. One that was read ahead is checked.
+`cache/pack.py`). A frame that was just read is not checked here, for whoever asked decodes it now; damaged, its segment is
+dropped, here too. One that was read ahead is checked.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvchat.asynchronous import AsyncSession
 from kvchat.config import Config
 from kvchat.events import Listener
-from kvchat.handle import AsyncSession, Session
+from kvchat.handle import Session
 from kvchat.keys import find_key
 from kvchat.worker import Worker
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
+from kvchat.bandwidths import told
 from kvchat.errors import InputError, KVChatError
 from kvchat.events import Delta, Event, Notice, Progress, TurnDone
 from kvchat.terminal import neutralise
@@ -266,6 +267,7 @@ def format_stats(stats: dict[str, Any]) -> str:
     else:
         lines.append(f"{stats['num_turns']} turns, {stats['num_tokens']} tokens, {disk}")
     lines.append(format_room(**stats["store"]))
+    lines += [told(stats["bandwidths"])] if "bandwidths" in stats else []
     for segment in stats["segments"]:
         first, last = segment["turns"]
         turns = f"turn {first}" if first == last else f"turns {first}-{last}"

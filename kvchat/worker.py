@@ -1,6 +1,7 @@
 """Owns the model and the store, in one thread, and opens sessions.
 
 After a turn's last visible token its caller goes on, and the thread seals; what was sealed is written when it idles.
+Sessions that are open but not in use give way to the one that is (`balance.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from kvchat import probe
+from kvchat.balance import Balance
 from kvchat.cipher import Key
 from kvchat.config import Config
 from kvchat.engine import Engine, Stop
@@ -21,6 +23,7 @@ from kvchat.errors import ConfigError, FingerprintMismatch, InputError, SessionE
 from kvchat.events import Listener, Notice
 from kvchat.fingerprint import TEXT_FIELDS, fingerprint_difference
 from kvchat.handle import Session
+from kvchat.host import HostedStore
 from kvchat.jobs import MEND_AFTER_S, SAVE_AFTER_S, Jobs, Owner, failure_notice
 from kvchat.locks import SessionLock, held_elsewhere, kept_closed
 from kvchat.model import load
@@ -31,7 +34,7 @@ from kvchat.residence import Residence
 from kvchat.sealing import Ranker
 from kvchat.session import Conversation
 from kvchat.shed import Allowance
-from kvchat.store import SearchHit, SessionInfo, Store
+from kvchat.store import SearchHit, SessionInfo
 from kvchat.tiers import would_hold
 
 PROBE_AFTER_S = 10.0
@@ -91,7 +94,7 @@ class Worker:
         """
         conversation = self.jobs.call(lambda: self._open_conversation(name, model, system, rebuild, create))
         # Restoring overlaps with the user's typing; a turn sent before it is done waits for it.
-        self.jobs.put(lambda: self.jobs.in_background(conversation.restore, conversation))
+        self.jobs.put(lambda: self.jobs.in_background(partial(self.balance.ready, conversation), conversation))
         return Session(self, conversation)
 
     def take_in(self, file: Path, name: str | None = None, model: str | None = None, rebuild: bool = False) -> Session:
@@ -138,15 +141,18 @@ class Worker:
             self._open[conversation.info.id] = (conversation, users - 1)
         else:
             self.jobs.in_background(conversation.residence.save, conversation)
+            self.balance.forget(conversation)
             self._locks.pop(conversation.info.id).release()
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 
-    def _open_store(self, key: Key | None) -> Store:
+    def _open_store(self, key: Key | None) -> HostedStore:
         limits, path, held = self.config.store, self.config.store_path, partial(would_hold, self.config.compress)
         again, closed = lambda *what: recode(self._store, *what), partial(kept_closed, path)
         allowance = Allowance(limits.disk_budget, limits.min_free, held, again, self._opened, closed)
-        return Store(path, allowance=allowance, key=key)
+        store = HostedStore(path, allowance=allowance, key=key)
+        self.balance = Balance(store, self.config, self._pool, self.jobs, self._conversations)
+        return store
 
     def _opened(self, sessions: Collection[int]) -> set[int]:
         """The sessions that are open here, and those of the given ones that are elsewhere."""
@@ -165,7 +171,7 @@ class Worker:
         self._save()
         for lock in self._locks.values():
             lock.release()
-        owners: list[Owner] = [self, *(conversation for conversation, _ in self._open.values())]
+        owners: list[Owner] = [self, *self._conversations()]
         if hasattr(self, "_store"):
             self._store.close()
         for owner in owners:
@@ -173,17 +179,20 @@ class Worker:
                 self.jobs.tell(notice)
 
     def _save(self, stop: Stop | None = None) -> None:
-        for one, _ in self._open.values():
+        for one in self._conversations():
             self.jobs.in_background(partial(one.residence.save, stop), one)
 
+    def _conversations(self) -> list[Conversation]:
+        return [one for one, _ in self._open.values()]
+
     def _mend(self, stop: Stop) -> None:
-        for one, _ in self._open.values():
+        for one in filter(self.balance.is_whole, self._conversations()):
             one.engine.prepare(one.residence.cache)
             self.jobs.in_spare_time(partial(one.residence.mend, one.path, stop), f"{one.info.name}: computing lost KV")
         self._save(stop)
 
     def _probe(self, stop: Stop) -> None:
-        for one, _ in self._open.values():
+        for one in filter(self.balance.is_whole, self._conversations()):
             self.jobs.in_spare_time(partial(probe.record, one, stop), f"{one.info.name}: recording an answer")
 
     def _open_conversation(

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from kvchat.asynchronous import AsyncSession
 from kvchat.config import Config
 from kvchat.errors import CapacityError, ConfigError, FingerprintMismatch, InputError, SessionNotFound, StoreError
 from kvchat.events import Delta, Notice, Progress, TurnDone
-from kvchat.handle import AsyncSession, Session
+from kvchat.handle import Session
 from kvchat.residence import Residence, Steps
 from kvchat.store import Store
 from kvchat.worker import Worker

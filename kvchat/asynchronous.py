@@ -1,0 +1,99 @@
+"""The handle on a conversation for asyncio: every method of `Session`, waited for in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from kvchat.events import Event, Reply, Usage
+from kvchat.handle import Session
+from kvchat.probe import Finding
+from kvchat.store import Message
+
+
+class AsyncSession:
+    """`Session` for asyncio: the same methods, awaited; `send` and `resend` are asynchronous iterators."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    async def send(self, text: str, **sampling: Any) -> AsyncIterator[Event]:
+        """As `Session.send`."""
+        async for event in _follow(self.session.send(text, **sampling)):
+            yield event
+
+    async def resend(self, **sampling: Any) -> AsyncIterator[Event]:
+        """As `Session.resend`."""
+        async for event in _follow(self.session.resend(**sampling)):
+            yield event
+
+    async def ask(self, text: str, **sampling: Any) -> Reply:
+        """As `Session.ask`."""
+        return await asyncio.to_thread(self.session.ask, text, **sampling)
+
+    async def regenerate(self, **sampling: Any) -> Reply:
+        """As `Session.regenerate`."""
+        return await asyncio.to_thread(self.session.regenerate, **sampling)
+
+    def stop(self) -> None:
+        """As `Session.stop`."""
+        self.session.stop()
+
+    async def append(self, messages: Sequence[Mapping[str, str]]) -> Usage:
+        """As `Session.append`."""
+        return await asyncio.to_thread(self.session.append, messages)
+
+    async def logprobs(self, prompt: str, continuation: str) -> list[tuple[str, float]]:
+        """As `Session.logprobs`."""
+        return await asyncio.to_thread(self.session.logprobs, prompt, continuation)
+
+    async def prefetch(self) -> None:
+        """As `Session.prefetch`."""
+        self.session.prefetch()
+
+    async def fork(self, name: str, at: int | None = None) -> AsyncSession:
+        """As `Session.fork`."""
+        return AsyncSession(await asyncio.to_thread(self.session.fork, name, at))
+
+    async def rewind(self, turns: int = 1) -> str:
+        """As `Session.rewind`."""
+        return await asyncio.to_thread(self.session.rewind, turns)
+
+    async def messages(self) -> list[Message]:
+        """As `Session.messages`."""
+        return await asyncio.to_thread(self.session.messages)
+
+    async def configure(self, settings: Mapping[str, Any]) -> None:
+        """As `Session.configure`."""
+        await asyncio.to_thread(self.session.configure, settings)
+
+    async def settle(self) -> float:
+        """As `Session.settle`."""
+        return await asyncio.to_thread(self.session.settle)
+
+    async def stats(self) -> dict[str, Any]:
+        """As `Session.stats`."""
+        return await asyncio.to_thread(self.session.stats)
+
+    async def check(self) -> Finding:
+        """As `Session.check`."""
+        return await asyncio.to_thread(self.session.check)
+
+    async def close(self) -> None:
+        """As `Session.close`."""
+        await asyncio.to_thread(self.session.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        await self.close()
+
+
+async def _follow(events: Iterator[Event]) -> AsyncIterator[Event]:
+    """The events of a turn, each waited for in a thread."""
+    end = object()
+    while (event := await asyncio.to_thread(next, events, end)) is not end:
+        yield event  # type: ignore[misc]

@@ -1,0 +1,111 @@
+"""Segments as `utility.py` weighs them, and what would be decided for all stored sessions now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from kvchat.bandwidths import Bandwidths
+from kvchat.catalogue import Entry
+from kvchat.codecs import SegmentHeader
+from kvchat.config import Config
+from kvchat.errors import CodecError, StoreDamaged
+from kvchat.fingerprint import fingerprint_id
+from kvchat.records import SegmentRecord
+from kvchat.shed import BITS, bits
+from kvchat.store import SessionInfo, Store
+from kvchat.tiers import would_hold
+from kvchat.utility import DISK, HOST, MEMORY, TAU_S, Chunk, Context, Decision, Place, Ranked, make_room, qualities
+
+COARSE = "k4v4"
+"""What a segment in raw or k8v8 may be written anew with, once."""
+COARSER = {"raw": 0.97, "k8v8": 0.97}
+"""What is then left of its quality: a guess on the safe side of a mean KL of 0.003."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A segment of which no header is at hand: what of a `Ranking` counts, and bytes of all its rows and frames."""
+
+    name: str
+    tokens: int
+    sizes: Sequence[int]
+    scores: Sequence[float] | None
+    method: str
+    codec: str
+    rows: int
+    frames: int
+
+
+def contexts_of(segments: Sequence[Figures], frequencies: Sequence[float]) -> list[Context]:
+    """The segments of one session, each with how often it is used."""
+    ranked: Sequence[Ranked] = segments
+    contexts = []
+    for one, quality, frequency in zip(segments, qualities(ranked), frequencies, strict=True):
+        whole = max(1, sum(map(int, one.sizes)))
+        parts = [int(size) / whole for size in one.sizes]
+        chunks = tuple(
+            Chunk(worth, int(part * one.rows), int(part * one.frames))
+            for worth, part in zip(quality, parts, strict=True)
+        )
+        contexts.append(Context(one.name, one.tokens, frequency, chunks, coarser(one.codec)))
+    return contexts
+
+
+def coarser(codec: str) -> tuple[float, float] | None:
+    """The parts of bytes and of quality that a segment of that codec keeps in COARSE; None if it is not written so."""
+    return (BITS[COARSE] / bits(codec), COARSER[codec]) if codec in COARSER else None
+
+
+def of_entry(entry: Entry, session: str, frames: int | None) -> Figures:
+    """A segment of an open session, whose frames take so many bytes; None: they are not in the store yet."""
+    name, rows = f"{session} {entry.start}-{entry.end}", sum(entry.nbytes)
+    sizes = entry.sizes.tolist()
+    return Figures(name, entry.length, sizes, entry.scores, entry.method, "", rows, rows if frames is None else frames)
+
+
+def of_record(record: SegmentRecord, session: str) -> Figures:
+    """A sealed segment as the store has it. Raises CodecError."""
+    header = SegmentHeader.of(record)
+    ranking = header.ranking
+    sizes = ranking.sizes.tolist()
+    name = f"{session} {record.start}-{record.end}"
+    rows = sum(sizes) * 2 * header.head_dim * header.dtype.itemsize
+    whole = record.nbytes * sum(sizes) // max(1, sum(sizes[: record.stored_chunks]))
+    return Figures(name, record.end - record.start, sizes, ranking.scores, ranking.method, record.codec, rows, whole)
+
+
+def would_decide(store: Store, config: Config, costs: Bandwidths | None = None) -> list[Decision]:
+    """What gives way if all stored sessions were opened now, with the limits that are set; nothing without any."""
+    caps = limits(config)
+    contexts, places = list[Context](), list[Place]()
+    for info in store.sessions():
+        with suppress(StoreDamaged):
+            for context, place in _stored(store, info, config):
+                contexts.append(context)
+                places.append(place)
+    return make_room(contexts, places, caps, (costs or Bandwidths()).costs())[1]
+
+
+def limits(config: Config) -> Mapping[int, float]:
+    """Most bytes of each tier that has a limit."""
+    caps = {MEMORY: config.model.memory_budget, HOST: config.store.host_cache, DISK: config.store.disk_budget}
+    return {tier: float(cap) for tier, cap in caps.items() if cap or tier == HOST}
+
+
+def _stored(store: Store, info: SessionInfo, config: Config) -> Iterable[tuple[Context, Place]]:
+    """A session's sealed segments, held as they would be if it were open."""
+    cover = store.cover([message.id for message in store.path(info.tip)], fingerprint_id(info.fingerprint))
+    records = [record for record, _ in cover if record.kind == "sealed"]
+    held = would_hold(config.compress, records, info.num_tokens)
+    known, places = list[Figures](), list[Place]()
+    for record, chunks in zip(records, held, strict=True):
+        with suppress(CodecError):
+            known.append(of_record(record, info.name))
+            places.append(Place(min(chunks, record.stored_chunks), record.stored_chunks, record.stored_chunks))
+    age_s = (datetime.now(UTC) - datetime.fromisoformat(info.updated)).total_seconds()
+    frequency = math.exp(-max(0.0, age_s) / TAU_S)
+    return zip(contexts_of(known, [frequency] * len(known)), places, strict=True)
