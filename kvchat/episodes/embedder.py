@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ from kvchat.sections import EpisodesConfig
 
 DEPTH = 2 / 3
 """How deep in the network states are taken: later ones say more of the next word than of the text."""
+MOST = 1024
+"""Numbers of a vector. Of a wider network they are a projection on directions drawn once for all, which keeps angles."""
 
 
 class Embedder(Protocol):
@@ -48,7 +51,11 @@ class HiddenStates:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._layer = round(engine.model.num_hidden_layers * DEPTH)
-        self.name = f"own-{key(engine.model)}-{self._layer}"
+
+    @property
+    def name(self) -> str:
+        """As `Embedder` has it."""
+        return f"own-{key(self._engine.model)}-{self._layer}"
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """As `Embedder` has it; one text at a time, so that no vector depends on what is asked with it."""
@@ -60,12 +67,26 @@ class HiddenStates:
         ids = ids[: model.context_window // 2]
         seen = _Seen(self._layer)
         if not ids:
-            return np.zeros(int(model.config.hidden_size), np.float32)
+            return np.zeros(min(self._width, MOST), np.float32)
         with suppress(_Enough):
             self._engine.observe(self._engine.new_cache(), ids * 2, seen)
         assert seen.states is not None
-        mean = seen.states[len(ids) :].float().mean(0)
-        return (mean / mean.norm().clamp_min(1e-6)).cpu().numpy()
+        mean = seen.states[len(ids) :].float().mean(0).cpu().numpy()
+        return unit(mean if self._drawn is None else mean @ self._drawn)
+
+    @cached_property
+    def _drawn(self) -> npt.NDArray[np.float32] | None:
+        """The directions (n, MOST) that states are projected on; None where they are as they are."""
+        if self._width <= MOST:
+            return None
+        return np.random.default_rng(42).standard_normal((self._width, MOST), np.float32)
+
+
+def unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Rows (n, d) at length 1; those without a direction stay 0."""
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    found: npt.NDArray[np.float32] = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 1e-6)
+    return found
 
 
 class _Enough(Exception):

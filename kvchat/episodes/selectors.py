@@ -16,14 +16,15 @@ from kvchat.cache.ragged import SegmentedCache
 from kvchat.engine import Engine
 from kvchat.episodes.attending import attended
 from kvchat.episodes.embedder import Embedder
-from kvchat.episodes.vectors import Vectors, similar
+from kvchat.episodes.vectors import Array, Spread, Vectors, steps
 from kvchat.errors import InputError
 from kvchat.store import Message, Store
 
 STEADY = 60
 """Reciprocal rank fusion (Cormack et al., SIGIR 2009): the larger, the less the first places count before the next."""
-BEST_HITS = 3
-"""Messages of a segment whose matches are added up: more would favour segments of many short messages."""
+BEST_HITS, BEST_NEAR = 3, 2
+"""Messages of a segment that count, by their words and by their vectors. One alone may be there by chance; to count
+more would favour segments of many short messages. Best measured on LoCoMo."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +80,49 @@ class Text:
 
 
 class Embedding:
-    """The message of each segment that is nearest to the question, by the angle of their vectors."""
+    """The messages of each segment that are nearest to the question, by the angle of their vectors (see `Spread`).
+
+    How vectors lie is found from the path's first messages, as many as `steps` gives, and kept until that is more.
+    """
 
     def __init__(self, sources: Sources) -> None:
         self._vectors = Vectors(sources.store, sources.embedder)
+        self._from = ""
+        """The last of the messages that `_spread` is from."""
+        self._spread: Spread | None = None
+        self._turned: dict[str, Array] = {}
 
     def scores(self, question: Message, path: Sequence[Message], candidates: Sequence[Candidate]) -> list[float]:
-        """The largest cosine of each candidate's messages; -1 where there is none with text."""
+        """The mean of the BEST_NEAR largest cosines of each candidate's messages; -1 where none has text."""
         parts = [path[one.first : one.last] for one in candidates]
-        vectors = iter(self._vectors.of([message for part in parts for message in part]))
-        groups = [[piece for _ in part for piece in next(vectors)] for part in parts]
-        return similar(self._vectors.question(question), groups)
+        rows = self._vectors.question(question)
+        if not candidates or not len(rows):
+            return [-1.0] * len(candidates)
+        spread = self._of(path[: steps(max(one.last for one in candidates))])
+        if spread is None:
+            return [-1.0] * len(candidates)
+        self._turn(spread, [message for part in parts for message in part])
+        asked = spread.directions(rows).T
+        return [self._near(asked, part) for part in parts]
+
+    def _near(self, asked: Array, part: Sequence[Message]) -> float:
+        cosines = [float((rows @ asked).max()) for message in part if len(rows := self._turned[message.id])]
+        nearest = sorted(cosines, reverse=True)[:BEST_NEAR]
+        return sum(nearest) / len(nearest) if nearest else -1.0
+
+    def _of(self, messages: Sequence[Message]) -> Spread | None:
+        """How the vectors of a path's first messages lie; None if none has text."""
+        if messages[-1].id != self._from:
+            rows = [found for found in self._vectors.of(messages) if len(found)]
+            self._from, self._spread = messages[-1].id, Spread.over(np.concatenate(rows)) if rows else None
+            self._turned = {}
+        return self._spread
+
+    def _turn(self, spread: Spread, messages: Sequence[Message]) -> None:
+        """Turn the vectors of messages that are new."""
+        new = [message for message in messages if message.id not in self._turned]
+        for message, found in zip(new, self._vectors.of(new), strict=True):
+            self._turned[message.id] = spread.directions(found) if len(found) else found
 
 
 class Attention:

@@ -6,11 +6,12 @@ Letters: n pieces, d numbers of a vector.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from kvchat.episodes.embedder import Embedder
+from kvchat.episodes.embedder import Embedder, unit
 from kvchat.store import Message, Store
 
 Array = npt.NDArray[np.float32]
@@ -19,58 +20,58 @@ PIECE = 1000
 """Characters of a text that have one vector; a longer text is cut, at spaces where there are some, into several."""
 BATCH = 64
 """Messages that are embedded and written at once; a stop is heard in between."""
+FLOOR = 0.1
+"""Part of the mean variance that every direction is taken to have, so that none which is hardly used counts most."""
 
 
 class Vectors:
     """The vectors of one embedder, from the store as far as they are there.
 
-    The store keeps them as float16. What is new is rounded too before it is used: so it makes no difference which it is.
+    The store keeps them as float16, and what is new is rounded so before it is used: it makes no difference which is.
     """
 
     def __init__(self, store: Store, embedder: Embedder) -> None:
         self._store = store
         self._embedder = embedder
-        self._known: dict[str, Array] = {}
 
     def of(self, messages: Sequence[Message]) -> list[Array]:
         """(n, d) for each message, n = 0 where it has no text; what is missing is made and written."""
         for _ in self.fill(messages):
             pass
-        return [self._known[message.id] for message in messages]
+        found = self._found(messages)
+        return [found.get(message.id, np.zeros((0, 1), np.float32)) for message in messages]
 
     def fill(self, messages: Sequence[Message], stop: Callable[[], bool] = lambda: False) -> Iterator[int]:
         """Make what is missing, yielding after each batch how many messages are still to do."""
-        missing = self._missing(messages)
+        missing = self.missing(messages)
         while missing and not stop():
             batch, missing = missing[:BATCH], missing[BATCH:]
-            made = self._made(batch)
-            self._store.put_vectors(self._embedder.name, {key: rows.tobytes() for key, rows in made.items()})
-            self._known |= {key: rows.astype(np.float32) for key, rows in made.items()}
+            self._store.put_vectors(self._embedder.name, self._made(batch))
             yield len(missing)
 
-    def missing(self, messages: Sequence[Message]) -> int:
-        """How many of the messages have no vectors yet."""
-        return len(self._missing(messages))
+    def missing(self, messages: Sequence[Message]) -> list[Message]:
+        """Those that have text and no vectors yet, each once."""
+        texts = {message.id: message for message in messages if message.content.strip()}
+        there = self._store.vectors(self._embedder.name, list(texts))
+        return [message for key, message in texts.items() if key not in there]
 
     def question(self, message: Message) -> Array:
         """(n, d) of a message that need not be in the store; nothing is written."""
         return self._embedder.embed(pieces(message.content))
 
-    def _missing(self, messages: Sequence[Message]) -> list[Message]:
-        """Those without, each once; what the store has is read on the way."""
-        unread = {message.id: message for message in messages if message.id not in self._known}
-        for key, body in self._store.vectors(self._embedder.name, list(unread)).items():
-            rows = np.frombuffer(body, np.float16).astype(np.float32)
-            self._known[key] = rows.reshape(len(pieces(unread[key].content)), -1)
-        for key, message in unread.items():
-            if not pieces(message.content):
-                self._known[key] = np.zeros((0, 1), np.float32)
-        return [message for key, message in unread.items() if key not in self._known]
+    def _found(self, messages: Sequence[Message]) -> dict[str, Array]:
+        texts = {message.id: message.content for message in messages}
+        bodies = self._store.vectors(self._embedder.name, list(texts))
+        return {
+            key: np.frombuffer(body, np.float16).astype(np.float32).reshape(len(pieces(texts[key])), -1)
+            for key, body in bodies.items()
+        }
 
-    def _made(self, messages: Sequence[Message]) -> dict[str, npt.NDArray[np.float16]]:
+    def _made(self, messages: Sequence[Message]) -> dict[str, bytes]:
         texts = [pieces(message.content) for message in messages]
         rows = iter(self._embedder.embed([piece for part in texts for piece in part]).astype(np.float16))
-        return {message.id: np.stack([next(rows) for _ in part]) for message, part in zip(messages, texts, strict=True)}
+        made = ([next(rows) for _ in part] for part in texts)
+        return {message.id: np.stack(part).tobytes() for message, part in zip(messages, made, strict=True)}
 
 
 def pieces(text: str) -> list[str]:
@@ -78,30 +79,46 @@ def pieces(text: str) -> list[str]:
     found, rest = [], text.strip()
     while len(rest) > PIECE:
         cut = max(rest.rfind(space, PIECE // 2, PIECE) for space in " \n")
-        head, rest = (rest[:cut], rest[cut:].lstrip()) if cut > 0 else (rest[:PIECE], rest[PIECE:])
+        head, rest = (rest[:cut], rest[cut:].lstrip()) if cut > 0 else (rest[:PIECE], rest[PIECE:].lstrip())
         found.append(head.rstrip())
     return [*found, rest] if rest else found
 
 
-def similar(question: Array, groups: Sequence[Sequence[Array]]) -> list[float]:
-    """For each group of vectors the largest cosine with any of `question` (n, d); -1 for an empty group.
+@dataclass(frozen=True)
+class Spread:
+    """How the vectors of a conversation lie: their mean (d,), and what makes them vary alike in all directions (d, d).
 
-    The mean of all vectors in the groups is taken off first, from the question too: what states of a language model
-    have in common would else outweigh by far what tells them apart.
+    What all turns have in common, and what many have, tells none from another: a language model's states differ in a
+    few directions above all, whatever the text is about. So cosines are taken after the mean is off and every
+    direction is divided by how much it varies.
     """
-    rows = [row for group in groups for row in group]
-    if not rows or not len(question):
-        return [-1.0] * len(groups)
-    matrix = np.stack(rows)
-    mean = matrix.mean(0)
-    cosines = (unit(matrix - mean) @ unit(question - mean).T).max(1)
-    ends = np.cumsum([len(group) for group in groups])
-    return [
-        float(cosines[end - len(group) : end].max()) if group else -1.0 for group, end in zip(groups, ends, strict=True)
-    ]
+
+    mean: Array
+    turn: Array
+
+    @classmethod
+    def over(cls, rows: Array) -> Spread:
+        """That of (n, d) rows, at least one."""
+        mean = rows.mean(0, dtype=np.float64)
+        apart = rows - mean
+        covariance = apart.T @ apart / len(rows)
+        floor = FLOOR * max(float(np.trace(covariance)) / len(covariance), 1e-12)
+        # Cosines do not depend on which root of the inverse this is.
+        root = np.linalg.inv(np.linalg.cholesky(covariance + floor * np.eye(len(covariance))))
+        return cls(mean.astype(np.float32), root.T.astype(np.float32))
+
+    def directions(self, rows: Array) -> Array:
+        """(n, d) rows of length 1, so turned that their products are the cosines."""
+        turned: Array = (rows - self.mean) @ self.turn
+        return unit(turned)
 
 
-def unit(rows: Array) -> Array:
-    """Rows (n, d) at length 1; those without a direction stay 0."""
-    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 1e-6)
+def steps(count: int, first: int = 64) -> int:
+    """`count` rounded down to a number of a series that grows by quarters; as it is below the first of them.
+
+    What is made anew only when there is a quarter more is so the same in every process, whenever it was begun.
+    """
+    size = first
+    while size + size // 4 <= count:
+        size += size // 4
+    return size if size <= count else count
