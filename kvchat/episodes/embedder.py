@@ -18,7 +18,7 @@ from kvchat.sections import EpisodesConfig
 DEPTH = 2 / 3
 """How deep in the network states are taken: later ones say more of the next word than of the text."""
 MOST = 1024
-"""Numbers of a vector. Of a wider network they are a projection on directions drawn once for all, which keeps angles."""
+"""Numbers of a vector. Of a wider network they are a projection on drawn directions, which keeps angles."""
 
 
 class Embedder(Protocol):
@@ -56,6 +56,10 @@ class HiddenStates:
     def name(self) -> str:
         """As `Embedder` has it."""
         return f"own-{key(self._engine.model)}-{self._layer}"
+
+    @property
+    def _width(self) -> int:
+        return int(self._engine.model.config.hidden_size)
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """As `Embedder` has it; one text at a time, so that no vector depends on what is asked with it."""

@@ -104,13 +104,12 @@ class Spread:
         covariance = apart.T @ apart / len(rows)
         floor = FLOOR * max(float(np.trace(covariance)) / len(covariance), 1e-12)
         # Cosines do not depend on which root of the inverse this is.
-        root = np.linalg.inv(np.linalg.cholesky(covariance + floor * np.eye(len(covariance))))
+        root: npt.NDArray[np.float64] = np.linalg.inv(np.linalg.cholesky(covariance + floor * np.eye(len(covariance))))
         return cls(mean.astype(np.float32), root.T.astype(np.float32))
 
     def directions(self, rows: Array) -> Array:
         """(n, d) rows of length 1, so turned that their products are the cosines."""
-        turned: Array = (rows - self.mean) @ self.turn
-        return unit(turned)
+        return unit(np.asarray((rows - self.mean) @ self.turn, np.float32))
 
 
 def steps(count: int, first: int = 64) -> int:
