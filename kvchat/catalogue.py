@@ -171,7 +171,8 @@ def wanted(
         recalled: chunks of segments that a question concerns, by their start, those that concern it most first.
         used: as `recalls` gives it.
     """
-    chosen = fitting(entries, stored, room.span, recalled, used)
+    near = newest - config.recent_tokens
+    chosen = fitting(entries, stored, room.span, near, recalled, used)
     held = [0] * len(entries)
     some = [(entries[index], entries[index].end) for index in chosen]
     for index, count in zip(chosen, chunks_held(config, some, [stored[at] for at in chosen], newest), strict=True):
@@ -180,15 +181,25 @@ def wanted(
 
 
 def fitting(
-    entries: Sequence[Entry], stored: Sequence[int], span: int, recalled: Collection[int], used: Mapping[int, int]
+    entries: Sequence[Entry],
+    stored: Sequence[int],
+    span: int,
+    near: int,
+    recalled: Collection[int],
+    used: Mapping[int, int],
 ) -> list[int]:
-    """Which segments stand in `span` positions, by number: first and last, the recalled, then those used last."""
+    """Which segments stand in `span` positions, by number.
+
+    First and last; those after place `near`, as far as they take half of it; the recalled; then those used last.
+    """
     there = [index for index, count in enumerate(stored) if count]
     by_start = {entries[index].start: index for index in there}
     named = [by_start[start] for start in recalled if start in by_start]
     rest = sorted(there, key=lambda index: (used.get(entries[index].start, -1), entries[index].start), reverse=True)
+    newest = [index for index in reversed(there) if entries[index].end > near]
+    half = len([taken for taken in accumulate(entries[index].length for index in newest) if taken <= span // 2])
     chosen, left = set[int](), span
-    for index in dict.fromkeys([*there[:1], *there[-1:], *named, *rest]):
+    for index in dict.fromkeys([*there[:1], *there[-1:], *newest[:half], *named, *rest]):
         if entries[index].length <= left:
             chosen.add(index)
             left -= entries[index].length

@@ -30,13 +30,14 @@ from kvchat.sections import (
     EpisodesConfig,
     GenerateConfig,
     ModelConfig,
+    RecallConfig,
     StoreConfig,
 )
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-OF_SESSIONS = ("compress", "codec", "generate")
+OF_SESSIONS = ("compress", "codec", "recall", "generate")
 """Sections that a session can have its own settings of."""
 
 
@@ -49,6 +50,7 @@ class Config(BaseSettings):
     store: StoreConfig = StoreConfig()
     compress: CompressConfig = CompressConfig()
     codec: CodecConfig = CodecConfig()
+    recall: RecallConfig = RecallConfig()
     episodes: EpisodesConfig = EpisodesConfig()
     generate: GenerateConfig = GenerateConfig()
     _given: frozenset[str] = PrivateAttr(default=frozenset())

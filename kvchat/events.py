@@ -51,6 +51,8 @@ class Usage:
     cached_tokens: int
     prefilled_tokens: int
     completion_tokens: int
+    recalled: tuple[int, ...] = ()
+    """Where the segments begin, in tokens, that came back into memory because the question concerns them."""
 
 
 @dataclass(frozen=True, slots=True)

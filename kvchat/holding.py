@@ -6,11 +6,11 @@ runs out half-way through the layers, all is let go, which needs no memory, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TypeVar
 
 from kvchat import memory
@@ -21,7 +21,7 @@ from kvchat.codecs import SegmentHeader
 from kvchat.compress.allocate import chunks_held
 from kvchat.config import Config
 from kvchat.engine import Engine
-from kvchat.errors import CapacityError, CodecError, OutOfMemory, StoreError
+from kvchat.errors import CodecError, OutOfMemory, StoreError
 from kvchat.events import Notice
 from kvchat.loading import Resident
 from kvchat.records import num_answered, turn_of
@@ -31,11 +31,6 @@ from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
 Result = TypeVar("Result")
-
-REBASED = (
-    "the model's window of {window} tokens was full: the conversation goes on at position {goal}, and older turns come "
-    "back when they are asked for"
-)
 
 
 class Holding:
@@ -65,8 +60,8 @@ class Holding:
 
     @staticmethod
     def ids(path: Sequence[Message]) -> list[int]:
-        """Token ids of a path; the index of an id is its position."""
-        return [token for message in path for token in message.token_ids]
+        """Token ids of a path; the index of an id is its place."""
+        return [*chain.from_iterable(message.token_ids for message in path)]
 
     @staticmethod
     def bounds(path: Sequence[Message]) -> list[int]:
@@ -171,52 +166,6 @@ class Holding:
         there = {one.start for one in self.tiers.residents if one.chunks}
         turned = shifts([entry for entry in self.known if entry.start in there], self.offset)
         self.cache.arrange(turned, self.offset)
-
-    def make_room(self, path: Sequence[Message], tokens: int, answer: int = 0) -> Iterator[Notice]:
-        """See to it that so many more tokens have positions and memory, and if possible an answer too.
-
-        Raises:
-            CapacityError: they have not, whatever is let go.
-        """
-        window, cap = self.engine.model.context_window, self.cap
-        self.expected = tokens + answer
-        if self.cache.position + self.expected > window - self.spare_positions:
-            goal = self._goal(tokens + answer) or self._goal(tokens)
-            if goal:
-                self.offset = self.cache.num_seen - goal
-                self.hold(path)
-                yield Notice(REBASED.format(window=window, goal=goal))
-                return
-            if self.cache.position + tokens > window:
-                raise CapacityError(f"{tokens} tokens do not fit behind the newest turns; send less, or rewind")
-        if cap:
-            if tokens > cap.tokens // 2:
-                raise CapacityError(
-                    f"{tokens} tokens do not fit into compress.kv_budget, which has room for {cap.tokens // 2} at "
-                    "once; give them in parts, or raise it"
-                )
-            self.hold(path)
-
-    def _goal(self, tokens: int) -> int:
-        """Where the conversation can go on after a re-base so that so many tokens fit; 0 if it cannot."""
-        window = self.engine.model.context_window
-        goal = min(window * 5 // 8, window - self.spare_positions - tokens)
-        return goal if self.engine.anatomy.turns and self._least() < goal < self.cache.position else 0
-
-    def _least(self) -> int:
-        """Positions that are in use whatever is let go: of the first segment, and of the tail."""
-        return self.cache.tail_length + (self.known[0].length if self.known else 0)
-
-    @property
-    def spare_positions(self) -> int:
-        """Positions at the end of the window that are left for scoring."""
-        return self.engine.model.context_window // 16 if self.engine.anatomy.turns else 0
-
-    def longest(self, used: int) -> int:
-        """The most tokens that can follow so many: what the window has left, or half of it after a re-base."""
-        window, cap = self.engine.model.context_window, self.cap
-        most = max(window - used, window // 2 if self.engine.anatomy.turns else 0)
-        return min(most, cap.tokens // 2) if cap else most
 
     def crop(self, path: Sequence[Message]) -> None:
         """Forget what lies beyond the end of the path."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from kvchat.sections import CompressConfig
 from kvchat.store import Message, SegmentRecord
 from kvchat.template import ChatTemplate
 
+TOLD = 8
+"""Tokens before a segment that its scorer is told."""
 LOOKING = frozenset({"kvzip+", "expected_attention", "gate", "kvp"})
 """Scorers that ask for parts of the network."""
 SHARING = frozenset({"lifted", "defensive"})
@@ -166,11 +168,10 @@ def describe(
     config: CompressConfig,
 ) -> Subject:
     """The segment of messages [first, last) as its scorer sees it."""
-    bounds = [0, *accumulate(len(message.token_ids) for message in path)]
-    ids = [token for message in path for token in message.token_ids]
-    unspoken, protected = template_tokens(path), protected_tokens(path, config)
-    start, end = bounds[first], bounds[last]
-    spoken = [token for token, other in zip(ids[:start], unspoken, strict=False) if not other]
+    covered, start = path[first:last], sum(len(message.token_ids) for message in path[:first])
+    ids = [token for message in covered for token in message.token_ids]
+    unspoken = template_tokens(covered)
+    protected = _shielded(covered, prefix_length(path, config.num_sink_tokens) - start, config)
     sample = template.user("x", first=False)
     low, high = sample.content_span
 
@@ -179,10 +180,10 @@ def describe(
         return piece.ids[slice(*piece.content_span)]
 
     return Subject(
-        token_ids=tuple(ids[start:end]),
-        template=tuple(unspoken[start:end]),
-        protected=tuple(protected[start:end]),
-        before=tuple(spoken[-8:]),
+        token_ids=tuple(ids),
+        template=tuple(unspoken),
+        protected=tuple(protected),
+        before=_spoken_last(path[:first]),
         prefix_keys=prefix_keys(cache, min(prefix_length(path, config.num_sink_tokens), start)),
         encode=encode,
         ask=lambda content: sample.ids[:low] + content + sample.ids[high:] + template.generation_prompt,
@@ -200,9 +201,24 @@ def template_tokens(path: Sequence[Message]) -> list[bool]:
 
 def protected_tokens(path: Sequence[Message], config: CompressConfig) -> list[bool]:
     """Whether each token of a path is never evicted: system prompt and sinks, and the template's if that is set."""
-    prefix = prefix_length(path, config.num_sink_tokens)
+    return _shielded(path, prefix_length(path, config.num_sink_tokens), config)
+
+
+def _shielded(messages: Sequence[Message], prefix: int, config: CompressConfig) -> list[bool]:
+    """`protected_tokens` of some messages, of which the first `prefix` tokens are the conversation's beginning."""
     kept = config.protect == "template"
-    return [index < prefix or (kept and unspoken) for index, unspoken in enumerate(template_tokens(path))]
+    return [index < prefix or (kept and unspoken) for index, unspoken in enumerate(template_tokens(messages))]
+
+
+def _spoken_last(path: Sequence[Message]) -> tuple[int, ...]:
+    """The last TOLD tokens of a path that are someone's words; what is far back is not looked at."""
+    found: list[int] = []
+    for message in reversed(path):
+        flags = zip(message.token_ids, template_tokens([message]), strict=True)
+        found = [token for token, unspoken in flags if not unspoken] + found
+        if len(found) >= TOLD:
+            break
+    return tuple(found[-TOLD:])
 
 
 def prefix_length(path: Sequence[Message], num_sink_tokens: int) -> int:

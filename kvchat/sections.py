@@ -197,6 +197,27 @@ class CodecConfig(Section):
         return (self.name,) if isinstance(self.name, str) else self.name
 
 
+SELECTOR_NAMES = ("recency", "text", "embedding", "attention")
+"""Names of `kvchat.episodes.selectors.SELECTORS`."""
+
+
+class RecallConfig(Section):
+    """Which old turns come back for a question."""
+
+    by: str = "text"
+    """off, one of SELECTOR_NAMES, or several joined with +."""
+    segments: int = Field(default=4, ge=1, le=64)
+    """The most segments that come back for a question."""
+
+    @field_validator("by")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        names = [part.strip() for part in name.split("+")]
+        if names != ["off"] and not all(part in SELECTOR_NAMES for part in names):
+            raise ValueError(f"must be off, or one or more of {', '.join(SELECTOR_NAMES)}, joined with +")
+        return "+".join(names)
+
+
 class EpisodesConfig(Section):
     """How turns are told apart by what they are about."""
 

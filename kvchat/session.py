@@ -87,21 +87,23 @@ class Conversation:
         if residence.cache.num_seen >= len(prompt):  # no opening of a reply, and all is there: logits need a pass
             residence.cut(residence.bounds(self.path)[-2])
         cached = residence.num_reused
-        yield from residence.make_room(self.path, len(prompt) - residence.cache.num_seen, self._reserved(settings))
+        unread = len(prompt) - residence.cache.num_seen
+        yield from residence.make_room(self.path, unread, residence.reserved(settings.max_new_tokens))
         logits = yield from residence.prefill(prompt, len(prompt), "prefill", stop)
         yield from self._warn()
         draft, reason = Draft(submitted), INTERRUPTED
         read = min(len(prompt), residence.cache.num_seen) - cached
         if logits is not None:
             reason = yield from self._decode(logits, prompt, settings, stop, draft)
-        yield self._end_turn(draft, Usage(len(prompt), cached, read, len(draft.ids)), reason)
+        recalled = tuple(residence.recalled)
+        yield self._end_turn(draft, Usage(len(prompt), cached, read, len(draft.ids), recalled), reason)
 
     def _decode(
         self, logits: Tensor, prompt: Sequence[int], settings: GenerateConfig, stop: Stop, draft: Draft
     ) -> Generator[Event, None, FinishReason]:
         """Generate into `draft`; returns why it ended."""
         model, cache = self.engine.model, self.residence.cache
-        most, rows = min(settings.max_new_tokens, self._room()), self._rows(settings)
+        most, rows = min(settings.max_new_tokens, self._room()), self.residence.answer_rows(settings.max_new_tokens)
         reason, stream, sample = INTERRUPTED, self._template.stream(), Sampler(settings, prompt, model.device)
         with closing(self.engine.decode(cache, logits, sample, model.stop_ids, stop, rows)) as tokens:
             for token in tokens:
@@ -330,20 +332,6 @@ class Conversation:
         """Tokens that a reply may still have, leaving space for its closing."""
         window = self.engine.model.context_window
         return window - self.residence.cache.position - len(self._template.assistant_close)
-
-    def _reserved(self, settings: GenerateConfig) -> int:
-        """Tokens for which there is to be room when an answer begins."""
-        window, cap = self.engine.model.context_window, self.residence.cap
-        most = min(settings.max_new_tokens, window // 4, cap.reserve if cap else window)
-        return most + len(self._template.assistant_close)
-
-    def _rows(self, settings: GenerateConfig) -> int:
-        """Rows a head to which the turn is held while it is answered; 0 = no limit."""
-        rows, cap = self.residence.config.compress.answer_rows, self.residence.cap
-        if cap is None or self._reserved(settings) >= settings.max_new_tokens:
-            return rows
-        most = max(256, self.residence.cache.tail_length + self._reserved(settings))
-        return min(rows, most) if rows else most
 
     def _warn(self) -> Iterator[Notice]:
         """Say that the window will be full before it is."""

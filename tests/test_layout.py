@@ -143,7 +143,7 @@ def test_tiers_and_scorers_and_front_ends_keep_to_their_contracts() -> None:
     assert reached["tui"] <= {"tui", "terminal", "events", "config", "errors", "worker"}
 
 
-LONGER = {"store.py": 370, "session.py": 330, "residence.py": 370}
+LONGER = {"store.py": 370, "session.py": 345, "residence.py": 370}
 """store: one class over one set of tables, whose rules would else stand in two places. session and residence: a turn,
 and what happens to its KV, are each read from top to bottom in one place."""
 

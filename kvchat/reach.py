@@ -1,0 +1,132 @@
+"""What lets a conversation have more tokens than its model has positions, and more KV than memory may take.
+
+Before tokens are computed there must be positions and memory for them (`make_room`): older segments give way, and when
+positions are used up the conversation is re-based, so that it goes on at a smaller one. What a question concerns comes
+back for its answer (`recall`), for the store has all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+
+from kvchat.catalogue import Entry
+from kvchat.config import Config
+from kvchat.episodes.embedder import find_embedder
+from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_selector
+from kvchat.errors import CapacityError
+from kvchat.events import Notice, Progress
+from kvchat.holding import Holding
+from kvchat.sealing import Ranker
+from kvchat.sections import LEAST_ROWS
+from kvchat.store import Message
+
+REBASED = (
+    "the model's window of {window} tokens was full: the conversation goes on at position {goal}, and older turns come "
+    "back when they are asked for"
+)
+
+
+class Reach(Holding):
+    """The part of a `Residence` that knows limits."""
+
+    selector: Selector | None
+    """What says which segments a question concerns."""
+
+    # -- room --------------------------------------------------------------------------------------------------------
+
+    def make_room(self, path: Sequence[Message], tokens: int, answer: int = 0) -> Iterator[Notice]:
+        """See to it that so many more tokens have positions and memory, and if possible an answer too.
+
+        Raises:
+            CapacityError: they have not, whatever is let go.
+        """
+        window, cap = self.engine.model.context_window, self.cap
+        self.expected = tokens + answer
+        if self.cache.position + self.expected > window - self.spare_positions:
+            goal = self._goal(tokens + answer) or self._goal(tokens)
+            if goal:
+                self.offset = self.cache.num_seen - goal
+                self.hold(path)
+                yield Notice(REBASED.format(window=window, goal=goal))
+                return
+            if self.cache.position + tokens > window:
+                raise CapacityError(f"{tokens} tokens do not fit behind the newest turns; send less, or rewind")
+        if cap:
+            if tokens > cap.tokens // 2:
+                raise CapacityError(
+                    f"{tokens} tokens do not fit into compress.kv_budget, which has room for {cap.tokens // 2} at "
+                    "once; give them in parts, or raise it"
+                )
+            self.hold(path)
+
+    def _goal(self, tokens: int) -> int:
+        """Where the conversation can go on after a re-base so that so many tokens fit; 0 if it cannot."""
+        window = self.engine.model.context_window
+        goal = min(window * 5 // 8, window - self.spare_positions - tokens)
+        return goal if self.engine.anatomy.turns and self._least() < goal < self.cache.position else 0
+
+    def _least(self) -> int:
+        """Positions that are in use whatever is let go: of the first segment, and of the tail."""
+        return self.cache.tail_length + (self.known[0].length if self.known else 0)
+
+    @property
+    def spare_positions(self) -> int:
+        """Positions at the end of the window that are left for scoring."""
+        return self.engine.model.context_window // 16 if self.engine.anatomy.turns else 0
+
+    def longest(self, used: int) -> int:
+        """The most tokens that can follow so many: what the window has left, or half of it after a re-base."""
+        window, cap = self.engine.model.context_window, self.cap
+        most = max(window - used, window // 2 if self.engine.anatomy.turns else 0)
+        return min(most, cap.tokens // 2) if cap else most
+
+    def reserved(self, answer: int) -> int:
+        """Tokens for which there is to be room when an answer of at most so many begins."""
+        window, cap = self.engine.model.context_window, self.cap
+        around = len(self.engine.model.template.assistant_close)
+        return min(answer, window // 4, cap.reserve if cap else window) + around
+
+    def answer_rows(self, answer: int) -> int:
+        """Rows a head to which a turn is held while an answer of at most so many tokens is written; 0 = no limit."""
+        rows = self.config.compress.answer_rows
+        if self.cap is None or self.reserved(answer) >= answer:
+            return rows
+        most = max(LEAST_ROWS, self.cache.tail_length + self.reserved(answer))
+        return min(rows, most) if rows else most
+
+    # -- recall ------------------------------------------------------------------------------------------------------
+
+    def recall(self, path: Sequence[Message]) -> Generator[Progress | Notice, None, None]:
+        """Bring back what the path's last message, a question, concerns, until it is answered.
+
+        Segments of which all is in memory need not come, and if that is all of them nothing is looked for.
+        """
+        yield from ()
+        if self.selector is None or not self.known:
+            return
+        whole, some = self._whole(), [entry for entry in self.known if not entry.lost]
+        if all(entry.start in whole for entry in some):
+            return
+        candidates = self._candidates(some, path)
+        scores = self.selector.scores(path[-1], path, candidates)
+        order = best(scores, candidates)[: self.config.recall.segments]
+        # Where nothing tells one from another nothing comes.
+        self.recalled = {some[at].start: some[at].num_chunks for at in order if scores[at] > min(scores)}
+        self.hold(path)
+
+    def _adopt(self, config: Config, ranker: Ranker) -> None:
+        """As `Holding._adopt`, and look for old turns so."""
+        super()._adopt(config, ranker)
+        embedder = find_embedder(config.episodes, self.engine)
+        sources = Sources(self.store, self.engine, self.cache, embedder)
+        self.selector = find_selector(config.recall.by, sources) if config.recall.by != "off" else None
+
+    def _whole(self) -> set[int]:
+        """The starts of segments of which all that the store has is in memory."""
+        held = {one.start: one.chunks for one in self.tiers.residents}
+        return {one.start for one, most in zip(self.known, self._most(), strict=True) if held.get(one.start, 0) >= most}
+
+    def _candidates(self, entries: Sequence[Entry], path: Sequence[Message]) -> list[Candidate]:
+        """Segments as selectors see them."""
+        number = {start: index for index, start in enumerate(self.bounds(path))}
+        return [Candidate(one.start, one.end, number[one.start], number[one.end]) for one in entries]
