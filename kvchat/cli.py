@@ -18,10 +18,12 @@ import typer
 from kvchat import (
     cli_archive,
     cli_crypt,
+    cli_episodes,
     cli_eval,
     cli_far,
     cli_fit,
     cli_import,
+    cli_select,
     cli_settings,
     cli_store,
     cli_tune,
@@ -221,12 +223,14 @@ def stats(
 def bench(
     flags: ModelFlags,
     kind: Annotated[
-        Literal["all", "resume", "decode", "prefill", "store", "memory", "seal", "gpu"],
+        Literal["all", "resume", "decode", "prefill", "store", "memory", "seal", "gpu", "tiers"],
         typer.Argument(help="What to measure."),
     ] = "all",
-    tokens: Annotated[int | None, typer.Option(min=1, help="Length of the history (6000; gpu: 65536).")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of the history (6000; gpu 65536; tiers 2000).")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians are shown.")] = 5,
-    messages: Annotated[Path | None, typer.Option(help="A conversation as the history.")] = None,
+    messages: Annotated[list[Path] | None, typer.Option(help="A conversation as the history; tiers: several.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure this machine; the last line on stdout is one JSON object."""
@@ -234,10 +238,10 @@ def bench(
     from kvchat import transcript
     from kvchat.plain import Status
 
-    history = transcript.read(messages) if messages else None
+    histories = [transcript.read(file) for file in messages or ()]
     status = Status()
     try:
-        figures = benchmark.run(kind, flags.settings(), status, tokens, rounds, history)
+        figures = benchmark.run(kind, flags.settings(), status, tokens, rounds, next(iter(histories), None), histories)
     finally:
         status.clear()
     if not as_json:
@@ -280,6 +284,8 @@ app.add_typer(cli_verify.app)
 app.add_typer(cli_archive.app)
 app.add_typer(cli_crypt.app)
 cli_eval.app.add_typer(cli_far.app)
+cli_eval.app.add_typer(cli_select.app)
+app.add_typer(cli_episodes.app)
 app.add_typer(cli_eval.app, name="eval")
 app.add_typer(cli_fit.app, name="fit")
 app.add_typer(cli_tune.app)

@@ -25,10 +25,10 @@ class VectorStore(KVStore):
 
         A word that most of the store's messages have counts next to nothing. Nothing in `text` is an operator.
         """
-        words = sorted(dict.fromkeys(_words(text)), key=len, reverse=True)[:MOST_WORDS]
-        if not words:
+        wanted = sorted(dict.fromkeys(words(text)), key=len, reverse=True)[:MOST_WORDS]
+        if not wanted:
             return {}
-        match = " OR ".join(f'"{word}"' for word in words)
+        match = " OR ".join(f'"{word}"' for word in wanted)
         rows = self._rows(MATCHES, match=match, ids=json.dumps(list(message_ids)))
         return {row["id"]: -float(row["rank"]) for row in rows}
 
@@ -48,7 +48,7 @@ class VectorStore(KVStore):
             self._db.conn.executemany(sql, [(embedder, body, message) for message, body in bodies.items()])
 
 
-def _words(text: str) -> Iterator[str]:
+def words(text: str) -> Iterator[str]:
     """Runs of letters, digits and marks, as the index cuts text; so a quoted one is one word of the index, or none."""
     kept = (character if unicodedata.category(character)[0] in "LNM" else " " for character in text.casefold())
     yield from "".join(kept).split()

@@ -81,6 +81,7 @@ ORDER = [
         "cli_episodes",
         "cli_eval",
         "cli_far",
+        "cli_select",
         "cli_fit",
         "cli_tune",
         "cli",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Protocol
@@ -12,11 +12,13 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kvchat.engine import Engine
-from kvchat.learned import key
+from kvchat.errors import InputError
+from kvchat.fingerprint import digest
 from kvchat.sections import EpisodesConfig
 
-DEPTH = 2 / 3
-"""How deep in the network states are taken: later ones say more of the next word than of the text."""
+DEPTH = 1 / 12
+"""How deep in the network states are taken: later ones say more of the next word than of the text. Measured on LoCoMo
+with 30 layers: best after two or three, a little worse up to nine, far worse from twelve on."""
 MOST = 1024
 """Numbers of a vector. Of a wider network they are a projection on drawn directions, which keeps angles."""
 
@@ -41,21 +43,49 @@ def find_embedder(config: EpisodesConfig, engine: Engine) -> Embedder:
     return HiddenStates(engine)
 
 
-class HiddenStates:
-    """The loaded model's own states, averaged over the tokens of a text that stands alone.
+def own_name(fingerprint: Mapping[str, str]) -> str:
+    """What vectors of `HiddenStates` are named by, in any dtype; the number is of the way in which they are made."""
+    return f"own1-{digest([fingerprint.get('weights'), fingerprint.get('config')])}"
 
-    The text is run twice in a row, and the second half is averaged: there every token has seen the whole text
-    (Springer et al., "Repetition Improves Language Model Embeddings", arXiv 2402.15449).
+
+class Later:
+    """An embedder that is made when a text is there to embed.
+
+    Args:
+        name: its name, which is known before.
+        make: what makes it.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Embedder]) -> None:
+        self.name = name
+        self._make = make
+
+    @cached_property
+    def _made(self) -> Embedder:
+        made = self._make()
+        if made.name != self.name:
+            raise InputError("this session was made by another model; leave --model out, or give that one")
+        return made
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """As `Embedder` has it. Raises InputError: it has another name."""
+        return self._made.embed(texts)
+
+
+class HiddenStates:
+    """The loaded model's own states of a few layers in, averaged over the tokens of a text that stands alone.
+
+    The first token counts only if there is no other: its states are like no other's, whatever it is.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._layer = round(engine.model.num_hidden_layers * DEPTH)
+        self._layer = max(1, round(engine.model.num_hidden_layers * DEPTH))
 
     @property
     def name(self) -> str:
         """As `Embedder` has it."""
-        return f"own-{key(self._engine.model)}-{self._layer}"
+        return own_name(self._engine.model.fingerprint)
 
     @property
     def _width(self) -> int:
@@ -68,14 +98,14 @@ class HiddenStates:
     def _embed(self, text: str) -> npt.NDArray[np.float32]:
         model = self._engine.model
         ids = model.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids = ids[: model.context_window // 2]
+        ids = ids[: model.context_window]
         seen = _Seen(self._layer)
         if not ids:
             return np.zeros(min(self._width, MOST), np.float32)
         with suppress(_Enough):
-            self._engine.observe(self._engine.new_cache(), ids * 2, seen)
+            self._engine.observe(self._engine.new_cache(), ids, seen)
         assert seen.states is not None
-        mean = seen.states[len(ids) :].float().mean(0).cpu().numpy()
+        mean = seen.states[min(1, len(ids) - 1) :].float().mean(0).cpu().numpy()
         return unit(mean if self._drawn is None else mean @ self._drawn)
 
     @cached_property
