@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -16,8 +17,10 @@ from kvchat.flags import ModelFlags, StoreFlags, command
 
 if TYPE_CHECKING:
     from kvchat.config import Config
+    from kvchat.engine import Engine
     from kvchat.evals.cases import Case
-    from kvchat.evals.grid import Setting
+    from kvchat.evals.grid import Grid, Line, Setting
+    from kvchat.plain import Status
 
 app = typer.Typer(
     help="Measure what compression costs in quality: a grid of settings over conversations. A stopped run goes on.",
@@ -45,7 +48,7 @@ class GridFlags(RunFlags):
     """The cells of a grid."""
 
     methods: Annotated[
-        str, typer.Option(help="session (kvchat), full, window, recompress, recompress-snapkv, one-shot.")
+        str, typer.Option(help="session (kvchat), full, window, recompress[-snapkv], one-shot, epicache.")
     ] = "full,session"
     keep: Annotated[str, typer.Option(help="Fractions of the pairs kept, as in 1,0.5,0.3.")] = "1,0.5,0.3"
     codecs: Annotated[str | None, typer.Option(help="As in raw,k8v8; a+b is one for each interval of ranks.")] = None
@@ -53,12 +56,16 @@ class GridFlags(RunFlags):
     segment_min: Annotated[str | None, typer.Option(help="Tokens until a segment is sealed.")] = None
     recent_tokens: Annotated[str | None, typer.Option(help="Newest tokens that hold everything.")] = None
     vary: Annotated[list[str] | None, typer.Option(metavar="SECTION.KEY=A,B", help="Values of any setting.")] = None
+    cap: Annotated[int | None, typer.Option(min=1, help="Rows a head that all KV may take, on average.")] = None
+
+    def _overrides(self) -> dict[str, Any]:
+        return super()._overrides() | ({"compress.kv_budget": f"{self.cap} rows"} if self.cap else {})
 
     def cells(self, config: Config) -> list[Setting]:
         """Every method under every combination of values."""
         from kvchat.evals.grid import settings_of
 
-        return settings_of(_parts(self.methods), self._grid(), config)
+        return settings_of(parts(self.methods), self._grid(), config)
 
     def _grid(self) -> dict[str, list[Any]]:
         """The values of each setting that varies."""
@@ -74,7 +81,8 @@ class GridFlags(RunFlags):
             if not found:
                 raise InputError(f"--vary {text}: write it as section.key=value,value")
             given[key.strip()] = values
-        return {key: [_value(text) for text in _parts(texts)] for key, texts in given.items() if texts}
+        read = {key: str if key == "recall.by" else value for key in given}  # of which a+b is one value, and text
+        return {key: [read[key](text) for text in parts(texts)] for key, texts in given.items() if texts}
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,8 @@ class ChoiceFlags(RunFlags):
         """Every scorer with every allocation at every amount."""
         from kvchat.evals.choice import cells
 
-        keeps, coverages = ([_number(text, float) for text in _parts(texts)] for texts in (self.keep, self.coverage))
-        return cells(_parts(self.scorers), _parts(self.allocate), keeps, coverages, config)
+        keeps, coverages = ([number(text, float) for text in parts(texts)] for texts in (self.keep, self.coverage))
+        return cells(parts(self.scorers), parts(self.allocate), keeps, coverages, config)
 
 
 @app.command()
@@ -106,8 +114,8 @@ def fidelity(
     """Distance from the full cache: KL, agreement and log-probability on its own greedy answers."""
     from kvchat.evals.cases import spread
 
-    where = [_number(text, float) for text in _parts(at)]
-    _run("fidelity", flags, files, lambda case: spread(case, where, questions, seed))
+    where = [number(text, float) for text in parts(at)]
+    run_grid("fidelity", flags, files, lambda _, case: spread(case, where, questions, seed))
 
 
 @app.command()
@@ -120,8 +128,9 @@ def choice(
 ) -> None:
     """As fidelity, of ways to choose what is kept, all on one prefill: quick, and nothing is evicted before the end."""
     from kvchat.evals.cases import spread
+    from kvchat.evals.choice import Choice
 
-    _run("choice", flags, files, lambda case: spread(case, [1.0], questions, seed))
+    run_grid("choice", flags, files, lambda _, case: spread(case, [1.0], questions, seed), Choice)
 
 
 @app.command()
@@ -136,8 +145,8 @@ def recall(
     """Facts planted among the turns of real conversations, asked many turns later: exact match."""
     from kvchat.evals.planted import plant
 
-    far = [_number(text, int) for text in _parts(distances)]
-    _run("recall", flags, files, lambda case: plant(case, far, facts, seed))
+    far = [number(text, int) for text in parts(distances)]
+    run_grid("recall", flags, files, lambda _, case: plant(case, far, facts, seed))
 
 
 @app.command()
@@ -151,12 +160,12 @@ def locomo(
     """LoCoMo's questions after the whole conversation: F1 and log-probability of the right answer."""
     from kvchat.evals.cases import spread
 
-    def asked(case: Case) -> Case:
+    def asked(_: Engine, case: Case) -> Case:
         if not any(question.answer for question in case.questions):
             raise InputError(f"{case.name} is no LoCoMo file: it has no questions with answers")
         return spread(case, [1.0], questions, seed)
 
-    _run("locomo", flags, files, asked)
+    run_grid("locomo", flags, files, asked)
 
 
 @app.command()
@@ -179,56 +188,73 @@ def report(
         draw(lines, plot)
 
 
-def _parts(text: str) -> list[str]:
+def parts(text: str) -> list[str]:
+    """What commas part."""
     return [part.strip() for part in text.split(",")]
 
 
-def _value(text: str) -> Any:
+def value(text: str) -> Any:
     """A number or truth value where it is one, else the text; a+b is a tuple."""
-    parts = text.split("+")
-    if len(parts) > 1:
-        return tuple(_value(part.strip()) for part in parts)
+    several = text.split("+")
+    if len(several) > 1:
+        return tuple(value(part.strip()) for part in several)
     try:
-        value = json.loads(text)
+        found = json.loads(text)
     except json.JSONDecodeError:
         return text
-    return value if isinstance(value, int | float) else text
+    return found if isinstance(found, int | float) else text
 
 
-def _number(text: str, kind: type[Number]) -> Number:
+def number(text: str, kind: type[Number]) -> Number:
+    """Raises InputError for what is none."""
     try:
         return kind(text)
     except ValueError:
         raise InputError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
 
 
-def _run(task: str, flags: GridFlags | ChoiceFlags, files: Sequence[Path], prepare: Callable[[Case], Case]) -> None:
-    """Read cases, run the grid, write results and print the table."""
+@contextmanager
+def loaded(config: Config) -> Iterator[tuple[Engine, Status]]:
+    """The model, and where its progress is shown."""
     from kvchat.engine import Engine
-    from kvchat.evals.cases import read
-    from kvchat.evals.choice import Choice
-    from kvchat.evals.grid import Grid, mend, shortened
-    from kvchat.evals.plot import draw, require_matplotlib
-    from kvchat.evals.report import markdown
     from kvchat.model import load
     from kvchat.plain import Status
 
+    status = Status()
+    try:
+        yield Engine(load(config.model, status), config.model.prefill_chunk_size, config.model.residence), status
+    finally:
+        status.clear()
+
+
+def run_grid(
+    task: str,
+    flags: GridFlags | ChoiceFlags,
+    files: Sequence[Path],
+    prepare: Callable[[Engine, Case], Case],
+    make: Callable[..., Grid] | None = None,
+    show: Callable[[Sequence[Line]], str] | None = None,
+    join: Callable[[Sequence[Case]], Case] | None = None,
+) -> None:
+    """Read cases, all `join`ed if that is given, run what `make` gives, write results and `show` them."""
+    from kvchat.evals.cases import read
+    from kvchat.evals.grid import Grid, mend, shortened
+    from kvchat.evals.plot import draw, require_matplotlib
+    from kvchat.evals.report import markdown
+
     config, cases = flags.settings(), [read(file) for file in files]
-    settings = flags.cells(config)
-    out, status = str(flags.out or f"eval-{task}"), Status()
+    cases, settings = [join(cases)] if join else cases, flags.cells(config)
+    out = str(flags.out or f"eval-{task}")
     results = Path(f"{out}.jsonl")
     mend(results)  # what cannot be written or drawn is said before the model is loaded
     if flags.plot:
         require_matplotlib()
-    try:
-        engine = Engine(load(config.model, status), config.model.prefill_chunk_size, config.model.residence)
+    with loaded(config) as (engine, status):
         if flags.tokens:
             cases = [shortened(engine, case, flags.tokens) for case in cases]
-        runner = (Choice if task == "choice" else Grid)(task, engine, config, results, status, flags.step)
-        lines = runner.run([prepare(case) for case in cases], settings)
-    finally:
-        status.clear()
-    table = markdown(lines)
+        runner = (make or Grid)(task, engine, config, results, status, flags.step)
+        lines = runner.run([prepare(engine, case) for case in cases], settings)
+    table = (show or markdown)(lines)
     Path(f"{out}.md").write_text(table, "utf-8")
     sys.stdout.write(table)
     if flags.plot:

@@ -40,7 +40,7 @@ def held_bytes(residence: Residence) -> int:
 
     Positions and rankings are not counted, which attention does not read.
     """
-    if isinstance(residence, Masked):
+    if isinstance(residence, Unsaved):
         sealed = residence.sealed_bytes
     else:
         residents = residence.tiers.residents
@@ -58,6 +58,11 @@ def encoded_bytes(header: SegmentHeader, chunks: Iterable[int]) -> int:
 class Unsaved(Residence):
     """A residence that writes nothing."""
 
+    @property
+    def sealed_bytes(self) -> int:
+        """Encoded bytes of sealed rows."""
+        return 0
+
     def _save_waiting(self, path: Sequence[Message]) -> Steps:
         """Nothing is saved."""
         yield from ()
@@ -67,8 +72,9 @@ class Full(Unsaved):
     """Every pair, exactly, in the tail."""
 
     def __init__(self, store: Store, engine: Engine, config: Config, pool: Executor) -> None:
-        # No tail is long enough to be sealed.
-        super().__init__(store, engine, config.replaced({"compress.segment_min": sys.maxsize}), pool)
+        # No tail is long enough to be sealed, and none is too long.
+        whole = {"compress.segment_min": sys.maxsize, "compress.kv_budget": ""}
+        super().__init__(store, engine, config.replaced(whole), pool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +123,7 @@ class Masked(Unsaved):
         tail = [layer.tail() for layer in self.cache.layers]
         rows, header = self._stored([(keys[:, :tokens], values[:, :tokens]) for keys, values in tail], start)
         shape = (len(rows), len(rows[0][0]), tokens)
-        # Counts do not depend on scores, so the budget is that of any ranking of these tokens.
-        flags = protected[start : bounds[last]]
-        ranking = rank(torch.zeros(shape), flags, cuts_of(self.config.compress), start)
+        ranking = any_ranking(self, protected, start, bounds[last])
         params = param_bytes(header)
         nbytes = encoded_bytes(header, [0]) - params
         self.blocks.append(Block(start, bounds[last], ranking, params, nbytes))
@@ -166,13 +170,40 @@ class Masked(Unsaved):
             self.show(self.choose(path))
 
     def quotas(self, path: Sequence[Message]) -> list[int]:
-        """What the session would hold of each block."""
+        """What the session would hold of each block; of all the same part less, if the cap has no room for that."""
         chunks = self.budgets([(block.ranking, block.end) for block in self.blocks], path)
-        return [int(block.ranking.sizes[:count].sum()) for block, count in zip(self.blocks, chunks, strict=True)]
+        pairs = [int(block.ranking.sizes[:count].sum()) for block, count in zip(self.blocks, chunks, strict=True)]
+        if not self.config.compress.kv_budget:
+            return pairs
+        room = max(0, rows_a_head(self, path) - self.cache.tail_length) * self.engine.model.pairs_per_token
+        return [count * room // total for count in pairs] if (total := sum(pairs)) > room else pairs
 
     def choose(self, path: Sequence[Message]) -> Tensor:
         """The new mask, of as many pairs as `quota`."""
         raise NotImplementedError
+
+
+def any_ranking(residence: Residence, protected: Sequence[bool], start: int, end: int) -> Ranking:
+    """A ranking of these tokens: counts do not depend on scores, so the budget is that of any."""
+    model, config = residence.engine.model, residence.config.compress
+    shape = (model.num_hidden_layers, model.num_key_value_heads, end - start)
+    return rank(torch.zeros(shape), protected[start:end], cuts_of(config), start)
+
+
+def rows_a_head(residence: Residence, path: Sequence[Message]) -> int:
+    """Rows that stand for a path, of a head on average: the cap, else what the session would hold at its end."""
+    config, model = residence.config.compress, residence.engine.model
+    if config.kv_budget:
+        return config.budget_rows or config.budget_bytes // model.bf16_bytes_per_token
+    bounds, start, segments = residence.bounds(path), 0, list[tuple[Ranking, int]]()
+    protected = protected_tokens(path, config)
+    for end in bounds[1:]:
+        if end - start >= config.segment_min:
+            segments.append((any_ranking(residence, protected, start, end), end))
+            start = end
+    chunks = residence.budgets(segments, path)
+    sealed = sum(int(ranking.sizes[:count].sum()) for (ranking, _), count in zip(segments, chunks, strict=True))
+    return sealed // model.pairs_per_token + bounds[-1] - start
 
 
 class Window(Masked):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import closing, contextmanager, nullcontext
 from itertools import chain
@@ -13,6 +13,7 @@ from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.evals.baselines import held_bytes
 from kvchat.evals.cases import Case, Question, asked
+from kvchat.evals.epicache import EpiCache
 from kvchat.evals.rescoring import OneShot
 from kvchat.events import Notice
 from kvchat.pool import new_pool
@@ -38,16 +39,36 @@ def new_conversation(engine: Engine, config: Config, make: Make) -> Iterator[Con
 
 def feed(conversation: Conversation, case: Case, heed: Callable[[Notice], None], step: int) -> Iterator[Question]:
     """Feed the case, `step` turns at a time as a chat would, and yield each question when its turn has come."""
+    stops = sorted({question.asked_after for question in case.questions})
+    for number in fed(conversation, case, sorted({*range(step, stops[-1], step), *stops}), heed):
+        if questions := asked(case, number):
+            with ready(conversation, questions[0].text) as choose:
+                for question in questions:
+                    choose(question.text)
+                    yield question
+
+
+def fed(conversation: Conversation, case: Case, stops: Sequence[int], heed: Callable[[Notice], None]) -> Iterator[int]:
+    """Feed the case up to each of these numbers of turns, which it yields."""
     conversation.begin(case.system)
-    fed, stops = 0, sorted({question.asked_after for question in case.questions})
-    for number in sorted({*range(step, stops[-1], step), *stops}):
-        messages = [message for turn in case.turns[fed:number] for message in turn]
+    before = 0
+    for number in stops:
+        messages = [message for turn in case.turns[before:number] for message in turn]
         for event in chain(conversation.append(messages, lambda: False), conversation.finish()):
             if isinstance(event, Notice):
                 heed(event)
-        fed, questions, residence = number, asked(case, number), conversation.residence
-        with residence.asked(conversation.path) if isinstance(residence, OneShot) else nullcontext():
-            yield from questions
+        before = number
+        yield number
+
+
+@contextmanager
+def ready(conversation: Conversation, text: str) -> Iterator[Callable[[str], object]]:
+    """Inside, this question can be asked, and another once the callable was told of it."""
+    residence = conversation.residence
+    with residence.asked(conversation.path) if isinstance(residence, OneShot | EpiCache) else nullcontext():
+        choose = residence.choose if isinstance(residence, EpiCache) else bool
+        choose(text)
+        yield choose
 
 
 def about(question: Question) -> dict[str, object]:

@@ -23,8 +23,10 @@ from kvchat.engine import Engine
 from kvchat.errors import InputError
 from kvchat.evals.baselines import Full, Window
 from kvchat.evals.cases import Case, cut
-from kvchat.evals.feeding import about, feed, holding, new_conversation
+from kvchat.evals.epicache import EpiCache
+from kvchat.evals.feeding import Make, about, feed, holding, new_conversation
 from kvchat.evals.measures import ANSWER_TOKENS, MEASURES, Truth, truth
+from kvchat.evals.recalling import recalled
 from kvchat.evals.rescoring import OneShot, Recompress, SnapRecompress
 from kvchat.events import Listener, Progress
 from kvchat.fingerprint import fingerprint_id
@@ -32,18 +34,23 @@ from kvchat.learned import version
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 
-METHODS: dict[str, type[Residence]] = {
+METHODS: dict[str, Make] = {
     "session": Residence,
     "full": Full,
     "window": Window,
     "recompress": Recompress,
     "recompress-snapkv": SnapRecompress,
     "one-shot": OneShot,
+    "epicache": EpiCache,
 }
 """What can be compared; "session" is kvchat itself, with any of its settings."""
 
 INSTRUMENT = 2
 """Raise it when the same run would give other figures: lines of before are then computed again."""
+
+SECTIONS = ("compress", "codec", "recall", "episodes")
+"""Of settings that can vary."""
+VARIED = tuple(f"{section}." for section in SECTIONS)
 
 Line = dict[str, Any]
 KEYS = {"key", "task", "model", "dtype", "case", "method", "settings", "scorer", "keep", "codec", "questions"}
@@ -65,8 +72,8 @@ def settings_of(methods: Sequence[str], vary: Mapping[str, Sequence[Any]], confi
         InputError: an unknown method, a setting that decides nothing here, or no cell is left.
         ConfigError: a value that its setting cannot have.
     """
-    if others := [key for key in vary if not key.startswith(("compress.", "codec."))]:
-        raise InputError(f"{others[0]} cannot be varied; settings of compress and codec can")
+    if others := [key for key in vary if not key.startswith(VARIED)]:
+        raise InputError(f"{others[0]} cannot be varied; settings of {', '.join(SECTIONS)} can")
     found: dict[Setting, None] = {}
     for method in methods:
         if method not in METHODS:
@@ -77,13 +84,20 @@ def settings_of(methods: Sequence[str], vary: Mapping[str, Sequence[Any]], confi
             if method == "full":
                 values = {}
             elif method != "session":
-                values.pop("compress.scorer", None)
-                if settled.compress.keep_ratio == 1.0 or not isinstance(settled.codec.name, str):
+                values = {key: value for key, value in values.items() if not _is_ours(key)}
+                capped = bool(settled.compress.kv_budget)
+                if (settled.compress.keep_ratio == 1.0 and not capped) or not isinstance(settled.codec.name, str):
                     continue
+                values |= {"codec.name": "raw"} if method == "epicache" else {}  # its rows are as they were computed
             found[Setting(method, tuple(values.items()))] = None
     if not found:
         raise InputError("nothing is left to measure: baselines evict something and have no ranks to set codecs by")
     return list(found)
+
+
+def _is_ours(key: str) -> bool:
+    """Whether a setting matters to the session alone."""
+    return key == "compress.scorer" or key.startswith("recall.")
 
 
 class Grid:
@@ -101,6 +115,8 @@ class Grid:
     def __init__(self, task: str, engine: Engine, config: Config, out: Path, listener: Listener, step: int = 1) -> None:
         self.task, self.engine, self.config, self.out, self.listener = task, engine, config, out, listener
         self.step = step
+        # Methods are compared by what they hold, so nothing comes back for a question but where that is asked for.
+        self.unless: dict[str, Any] = {} if "recall.by" in config._given else {"recall.by": "off"}
 
     def run(self, cases: Sequence[Case], settings: Sequence[Setting]) -> list[Line]:
         """Lines of all cells, computed or found.
@@ -110,7 +126,7 @@ class Grid:
         """
         if len({case.name for case in cases}) < len(cases):
             raise InputError("two of the conversations have the same name; rename a file")
-        cases = [fitted(self.engine, case) for case in cases]
+        cases = [self._fitted(case) for case in cases]
         done = {line["key"]: line for line in read_lines([self.out])} if self.out.exists() else {}
         cells = {self._key(case, setting): (case, setting) for case in cases for setting in settings}
         left = [key for key in cells if key not in done]
@@ -127,6 +143,10 @@ class Grid:
                         file.write(json.dumps(line) + "\n")
         self.listener(Progress("evaluate", len(cells), len(cells)))
         return [done[key] for key in cells]
+
+    def _fitted(self, case: Case) -> Case:
+        """The case, if it can be run. Raises InputError."""
+        return fitted(self.engine, case)
 
     @contextmanager
     def _measuring(self, case: Case, settings: Sequence[Setting]) -> Iterator[Callable[[Setting], Line]]:
@@ -146,8 +166,8 @@ class Grid:
 
     def _settled(self, setting: Setting) -> tuple[Config, Line]:
         """All settings of a cell, and those that can vary as JSON has them."""
-        config = self.config.replaced(dict(setting.values))
-        return config, config.model_dump(mode="json", include={"compress", "codec"})
+        config = self.config.replaced(self.unless | dict(setting.values))
+        return config, config.model_dump(mode="json", include=set(SECTIONS))
 
     def _describe(self, case: Case, setting: Setting) -> Line:
         (config, settled), model = self._settled(setting), self.engine.model
@@ -177,8 +197,9 @@ class Grid:
         begun, figures, notices = time.perf_counter(), [], list[str]()
         with self._conversation(setting) as conversation:
             for question in feed(conversation, case, lambda notice: notices.append(notice.text), self.step):
-                measured = MEASURES[self.task](conversation, question, truths.get(question.id))
-                figures.append(about(question) | holding(conversation.residence) | measured)
+                with recalled(conversation, question.text):
+                    measured = MEASURES[self.task](conversation, question, truths.get(question.id))
+                    figures.append(about(question) | holding(conversation.residence) | measured)
         return {"questions": figures, "notices": notices, "seconds": round(time.perf_counter() - begun, 2)}
 
     def _conversation(self, setting: Setting) -> AbstractContextManager[Conversation]:

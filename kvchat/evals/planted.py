@@ -77,11 +77,11 @@ def _facts(count: int, source: random.Random, filler: Iterable[str]) -> list[Fac
         turns = [index // FACTS_PER_TURN + 1]
         if index in corrected:
             turns.append(turns[0] + source.randint(2, 4))
-        facts.append(Fact(sort, tuple((turn, _value(sort, source, text, taken)) for turn in turns)))
+        facts.append(Fact(sort, tuple((turn, value_of(sort, source, text, taken)) for turn in turns)))
     return facts
 
 
-def _value(sort: Sort, source: random.Random, text: str, taken: list[str]) -> str:
+def value_of(sort: Sort, source: random.Random, text: str, taken: list[str]) -> str:
     """A value that the filler does not name and that no other value contains; it is then taken."""
     for value in source.sample(sort.values, len(sort.values)):
         known = re.search(rf"\b{re.escape(value)}\b", text, re.IGNORECASE)
@@ -96,13 +96,14 @@ def _told(turns: Sequence[Turn], facts: Sequence[Fact], source: random.Random) -
     told = list(turns)
     for fact in facts:
         for number, (turn, value) in enumerate(fact.told):
-            sentence = _correction(fact.sort, value, source) if number else _telling(fact.sort, value, source)
+            sentence = _correction(fact.sort, value, source) if number else telling(fact.sort, value, source)
             first, *rest = told[turn - 1]
             told[turn - 1] = ({**first, "content": f"{first['content']} {sentence}"}, *rest)
     return tuple(told)
 
 
-def _telling(sort: Sort, value: str, source: random.Random) -> str:
+def telling(sort: Sort, value: str, source: random.Random) -> str:
+    """A sentence that tells a fact."""
     sentence = source.choice((f"{sort.subject} is {{}}.", *sort.others)).format(value)
     opener = source.choice(OPENERS)
     return opener + sentence if opener else sentence[0].upper() + sentence[1:]
@@ -114,16 +115,20 @@ def _correction(sort: Sort, value: str, source: random.Random) -> str:
 
 def _questions(fact: Fact, distances: Sequence[int], source: random.Random) -> list[Question]:
     sort, (evidence, value) = fact.sort, fact.told[-1]
-    return [
-        Question(
-            id=f"{sort.id}@{distance}",
-            text=source.choice(QUESTIONS).format(sort.subject),
-            answer=value,
-            lead=f"Your{sort.subject.removeprefix('my')} is",
-            kind=sort.kind,
-            evidence=evidence,
-            asked_after=evidence + distance,
-            corrected=len(fact.told) > 1,
-        )
-        for distance in distances
+    asked = [
+        phrased(sort, value, evidence, evidence + distance, source, f"{sort.id}@{distance}") for distance in distances
     ]
+    return [replace(question, corrected=len(fact.told) > 1) for question in asked]
+
+
+def phrased(sort: Sort, value: str, evidence: int, asked_after: int, source: random.Random, id: str) -> Question:
+    """A question for a fact that was told in turn `evidence`."""
+    return Question(
+        id=id,
+        text=source.choice(QUESTIONS).format(sort.subject),
+        answer=value,
+        lead=f"Your{sort.subject.removeprefix('my')} is",
+        kind=sort.kind,
+        evidence=evidence,
+        asked_after=asked_after,
+    )

@@ -27,10 +27,12 @@ DISTANCE: dict[str, tuple[str, str | None]] = {
     "agree": ("agree", "tokens"),
     "log-prob": ("logprob", "tokens"),
 }
+RECALL: dict[str, tuple[str, str | None]] = {"recall": ("match", None), "log-prob": ("logprob", "tokens")}
 COLUMNS: dict[str, dict[str, tuple[str, str | None]]] = {
     "fidelity": DISTANCE,
     "choice": DISTANCE,
-    "recall": {"recall": ("match", None), "log-prob": ("logprob", "tokens")},
+    "recall": RECALL,
+    "far": RECALL,
     "locomo": {"F1": ("f1", None), "exact": ("match", None), "log-prob": ("logprob", "tokens")},
 }
 """Column to the figure and the weight that it is a mean by; methods are compared in the first."""
@@ -39,6 +41,8 @@ _SHOWN = ("compress.scorer", "compress.keep_ratio", "codec.name")
 """Settings that have a column."""
 _CHOSEN = ("compress.aggregate", "compress.allocate", "compress.coverage")
 """Those that a choice is named by."""
+_LATER = {"recall": "turns later", "far": "tokens later"}
+"""What distances between a fact and its question are counted in."""
 _OURS = {"choice": "kvzip, global"}
 """What others are compared with, where it is not the session with KVzip."""
 
@@ -142,10 +146,10 @@ def markdown(lines: Sequence[Line]) -> str:
 
 def _table(task: str, model: str, groups: Mapping[Group, list[Line]]) -> str:
     lines = [line for found in groups.values() for line in found]
-    far = _distances(lines) if task == "recall" else []
+    far = _distances(lines) if task in _LATER else []
     first, *others = COLUMNS[task]
     names = ["method", "keep", "codec", "pairs", "bytes", f"{first} [95%]", *others]
-    names += [f"{first}, {distance} turns later" for distance in far]
+    names += [f"{first}, {distance} {_LATER[task]}" for distance in far]
     names += ["of the full cache's"] if task == "recall" else []
     names.append(f"{first}, difference from ours [95%]")
     rows = [_row(task, group, groups, far) for group in groups]

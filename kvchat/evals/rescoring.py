@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ from kvchat.compress.compressor import rank
 from kvchat.compress.scorers.base import Subject
 from kvchat.compress.scorers.kvzip import KVzip, attention_received
 from kvchat.config import Config
-from kvchat.engine import Engine, Stop
+from kvchat.engine import Engine
 from kvchat.evals.baselines import Masked, Rows
-from kvchat.events import Notice, Phase, Progress
+from kvchat.events import Notice, Progress
 from kvchat.sealing import describe, pass_length, protected_tokens, run_passes
 from kvchat.store import Message, Store
 
@@ -82,12 +83,10 @@ class SnapRecompress(Recompress):
         super().__init__(store, engine, config, pool)
         self.newest = NewestQueries(engine.model.num_hidden_layers)
 
-    def prefill(
-        self, ids: Sequence[int], end: int, phase: Phase, stop: Stop
-    ) -> Generator[Progress | Notice, None, Tensor | None]:
+    def prefill(self, *given: Any, **named: Any) -> Generator[Progress | Notice, None, Tensor | None]:
         """As ever, with the queries kept."""
         self.cache.tap = self.newest
-        logits = yield from super().prefill(ids, end, phase, stop)
+        logits = yield from super().prefill(*given, **named)
         self.cache.tap = None
         return logits
 
