@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 
-from kvchat.catalogue import Entry
+from kvchat.catalogue import Cap, Entry
 from kvchat.config import Config
 from kvchat.episodes.embedder import find_embedder
 from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_selector
-from kvchat.errors import CapacityError
+from kvchat.errors import CapacityError, ConfigError
 from kvchat.events import Notice, Progress
 from kvchat.holding import Holding
 from kvchat.sealing import Ranker
@@ -57,6 +57,12 @@ class Reach(Holding):
                     f"{tokens} tokens do not fit into compress.kv_budget, which has room for {cap.tokens // 2} at "
                     "once; give them in parts, or raise it"
                 )
+            self.expect(path, tokens + answer)
+
+    def expect(self, path: Sequence[Message], tokens: int) -> None:
+        """Have memory for so many more tokens, if there is a limit."""
+        self.expected = tokens
+        if self.cap:
             self.hold(path)
 
     def _goal(self, tokens: int) -> int:
@@ -116,6 +122,12 @@ class Reach(Holding):
 
     def _adopt(self, config: Config, ranker: Ranker) -> None:
         """As `Holding._adopt`, and look for old turns so."""
+        cap = Cap.of(config.compress, self.engine.model)
+        if cap and cap.tokens < LEAST_ROWS:
+            raise ConfigError(
+                f"compress.kv_budget is {config.compress.kv_budget!r}, for {cap.tokens} tokens of "
+                f"{self.engine.model.name}; it must have room for {LEAST_ROWS}"
+            )
         super()._adopt(config, ranker)
         embedder = find_embedder(config.episodes, self.engine)
         sources = Sources(self.store, self.engine, self.cache, embedder)

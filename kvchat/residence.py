@@ -250,7 +250,8 @@ class Residence(Restoring):
     ) -> Generator[Progress | Notice, None, tuple[Reading, SegmentRecord]]:
         """Score, rank and read one segment, and its record: with codec raw, if its own cannot write it."""
         begun, compress = time.perf_counter(), self.config.compress
-        ranking, cuts = yield from rank_turns(self.engine, self.cache, path, first, last, self.ranker)
+        expect = partial(self.expect, path)
+        ranking, cuts = yield from rank_turns(self.engine, self.cache, path, first, last, self.ranker, expect)
         ranking = replace(ranking, method=record.scorer, offset=self.cache.offset)
         keys, values = self.cache.tail(record.start, record.end)
         codecs = codecs_for(cuts, compress.rank_chunks, record.codec.split(","))

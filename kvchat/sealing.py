@@ -31,6 +31,8 @@ from kvchat.sections import CompressConfig
 from kvchat.store import Message, SegmentRecord
 from kvchat.template import ChatTemplate
 
+Expect = Callable[[int], None]
+"""Told of so many tokens that are computed next, beside the tail."""
 TOLD = 8
 """Tokens before a segment that its scorer is told."""
 LOOKING = frozenset({"kvzip+", "expected_attention", "gate", "kvp"})
@@ -73,14 +75,20 @@ def way(model: Model, config: CompressConfig) -> Callable[[Tensor], Tensor]:
 
 
 def rank_turns(
-    engine: Engine, cache: SegmentedCache, path: Sequence[Message], first: int, last: int, ranker: Ranker
+    engine: Engine,
+    cache: SegmentedCache,
+    path: Sequence[Message],
+    first: int,
+    last: int,
+    ranker: Ranker,
+    expect: Expect = lambda tokens: None,
 ) -> Generator[Progress, None, tuple[Ranking, list[float]]]:
     """Rank the pairs of messages [first, last), whose tokens begin the tail; the cache is left as it was.
 
-    Also the cumulative fractions at which the ranking is cut.
+    Also the cumulative fractions at which the ranking is cut. `expect` is told the length of each pass before it runs.
     """
     subject = describe(engine.model.template, cache, path, first, last, ranker.config)
-    scores = yield from score(engine, cache, subject, ranker)
+    scores = yield from score(engine, cache, subject, ranker, expect)
     return ranked(scores, subject.protected, cache.tail_start, ranker.config, ranker.compare)
 
 
@@ -98,8 +106,14 @@ def ranked(
     return rank(order, protected, cuts, start), cuts
 
 
-def score(engine: Engine, cache: SegmentedCache, subject: Subject, ranker: Ranker) -> Generator[Progress, None, Tensor]:
-    """Scores (L, H, T) of a segment whose tokens begin the tail."""
+def score(
+    engine: Engine,
+    cache: SegmentedCache,
+    subject: Subject,
+    ranker: Ranker,
+    expect: Expect = lambda tokens: None,
+) -> Generator[Progress, None, Tensor]:
+    """Scores (L, H, T) of a segment whose tokens begin the tail; `expect` as for `rank_turns`."""
     config, start, end = ranker.config, cache.tail_start, cache.tail_start + len(subject.token_ids)
     keys, values = cache.tail(start, end)
     marks = None
@@ -117,7 +131,7 @@ def score(engine: Engine, cache: SegmentedCache, subject: Subject, ranker: Ranke
         marks=marks,
     )
     scorer = ranker.make(subject, pass_length(engine, cache, config))
-    yield from run_passes(engine, cache, scorer, subject.token_ids)
+    yield from run_passes(engine, cache, scorer, subject.token_ids, expect)
     return scorer.scores()
 
 
@@ -130,15 +144,20 @@ def read_header(record: SegmentRecord, model: Model) -> SegmentHeader:
 
 
 def run_passes(
-    engine: Engine, cache: SegmentedCache, scorer: Scorer, ids: tuple[int, ...]
+    engine: Engine,
+    cache: SegmentedCache,
+    scorer: Scorer,
+    ids: tuple[int, ...],
+    expect: Expect = lambda tokens: None,
 ) -> Generator[Progress, None, None]:
-    """Run what the scorer wants to see of a segment of these tokens."""
+    """Run what the scorer wants to see of a segment of these tokens; `expect` as for `rank_turns`."""
     done, total = 0, len(ids)
     for tokens in scorer.passes():
         if isinstance(tokens, range):  # of the segment, which begins the tail
             start = cache.tail_start + tokens.start
             engine.observe(cache, ids[tokens.start : tokens.stop], scorer, start)
         else:
+            expect(len(tokens))
             engine.observe(cache, tokens, scorer)
         done = min(total, done + len(tokens))
         yield Progress("seal", done, total)
