@@ -27,6 +27,8 @@ STARTS = 10
 """Times that k-means begins; the best counts."""
 FEWEST, TURNS = 4, 64
 """Episodes of a short conversation, and turns for which a longer one gets one more."""
+FLOOR = 1.0
+"""As that of `vectors`, but higher: what tells episodes from each other are directions in which turns vary much."""
 SHORTEST = 3
 """Letters of a word that may be part of a name."""
 
@@ -77,7 +79,7 @@ class Clusters:
         self.centroids: Array = np.zeros((0, 1), np.float32)
         if not len(first):
             return
-        self._spread = Spread.over(first)
+        self._spread = Spread.over(first, FLOOR)
         turned = self._spread.directions(first)
         labels = _sorted_into(turned, num_clusters(len(first), self._wanted))
         self.centroids = unit(np.stack([turned[labels == label].mean(0) for label in range(labels.max() + 1)]))

@@ -97,14 +97,14 @@ class Spread:
     turn: Array
 
     @classmethod
-    def over(cls, rows: Array) -> Spread:
+    def over(cls, rows: Array, floor: float = FLOOR) -> Spread:
         """That of (n, d) rows, at least one."""
         mean = rows.mean(0, dtype=np.float64)
         apart = rows - mean
         covariance = apart.T @ apart / len(rows)
-        floor = FLOOR * max(float(np.trace(covariance)) / len(covariance), 1e-12)
+        least = floor * max(float(np.trace(covariance)) / len(covariance), 1e-12)
         # Cosines do not depend on which root of the inverse this is.
-        root: npt.NDArray[np.float64] = np.linalg.inv(np.linalg.cholesky(covariance + floor * np.eye(len(covariance))))
+        root: npt.NDArray[np.float64] = np.linalg.inv(np.linalg.cholesky(covariance + least * np.eye(len(covariance))))
         return cls(mean.astype(np.float32), root.T.astype(np.float32))
 
     def directions(self, rows: Array) -> Array:
