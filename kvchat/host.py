@@ -2,8 +2,8 @@
 
 Which frames stay is decided by what they are worth (`utility.py`), not by when they were read last. Pinning them would
 not pay: what goes to a GPU is what frames decode to, and that lies in pinned buffers already (`cache/assembly.py`,
-`cache/pack.py`). A frame that was just read is not checked here, for whoever asked decodes it now; damaged, its segment is
-dropped, here too. One that was read ahead is checked.
+`cache/pack.py`). A frame that was just read is not checked here, for whoever asked decodes it now: if damaged,
+its segment is dropped, here too. One that was read ahead is checked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kvchat.codecs.frame import check
 from kvchat.errors import CodecError, StoreError
 from kvchat.loading import Fetch
 from kvchat.pool import submit
+from kvchat.shed import Sacrifice
 from kvchat.store import Store
 
 Key = tuple[str, int, int]
@@ -230,6 +231,12 @@ class HostedStore(Store):
         if self._host:
             self._host.forget(segment_id)
         super().drop_segment(segment_id)
+
+    def thin(self, segment_id: str, chunks: int) -> None:
+        """Give up all but so many leading chunks of a segment, at least one."""
+        assert chunks > 0
+        with self._write("NORMAL"):
+            self._give(Sacrifice((segment_id,), chunks))
 
     def frame_bytes(self, ids: Sequence[str]) -> dict[str, int]:
         """Bytes of each segment's frames and header; those that are gone are left out."""

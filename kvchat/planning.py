@@ -22,8 +22,8 @@ from kvchat.utility import DISK, HOST, MEMORY, TAU_S, Chunk, Context, Decision, 
 
 COARSE = "k4v4"
 """What a segment in raw or k8v8 may be written anew with, once."""
-COARSER = {"raw": 0.97, "k8v8": 0.97}
-"""What is then left of its quality: a guess on the safe side of a mean KL of 0.003."""
+COARSER = {"raw": 0.997, "k8v8": 0.997}
+"""What is then left of its quality: 4 bits cost a mean KL of 0.003, a sixtieth of what half the score mass costs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@
     memory   bytes of KV held against all of it, and what a process grows by when it resumes
     seal     sealing a turn, against prefilling it
     gpu      one GPU with a model of Llama-3.1-8B's shape: see `bench.gpu`; not a part of `all`
+    tiers    many sessions under one cap on all KV, by three policies: see `bench.tiers`; not a part of `all`
 
 The result is one JSON object. All benchmarks of a run share one model and one history, kvchat and its baselines take
 turns in the same loop, and a figure is the median of its rounds with the least and the greatest. llama.cpp stands
@@ -31,6 +32,7 @@ from kvchat.bench.prefill import prefill
 from kvchat.bench.resume import resume
 from kvchat.bench.seal import seal
 from kvchat.bench.store import store
+from kvchat.bench.tiers import tiers
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
@@ -55,16 +57,18 @@ def run(
     tokens: int | None = None,
     rounds: int = 5,
     messages: Sequence[Mapping[str, str]] | None = None,
+    histories: Sequence[Sequence[Mapping[str, str]]] = (),
 ) -> dict[str, Any]:
     """Run one benchmark, or all of them one after the other.
 
     Args:
-        kind: one of KINDS, "gpu", or "all", which leaves "gpu" out.
+        kind: one of KINDS, "gpu", "tiers", or "all", which leaves these two out.
         config: the model and all settings; the store is a temporary one.
         listener: told of progress.
-        tokens: about so long a history is made up; 6000, or for "gpu" 65536.
+        tokens: about so long a history is made up; 6000, for "gpu" 65536, and each of "tiers" 2000.
         rounds: runs that medians are taken of.
         messages: a conversation to use as the history instead.
+        histories: the same for "tiers", which has many.
 
     Returns:
         The figures of that benchmark, or of each under its name, and the machine.
@@ -73,11 +77,14 @@ def run(
         InputError: there is no such benchmark, or the measuring process fails.
         CapacityError: the window has no room for the history, or for a turn behind it.
     """
-    if kind not in (*KINDS, "gpu", "all"):
-        raise InputError(f"there is no benchmark {kind!r}; known: all, {', '.join(KINDS)}, gpu")
+    if kind not in (*KINDS, "gpu", "tiers", "all"):
+        raise InputError(f"there is no benchmark {kind!r}; known: all, {', '.join(KINDS)}, gpu, tiers")
     if kind == "gpu":
         return {"bench": kind, **gpu(config, listener, tokens or TOKENS, rounds)}
     engine = Engine(load(config.model, listener), config.model.prefill_chunk_size, config.model.residence)
+    if kind == "tiers":
+        figures = tiers(config, engine, listener, tokens or 2000, histories)
+        return {"bench": kind, **figures, "machine": machine(engine.model, config.model.attention)}
     with tempfile.TemporaryDirectory(prefix="kvchat-bench-") as folder:
         config = ranked(config, Path(folder) / "bench.db")
         with prepared(config, engine, listener, tokens or 6000, messages) as (conversation, pool):
