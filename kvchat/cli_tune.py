@@ -44,13 +44,20 @@ def tune(
     step: Annotated[int, typer.Option(min=1, help="Turns fed at once; more is faster.")] = 4,
     seed: Annotated[int, typer.Option(help="What is asked and tried depends on it.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, whatever an earlier run has found.")] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure how much layers depend on far tokens instead, in seconds.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Search how much of the budget each layer gets (EvolKV), for compress.allocate = "evolved".
 
     All files but the last are learned from, the last is held out; of one alone, half of the questions. A stopped search
-    goes on with the same command.
+    goes on with the same command. With --sensitivity (EpiCache) it is measured on the first file instead, for
+    compress.allocate = "sensitivity"; --tokens says on how much of it.
     """
+    if sensitivity:
+        _measure(flags, files[0], tokens, as_json)
+        return
     from kvchat.compress.evolve import require_cmaes
     from kvchat.engine import Engine
     from kvchat.evals.cases import read, spread
@@ -74,6 +81,34 @@ def tune(
         return
     print_table([{name: _text(value) for name, value in row.items()} for row in tuned.rows])
     print(f"written to {tuned.file}; --set compress.allocate=evolved uses it", file=sys.stderr)
+
+
+def _measure(flags: TuneFlags, file: Path, tokens: int | None, as_json: bool) -> None:
+    """Measure the layers' sensitivity, write the shares that follow, and print both."""
+    from kvchat.engine import Engine
+    from kvchat.evals.cases import read
+    from kvchat.evals.selecting import as_one
+    from kvchat.evals.sensitivity import shares_of, similarities
+    from kvchat.learned import save_shares
+    from kvchat.model import load
+    from kvchat.plain import Status
+
+    config, case, status = flags.settings(), read(file), Status()
+    try:
+        engine = Engine(load(config.model, status), config.model.prefill_chunk_size)
+        ids = [token for message in as_one(engine, [case])[0] for token in message.token_ids]
+        ids = ids[: min(tokens or 16_000, engine.model.context_window)]
+        sigmas = similarities(engine, ids, min(4096, len(ids) // 4), status)
+    finally:
+        status.clear()
+    shares = shares_of(sigmas)
+    path = save_shares(engine.model, config.compress, shares, "sensitivity")
+    rows = [{"layer": at, "sigma": sigma, "share": shares[at]} for at, sigma in enumerate(sigmas)]
+    if as_json:
+        print_json({"layers": rows, "file": str(path)})
+        return
+    print_table([{name: _text(value) for name, value in row.items()} for row in rows])
+    print(f"written to {path}; --set compress.allocate=sensitivity uses it", file=sys.stderr)
 
 
 def _text(value: object) -> str:

@@ -5,6 +5,7 @@ comes with the package is used where the folder has nothing.
 
     KEY-gate.safetensors, KEY-kvp.safetensors    tensors by name
     KEY-budgets.json                             {NAME or NAME.AGGREGATE: {keep: [the share of each layer, mean 1]}}
+    KEY-sensitivity.json                         the same of any scorer and keep, under "any" and 1
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from kvchat.sections import CompressConfig
 Kind = Literal["gate", "kvp"]
 """A learned scorer."""
 SHIPPED = Path(__file__).parent / "shipped"
-SHARES = "budgets"
+SHARES = {"evolved": "budgets", "sensitivity": "sensitivity"}
+"""Values of `compress.allocate` that read layers' shares, to the files that hold them."""
 
 
 def learned_kind(config: CompressConfig) -> Kind | None:
@@ -62,7 +64,7 @@ def version(model: Model, config: CompressConfig) -> str:
     """What stands for all that was learned and decides a ranking: segments of another one do not compare."""
     kind = learned_kind(config)
     files = [_found(model, kind, config)] if kind else []
-    files += [shares_path(model, config)] if config.allocate == "evolved" else []
+    files += [shares_path(model, config, config.allocate)] if config.allocate in SHARES else []
     parts = [blake2b(file.read_bytes(), digest_size=4).hexdigest() for file in files if file.exists()]
     return "".join(parts)
 
@@ -91,34 +93,39 @@ def save_weights(model: Model, kind: Kind, config: CompressConfig, weights: Mapp
     return path
 
 
-def shares_path(model: Model, config: CompressConfig) -> Path:
-    """Where layers' shares are written."""
-    return folder(config) / f"{key(model)}-{SHARES}.json"
+def shares_path(model: Model, config: CompressConfig, allocate: str) -> Path:
+    """Where the layers' shares for a value of `compress.allocate` are written."""
+    return folder(config) / f"{key(model)}-{SHARES[allocate]}.json"
 
 
 def load_shares(model: Model, config: CompressConfig) -> list[float]:
-    """The layers' shares found for the scorer, at the nearest `keep_ratio`.
+    """The layers' shares for `allocate`: found for the scorer, at the nearest `keep_ratio`, or measured for any.
 
     Raises:
         InputError: none were found, or the file cannot be read.
     """
-    found = _budgets(shares_path(model, config)).get(config.scored_by)
+    measured = config.allocate == "sensitivity"
+    found = _budgets(shares_path(model, config, config.allocate)).get("any" if measured else config.scored_by)
     if not found:
-        raise InputError(
-            f"no layer budgets were searched for {config.scored_by} on {model.name}: run `kvchat tune`, or choose "
-            "another compress.allocate"
-        )
+        what = "sensitivity was measured" if measured else f"layer budgets were searched for {config.scored_by}"
+        how = "kvchat tune --sensitivity" if measured else "kvchat tune"
+        raise InputError(f"no {what} on {model.name}: run `{how}`, or choose another compress.allocate")
     nearest = min(found, key=lambda keep: abs(float(keep) - config.keep_ratio))
     if len(found[nearest]) != model.num_hidden_layers:
         raise InputError(f"the layer budgets for {model.name} are of {len(found[nearest])} layers; run `kvchat tune`")
     return found[nearest]
 
 
-def save_shares(model: Model, config: CompressConfig, shares: Sequence[float]) -> Path:
-    """Write the shares found for the scorer and `keep_ratio`, beside those for others. Raises InputError, OSError."""
-    path = shares_path(model, config)
+def save_shares(model: Model, config: CompressConfig, shares: Sequence[float], allocate: str = "evolved") -> Path:
+    """Write the shares found for the scorer and `keep_ratio`, beside those for others, or those measured for any.
+
+    Raises:
+        InputError, OSError
+    """
+    path = shares_path(model, config, allocate)
     budgets = _budgets(path)
-    budgets.setdefault(config.scored_by, {})[f"{config.keep_ratio:g}"] = [round(share, 6) for share in shares]
+    of, keep = ("any", 1.0) if allocate == "sensitivity" else (config.scored_by, config.keep_ratio)
+    budgets.setdefault(of, {})[f"{keep:g}"] = [round(share, 6) for share in shares]
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path, force=True) as file:
         file.write(json.dumps(budgets, indent=1).encode())

@@ -25,7 +25,7 @@ from kvchat.compress.scorers import Scorer, Subject, find_scorer
 from kvchat.engine import Engine
 from kvchat.errors import CorruptFrame
 from kvchat.events import Progress
-from kvchat.learned import learned_kind, load_shares, load_weights, version
+from kvchat.learned import SHARES, learned_kind, load_shares, load_weights, version
 from kvchat.model import Model
 from kvchat.sections import CompressConfig
 from kvchat.store import Message, SegmentRecord
@@ -69,7 +69,7 @@ class Ranker:
 
 def way(model: Model, config: CompressConfig) -> Callable[[Tensor], Tensor]:
     """How pairs of different layers and heads compare. Raises InputError."""
-    if config.allocate == "evolved":
+    if config.allocate in SHARES:
         return partial(by_shares, shares=load_shares(model, config))
     return ORDERS[config.allocate]
 

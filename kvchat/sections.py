@@ -73,7 +73,7 @@ class CompressConfig(Section):
     """One of SCORER_NAMES, or "module:name" of another package's."""
     aggregate: Literal["own", "mean", "max", "lifted", "defensive"] = "own"
     """How a scorer that observes attention joins what it sees: its own way or `kvchat.compress.aggregate`'s."""
-    allocate: Literal["global", "layer", "uniform", "pyramid", "coverage", "evolved"] = "global"
+    allocate: Literal["global", "layer", "uniform", "pyramid", "coverage", "evolved", "sensitivity"] = "global"
     """How pairs of different layers and heads compare: see `kvchat.compress.order`."""
     coverage: float = Field(default=0.95, gt=0, le=1)
     """With `allocate` "coverage": the part of a segment's score mass that is held, in place of `keep_ratio`."""

@@ -107,4 +107,5 @@ ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
     "pyramid": pyramid,
     "coverage": by_mass,
 }
-"""Name to way, as `compress.allocate` says it; "evolved" is `by_shares` with what `kvchat tune` found."""
+"""Name to way, as `compress.allocate` says it; "evolved" and "sensitivity" are `by_shares` with
+what `kvchat tune` found or measured."""

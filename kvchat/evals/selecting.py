@@ -50,7 +50,7 @@ def select(
     if any("attention" in name for name in names):
         raise InputError("nothing is in memory here that attention could be read from; `kvchat eval far` tries it")
     with tempfile.TemporaryDirectory(prefix="kvchat-") as folder, closing(Store(Path(folder) / "all.db")) as store:
-        path, starts = _path(engine, cases)
+        path, starts = as_one(engine, cases)
         info = store.create_session("all", engine.model.name, engine.model.fingerprint)
         store.add_messages(info.id, path, None)
         candidates = grouped(path, config.compress.segment_min)
@@ -80,7 +80,7 @@ def grouped(path: Sequence[Message], least: int) -> list[Candidate]:
     return found
 
 
-def _path(engine: Engine, cases: Sequence[Case]) -> tuple[list[Message], list[list[int]]]:
+def as_one(engine: Engine, cases: Sequence[Case]) -> tuple[list[Message], list[list[int]]]:
     """All messages, after the first conversation's system message; and where each turn of each begins."""
     path, starts = [_message(engine, None, "system", cases[0].system)], list[list[int]]()
     for case in cases:
