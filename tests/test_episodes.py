@@ -174,7 +174,7 @@ def test_several_are_joined_by_the_places_that_they_give() -> None:
 
     candidates = [Candidate(at, at + 1, at, at + 1) for at in range(3)]
     fused = Fused([Given(3, 2, 1), Given(0, 1000, 0)]).scores(say(None, "user", "?"), [], candidates)
-    assert fused == pytest.approx([1 / 61 + 1 / 63, 1 / 62 + 1 / 61, 1 / 63 + 1 / 62])
+    assert fused == pytest.approx([1 / 11 + 1 / 13, 1 / 12 + 1 / 11, 1 / 13 + 1 / 12])
 
 
 def test_an_unknown_selector_is_named(store: Store, engine: Engine) -> None:
