@@ -192,6 +192,22 @@ def test_no_candidates_and_no_text_are_no_failure(store: Store, engine: Engine) 
             assert len(selector.scores(question, path, each_turn(path))) == 2
 
 
+def test_nearness_is_the_mean_of_the_best_two_cosines(store: Store, engine: Engine) -> None:
+    _, path = converse(store, "trip", *turns_about(["garden", "music", "travel"]), "", "", "oven oven", "")
+    question, embedder = ask(path, "violin and oven"), Counts()
+    vectors = Vectors(store, embedder)
+    rows = vectors.of(path)
+    spread = Spread.over(np.concatenate([one for one in rows if len(one)]))
+    asked = spread.directions(vectors.question(question))[0]
+    expected = []
+    for one in each_turn(path):
+        cosines = [float(spread.directions(part)[0] @ asked) for part in rows[one.first : one.last] if len(part)]
+        expected.append(sum(cosines) / len(cosines) if cosines else -1.0)
+    selector = find_selector("embedding", sources(store, engine, embedder))
+    assert selector.scores(question, path, each_turn(path)) == pytest.approx(expected, abs=1e-5)
+    assert expected[3] == -1.0 and selector.scores(question, path, each_turn(path)[3:4]) == [-1.0]
+
+
 def test_equal_conversations_give_equal_scores_however_they_grew(store: Store, engine: Engine) -> None:
     topics = random.Random(1).choices([*TOPICS], k=60)
     _, path = converse(store, "trip", *turns_about(topics))

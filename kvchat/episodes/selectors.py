@@ -103,14 +103,13 @@ class Embedding:
         spread = self._of(path[: steps(max(one.last for one in candidates))])
         if spread is None:
             return [-1.0] * len(candidates)
-        self._turn(spread, [message for part in parts for message in part])
-        asked = spread.directions(rows).T
-        return [self._near(asked, part) for part in parts]
-
-    def _near(self, asked: Array, part: Sequence[Message]) -> float:
-        cosines = [float((rows @ asked).max()) for message in part if len(rows := self._turned[message.id])]
-        nearest = sorted(cosines, reverse=True)[:BEST_NEAR]
-        return sum(nearest) / len(nearest) if nearest else -1.0
+        messages = [message for part in parts for message in part]
+        self._turn(spread, messages)
+        found = [self._turned[message.id] for message in messages]
+        stacked = np.concatenate([np.zeros((0, rows.shape[1]), np.float32), *(one for one in found if len(one))])
+        cosines = iter((stacked @ spread.directions(rows).T).max(1))
+        nearest = iter([max((float(next(cosines)) for _ in one), default=-1.0) for one in found])
+        return [_mean_of_best([next(nearest) for _ in part]) for part in parts]
 
     def _of(self, messages: Sequence[Message]) -> Spread | None:
         """How the vectors of a path's first messages lie; None if none has text."""
@@ -125,6 +124,12 @@ class Embedding:
         new = [message for message in messages if message.id not in self._turned]
         for message, found in zip(new, self._vectors.of(new), strict=True):
             self._turned[message.id] = spread.directions(found) if len(found) else found
+
+
+def _mean_of_best(cosines: Sequence[float]) -> float:
+    """The mean of the BEST_NEAR largest of a segment's; -1 where there is none."""
+    spoken = sorted((cosine for cosine in cosines if cosine > -1), reverse=True)[:BEST_NEAR]
+    return sum(spoken) / len(spoken) if spoken else -1.0
 
 
 class Attention:
