@@ -231,14 +231,16 @@ class Balance:
     def _parts(self, conversation: Conversation) -> list[_Lying]:
         """What a session has in memory: its segments, and its tail as one chunk."""
         residence, session, now = conversation.residence, conversation.info.id, self._clock()
-        held = {one.id: one.chunks for one in residence.tiers.residents}
+        held, model = {one.id: one.chunks for one in residence.tiers.residents}, residence.engine.model
         known = [entry for entry in residence.known if not entry.lost]
         nbytes = self._store.frame_bytes([entry.id for entry in known])
-        figures = [of_entry(entry, conversation.info.name, nbytes.get(entry.id)) for entry in known]
+        figures = [
+            of_entry(entry, conversation.info.name, nbytes.get(entry.id), model.pairs_per_token) for entry in known
+        ]
         places = [self._place(entry.id, held.get(entry.id, 0), entry.num_chunks) for entry in known]
         uses = [self.uses.frequency((session, entry.start), now) for entry in known]
         if length := residence.cache.tail_length:
-            pairs, size = length * residence.engine.model.pairs_per_token, length * _per_token(residence)
+            pairs, size = length * model.pairs_per_token, length * _per_token(residence)
             figures.append(Figures(f"{conversation.info.name} tail", length, [pairs], None, "", "", size, size))
             places.append(Place(1, 1, 1))
             uses.append(0.0)

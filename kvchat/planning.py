@@ -60,10 +60,13 @@ def coarser(codec: str) -> tuple[float, float] | None:
     return (BITS[COARSE] / bits(codec), COARSER[codec]) if codec in COARSER else None
 
 
-def of_entry(entry: Entry, session: str, frames: int | None) -> Figures:
-    """A segment of an open session, whose frames take so many bytes; None: they are not in the store yet."""
-    name, rows = f"{session} {entry.start}-{entry.end}", sum(entry.nbytes)
-    sizes = entry.sizes.tolist()
+def of_entry(entry: Entry, session: str, frames: int | None, pairs: int) -> Figures:
+    """A segment of an open session, whose frames take so many bytes; None: they are not in the store yet.
+
+    Of one that is used in part, only the rows of its first tokens, of so many `pairs` each, are in memory.
+    """
+    name, sizes = f"{session} {entry.start}-{entry.end}", entry.sizes.tolist()
+    rows = sum(entry.nbytes) * entry.length * pairs // max(entry.length * pairs, sum(sizes))
     return Figures(name, entry.length, sizes, entry.scores, entry.method, "", rows, rows if frames is None else frames)
 
 
