@@ -77,6 +77,10 @@ class AsyncSession:
         """As `Session.stats`."""
         return await asyncio.to_thread(self.session.stats)
 
+    async def episodes(self) -> list[dict[str, Any]]:
+        """As `Session.episodes`."""
+        return await asyncio.to_thread(self.session.episodes)
+
     async def check(self) -> Finding:
         """As `Session.check`."""
         return await asyncio.to_thread(self.session.check)

@@ -25,12 +25,13 @@ from kvchat import (
     cli_import,
     cli_select,
     cli_settings,
+    cli_stats,
     cli_store,
     cli_tune,
     cli_verify,
 )
 from kvchat.cipher import database_errors
-from kvchat.errors import InputError, KVChatError, SessionBusy, SessionExists
+from kvchat.errors import InputError, KVChatError, SessionExists
 from kvchat.flags import Json, ModelFlags, WorkerFactory, command
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__base__ or Exception  # typer does not export the class itself
@@ -188,38 +189,6 @@ def _stdin() -> str:
 
 @app.command()
 @command
-def stats(
-    flags: ModelFlags,
-    name: Annotated[str | None, typer.Argument(help="The session; with --why all.", show_default=False)] = None,
-    why: Annotated[bool, typer.Option("--why", help="What would give way to the limits now, and why.")] = False,
-    as_json: Json = False,
-) -> None:
-    """What a session holds, in memory and on disk; or what of all sessions would give way to the limits."""
-    from kvchat import plain
-
-    if why:
-        lines = cli_store.decisions(flags, name)
-        if as_json:
-            cli_store.print_json(lines)
-        else:
-            plain.write("\n".join(lines or ["nothing gives way: all keeps to the limits that are set"]) + "\n")
-        return
-    if name is None:
-        raise InputError("name a session, or ask --why")
-    try:
-        with plain.opened(flags, name, create=False) as (_, session, _):
-            figures = session.stats()
-    except SessionBusy as error:
-        plain.say(f"kvchat: {error}; shown is what the store holds")
-        figures = cli_store.stored_stats(flags, name)
-    if as_json:
-        cli_store.print_json(figures)
-    else:
-        plain.write(plain.format_stats(figures) + "\n")
-
-
-@app.command()
-@command
 def bench(
     flags: ModelFlags,
     kind: Annotated[
@@ -279,6 +248,7 @@ def doctor_(flags: ModelFlags, as_json: Json = False) -> None:
 
 app.add_typer(cli_import.app)
 app.add_typer(cli_store.app)
+app.add_typer(cli_stats.app)
 app.add_typer(cli_settings.app)
 app.add_typer(cli_verify.app)
 app.add_typer(cli_archive.app)

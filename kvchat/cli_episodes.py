@@ -37,7 +37,7 @@ def episodes(
         info = store.session(name)
         path = store.path(info.tip)
         try:
-            embedder = _embedder(flags, info, status)
+            embedder = embedder_of(flags, info, status)
             found = episodes(Vectors(store, embedder), path, config.episodes.clusters)
         finally:
             status.clear()
@@ -58,7 +58,7 @@ def episodes(
     )
 
 
-def _embedder(flags: ModelFlags, info: SessionInfo, status: Status) -> Embedder:
+def embedder_of(flags: ModelFlags, info: SessionInfo, status: Status) -> Embedder:
     """What the settings name; the session's model is loaded only if vectors by it are missing."""
     config = flags.settings()
     if config.episodes.embedder == "minilm":

@@ -20,6 +20,7 @@ from kvchat.jobs import raise_failure
 from kvchat.probe import Finding, check
 from kvchat.sections import GenerateConfig
 from kvchat.session import Conversation
+from kvchat.stats import episodes_of
 from kvchat.store import Message
 
 if TYPE_CHECKING:
@@ -149,6 +150,10 @@ class Session:
     def stats(self) -> dict[str, Any]:
         """Tokens, pairs, bytes of the whole, each segment, each turn, and why sessions gave way. Waits for a seal."""
         return self._call(lambda: self._conversation.stats() | self._worker.balance.stats())
+
+    def episodes(self) -> list[dict[str, Any]]:
+        """What the turns are about, as far as vectors of them are saved; `kvchat episodes` makes those that are not."""
+        return self._call(lambda: episodes_of(self._conversation), None)
 
     def check(self) -> Finding:
         """Whether the session answers a probe as recorded, and each message's tokens say its text; `verify --deep`."""

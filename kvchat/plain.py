@@ -9,9 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kvchat.bandwidths import told
 from kvchat.errors import InputError, KVChatError
 from kvchat.events import Delta, Event, Notice, Progress, TurnDone
+from kvchat.figures import format_room as format_room
+from kvchat.figures import format_stats as format_stats
+from kvchat.figures import part as part
+from kvchat.figures import recalled
+from kvchat.figures import size as size
 from kvchat.terminal import neutralise
 
 if TYPE_CHECKING:
@@ -175,6 +179,7 @@ def summary(done: TurnDone) -> str:
     """The turn's counts and times as one line."""
     usage, timings = done.usage, done.timings
     parts = [f"{usage.cached_tokens} tokens cached, {usage.prefilled_tokens} read, {usage.completion_tokens} written"]
+    parts.extend([back] if (back := recalled(usage.recalled)) else [])
     parts.append(f"first text after {timings.ttft_s:.2f} s")
     if timings.itl_s and sum(timings.itl_s) > 0:
         parts.append(f"{len(timings.itl_s) / sum(timings.itl_s):.1f} tokens/s")
@@ -252,49 +257,3 @@ def _count(argument: str) -> int:
     if argument and not (argument.isdecimal() and int(argument) > 0):
         raise InputError(f"/rewind takes a number of turns, got {argument!r}")
     return int(argument or 1)
-
-
-def format_stats(stats: dict[str, Any]) -> str:
-    """What `Session.stats` says, or the part of it that the store knows, as a few lines."""
-    disk, held = f"{size(stats['bytes_on_disk'])} on disk ({part(stats['stored'])})", "num_kept" in stats
-    lines = [f"{stats['name']}: {stats['model']}"]
-    if held:
-        lines += [
-            f"{stats['num_turns']} turns, {stats['num_seen']} of {stats['context_window']} tokens",
-            f"{stats['num_kept']} of {stats['num_pairs']} KV pairs held (keep_ratio {stats['keep_ratio']:.2f}), "
-            f"{size(stats['bytes_in_memory'])} in memory, {disk}",
-        ]
-    else:
-        lines.append(f"{stats['num_turns']} turns, {stats['num_tokens']} tokens, {disk}")
-    lines.append(format_room(**stats["store"]))
-    lines += [told(stats["bandwidths"])] if "bandwidths" in stats else []
-    for segment in stats["segments"]:
-        first, last = segment["turns"]
-        turns = f"turn {first}" if first == last else f"turns {first}-{last}"
-        span = f"tokens {segment['start']}-{segment['end']}"
-        rows = f" {segment['rows']}/{segment['rows_total']} rows," if held else ""
-        lines.append(
-            f"  {segment['kind']:6} {turns}: {span},{rows} {segment['codec']}, {size(segment['bytes_on_disk'])}"
-        )
-    return "\n".join(lines)
-
-
-def part(stored: float) -> str:
-    """How much of a session's KV is saved."""
-    return "text only" if stored < 0.005 else "all" if stored > 0.995 else f"{stored:.2f}"
-
-
-def format_room(bytes_in_use: int, disk_budget: int, bytes_free: int, min_free: int) -> str:
-    """What all sessions take of the disk, and may take."""
-    budget = f" of {size(disk_budget)} (store.disk_budget)" if disk_budget else ""
-    floor = f", of which {size(min_free)} stay free (store.min_free)" if min_free else ""
-    return f"{size(bytes_in_use)} in use{budget}, {size(bytes_free)} free on the disk{floor}"
-
-
-def size(num_bytes: float) -> str:
-    """12.3 MB and the like."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000 or unit == "GB":
-            break
-        num_bytes /= 1000
-    return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"

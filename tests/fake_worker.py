@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kvchat.attaching import Attached
 from kvchat.config import Config
 from kvchat.errors import CapacityError
 from kvchat.events import Delta, Event, Listener, Notice, Progress, Timings, TurnDone, Usage
@@ -16,6 +17,11 @@ STATS = {
     "context_window": 100,
     "num_turns": 1,
     "num_seen": 12,
+    "num_tokens": 12,
+    "position": 12,
+    "offset": 0,
+    "rebased": False,
+    "kv_budget": "",
     "num_pairs": 96,
     "num_kept": 48,
     "keep_ratio": 0.5,
@@ -34,6 +40,7 @@ STATS = {
             "rows": 48,
             "rows_total": 96,
         }
+        | {"place": 0, "position": 0, "tier": "part", "recalled": False, "rows_stored": 96, "stored_chunks": 7}
         | {"chunks_held": 5, "num_chunks": 7, "bytes_in_memory": 2048, "bytes_on_disk": 4096, "seal_s": 0.1}
     ],
     "turns": [],
@@ -67,6 +74,10 @@ class FakeSession:
             self.worker.heard.append(message["content"])
         return USAGE
 
+    def attach(self, title: str, text: str) -> Attached:
+        self.worker.heard.append(text)
+        return Attached(f"document {title} 0", 2, 12, 4)
+
     def rewind(self, turns: int = 1) -> str:
         return [self.worker.heard.pop() for _ in range(turns)][-1]
 
@@ -78,6 +89,9 @@ class FakeSession:
 
     def stats(self) -> dict[str, Any]:
         return STATS
+
+    def episodes(self) -> list[dict[str, Any]]:
+        return [{"name": "dogs park", "turns": (1,)}]
 
     def close(self) -> None:
         pass

@@ -234,6 +234,27 @@ def test_stats_print_lines_or_json(run: Any) -> None:
     assert json.loads(run("stats", "trip", "--json")[0]) == STATS
 
 
+def test_stats_draw_a_map(run: Any) -> None:
+    out, _ = run("stats", "trip", "--map")
+    assert out.splitlines()[:3] == [
+        "trip",
+        "tiny · 1 turns · 12 of 100 tokens",
+        "48 of 96 KV pairs held (keep_ratio 0.50) · 2.0 kB in memory · 4.1 kB on disk (0.50)",
+    ]
+    assert "turn 1 ████" in out and "█ in memory  ░ on disk" in out and "a dogs park (1)" in out
+    assert max(map(len, out.splitlines())) <= 100 and "\x1b" not in out
+
+
+def test_stats_write_a_page(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "map.html"
+    out, err = run("stats", "trip", "--html", str(file))
+    text = file.read_text("utf-8")
+    assert out == "" and str(file) in err
+    assert text.startswith("<!doctype html>") and "dogs park" in text and "<script" not in text
+    assert "add --force" in run("stats", "trip", "--html", str(file), code=1)[1]
+    assert "turn 1 █" in run("stats", "trip", "--html", str(file), "--force", "--map")[0]
+
+
 def test_models_and_doctor_print_lines_or_json(run: Any) -> None:
     assert "smollm2-135m" in run("models")[0]
     assert any(model["name"] == "smollm2-135m" for model in json.loads(run("models", "--json")[0]))

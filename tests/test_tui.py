@@ -26,6 +26,12 @@ from kvchat.tui.widgets import Answer, Note, Question, age
 WIDE, NARROW = (100, 32), (60, 20)
 STATS = {
     "num_seen": 4012,
+    "num_tokens": 4012,
+    "position": 4012,
+    "offset": 0,
+    "rebased": False,
+    "kv_budget": "",
+    "segments": [],
     "num_pairs": 3953,
     "num_kept": 1204,
     "bytes_in_memory": 18_000_000,
@@ -107,6 +113,9 @@ class FakeSession:
         copy = self.worker.open(name)
         copy.history = list(self.history)
         return copy
+
+    def episodes(self) -> list[dict[str, Any]]:
+        return []
 
     def stats(self) -> dict[str, Any]:
         assert self.sealed.wait(10)

@@ -21,9 +21,11 @@ from kvchat.config import Config
 from kvchat.errors import InputError, KVChatError
 from kvchat.events import Listener, Notice, Progress
 from kvchat.terminal import neutralise
+from kvchat.tui.bars import StatusBar, TitleBar
 from kvchat.tui.commands import Commands
+from kvchat.tui.map import SegmentMap
 from kvchat.tui.turns import Turns
-from kvchat.tui.widgets import Note, Plain, Prompt, SessionList, StatusBar, TitleBar, Transcript
+from kvchat.tui.widgets import Note, Plain, Prompt, SessionList, Transcript
 
 if TYPE_CHECKING:
     from kvchat.handle import Session
@@ -48,15 +50,17 @@ class ChatApp(App[None]):
     AUTO_FOCUS = "#prompt"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "stop", "Stop", id="stop"),
-        Binding("ctrl+n", "new", "New", id="new"),
+        Binding("ctrl+n", "command('/new')", "New", id="new"),
         Binding("ctrl+l", "sessions", "Sessions", id="sessions"),
-        Binding("ctrl+r", "retry", "Retry", id="retry"),
+        Binding("ctrl+r", "command('/retry')", "Retry", id="retry"),
+        Binding("f3,ctrl+g", "command('/map')", "Map", id="map"),
         Binding("ctrl+q", "quit", "Quit", id="quit", priority=True),
     ]
 
     title_bar = getters.query_one(TitleBar)
     sessions = getters.query_one(SessionList)
     transcript = getters.query_one(Transcript)
+    segment_map = getters.query_one(SegmentMap)
     waiting = getters.query_one("#queued", Plain)
     status = getters.query_one(StatusBar)
     prompt = getters.query_one(Prompt)
@@ -84,6 +88,7 @@ class ChatApp(App[None]):
         with Horizontal(id="body"):
             yield SessionList(id="sessions")
             yield Transcript(id="transcript")
+        yield SegmentMap(id="map")
         yield Plain(id="queued")
         yield StatusBar()
         yield Prompt(id="prompt")
@@ -106,8 +111,9 @@ class ChatApp(App[None]):
             self.show(self._reports.popleft())
 
     def show(self, event: Progress | Notice) -> None:
-        """Progress goes to the status line, a notice into the transcript and a toast."""
+        """Progress goes to the status line, a notice too, and into the transcript and a toast."""
         if isinstance(event, Notice):
+            self.status.tell(event.text)
             self.notify(neutralise(event.text), markup=False)
             self.note(event.text, "-notice")
         elif event.total and event.done >= event.total:
@@ -134,6 +140,7 @@ class ChatApp(App[None]):
     def begin(self, words: str, job: Coroutine[Any, Any, None]) -> None:
         """Start the one job, which is called `words` in the status line."""
         self.busy = True
+        self.status.tell("")
         self._say(f"{words}…")
         self.run_worker(self._finish(job), exit_on_error=False)
 
@@ -173,7 +180,7 @@ class ChatApp(App[None]):
         chat = await to_thread(make, engine)
         before, self.chat = self.chat, chat
         self.show_name()
-        self.title_bar.measure(0, chat.context_window)
+        self.title_bar.measure(0, chat.context_window, 0)
         await self.show_history(chat)
         self.beside(self.turns.measure(chat))
         if before is not None:
@@ -247,11 +254,8 @@ class ChatApp(App[None]):
             self._say("stopping…")
             self.chat.stop()
 
-    def action_new(self) -> None:
-        self._attempt(self.commands.run, "/new")
-
-    def action_retry(self) -> None:
-        self._attempt(self.commands.run, "/retry")
+    def action_command(self, line: str) -> None:
+        self._attempt(self.commands.run, line)
 
     def action_sessions(self) -> None:
         """Go to the session list; from there, close it."""

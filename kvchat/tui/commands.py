@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from kvchat.errors import InputError, SessionExists
-from kvchat.tui.widgets import stats_table
+from kvchat.tui.numbers import stats_table
 
 if TYPE_CHECKING:
     from kvchat.handle import Session
@@ -37,6 +37,7 @@ COMMANDS = {
     "retry": Command("", "answer the last message again"),
     "keep": Command("[F]", "hold this fraction of older turns' KV"),
     "stats": Command("", "what is kept, in memory and on disk"),
+    "map": Command("", "show or hide the map of segments", anytime=True),
     "quit": Command("", "leave", anytime=True),
 }
 
@@ -163,3 +164,8 @@ class Commands:
             app.note(stats_table(await to_thread(chat.stats)))
 
         app.begin("measuring", show())
+
+    def map(self, _: str) -> None:
+        app = self.app
+        if app.segment_map.toggle() and app.chat:
+            app.beside(app.turns.measure(app.chat))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvchat.errors import KVChatError
 from kvchat.events import Delta, Event, TurnDone
-from kvchat.tui.widgets import Answer, Note, Question, turn_line
+from kvchat.tui.numbers import turn_line
+from kvchat.tui.widgets import Answer, Note, Question
 
 if TYPE_CHECKING:
     from kvchat.handle import Session
@@ -119,7 +120,7 @@ class Turns:
         return done
 
     async def measure(self, chat: Session, done: TurnDone | None = None, line: Note | None = None) -> None:
-        """Wait for the seal, then show what is held: in the turn's `line`, the meter and the session list."""
+        """Wait for the seal, then show what is held: in the turn's `line`, the meter, the session list and the map."""
         app, stats = self.app, None
         try:
             stats = await to_thread(chat.stats)
@@ -132,9 +133,10 @@ class Turns:
         app.drain()
         app.clear_progress()
         if stats and chat is app.chat:
-            app.title_bar.measure(stats["num_seen"], stats["context_window"])
+            app.title_bar.measure(stats["num_seen"], stats["context_window"], stats["offset"])
             engine = await to_thread(app.connected)
             app.sessions.show(await to_thread(engine.sessions), app.session_name)
+            await app.segment_map.update(chat, stats)
 
     def _of(self, done: TurnDone, stats: dict[str, Any] | None) -> dict[str, Any] | None:
         # A later turn may have ended before the numbers came: then they are not this turn's.

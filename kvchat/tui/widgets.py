@@ -9,35 +9,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from markdown_it import MarkdownIt
 from textual import events, on
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, VerticalScroll
+from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.message import Message as Announcement
 from textual.widget import Widget
-from textual.widgets import Button, Label, Markdown, OptionList, ProgressBar, Static, TextArea
+from textual.widgets import Button, Markdown, OptionList, Static, TextArea
 from textual.widgets.option_list import Option
 
-from kvchat.events import Phase, Progress, TurnDone
 from kvchat.terminal import neutralise
 
 if TYPE_CHECKING:
     from kvchat.store import Message, SessionInfo
-
-PHASES: dict[Phase, str] = {
-    "download": "downloading the model",
-    "convert": "converting the model",
-    "load": "loading the model",
-    "restore": "restoring saved turns",
-    "rebuild": "rebuilding saved turns",
-    "prefill": "reading",
-    "import": "taking in",
-    "seal": "sealing",
-}
 
 
 class Plain(Static):
@@ -210,82 +197,3 @@ def age(stamp: str) -> str:
         if seconds >= size:
             return f"{int(seconds // size)} {unit}"
     return "now"
-
-
-class TitleBar(Horizontal):
-    """The open session and its model; at the right, how full the model's window is."""
-
-    def compose(self) -> ComposeResult:
-        yield Plain("kvchat", id="title")
-        yield Label("", id="meter", markup=False)
-
-    def name_session(self, name: str, model: str) -> None:
-        self.query_one("#title", Plain).show(f"kvchat  {name} · {model}")
-
-    def measure(self, num_seen: int, window: int) -> None:
-        """Draw the context meter: tokens seen of the model's window."""
-        share = num_seen / window if window else 0.0
-        style = "$text-error" if share > 0.9 else "$text-warning" if share > 0.75 else "$text-success"
-        full = min(10, round(10 * share))
-        bar = ("━" * full, style), ("─" * (10 - full), "$foreground-muted")
-        self.query_one("#meter", Label).update(Content.assemble(f"{num_seen} / {window} tokens ", *bar))
-
-
-class StatusBar(Horizontal):
-    """One line that says what is going on, with a bar while work is counted."""
-
-    def compose(self) -> ComposeResult:
-        yield Label("", id="state", markup=False)
-        yield ProgressBar(id="progress", show_eta=False)
-
-    def say(self, words: str) -> None:
-        """Show `words` and no bar."""
-        self.query_one("#state", Label).update(neutralise(words))
-        self.query_one("#progress").display = False
-
-    def show(self, progress: Progress) -> None:
-        words = PHASES[progress.phase]
-        if progress.phase == "download":
-            words += f" {progress.done / 1e6:.0f}" + (f" of {progress.total / 1e6:.0f} MB" if progress.total else " MB")
-        elif progress.phase not in ("convert", "load"):
-            words += f" {progress.done}" + (f" of {progress.total} tokens" if progress.total else " tokens")
-        self.say(words)
-        bar = self.query_one("#progress", ProgressBar)
-        bar.display = True
-        bar.update(total=progress.total or None, progress=progress.done)
-
-
-def turn_line(done: TurnDone, stats: dict[str, Any] | Literal["sealing"] | None) -> str:
-    """The numbers of one turn: what was reused and computed, then what is held, once its seal has been measured."""
-    parts = [f"cached {done.usage.cached_tokens}", f"prefilled {done.usage.prefilled_tokens}"]
-    if done.finish_reason != "stop":
-        reasons = {"length": "cut at max_new_tokens", "context": "the context window is full"}
-        parts.insert(0, reasons.get(done.finish_reason, "stopped"))
-    if stats == "sealing":
-        parts.append("sealing…")
-    elif stats:
-        parts += [f"kept {stats['num_kept']}/{stats['num_pairs']} pairs", megabytes(stats["bytes_in_memory"])]
-        seal_s = (stats.get("last") or {}).get("seal_s")
-        parts += [f"sealed {seal_s:.1f} s"] if seal_s is not None else []
-    return " · ".join(parts)
-
-
-def stats_table(stats: dict[str, Any]) -> str:
-    """The numbers of a session, and of its newest 20 turns."""
-    lines = [
-        f"{stats['name']} · {stats['model']} · {stats['num_turns']} turns",
-        f"{stats['num_seen']} of {stats['context_window']} tokens seen",
-        f"kept {stats['num_kept']}/{stats['num_pairs']} pairs · {megabytes(stats['bytes_in_memory'])} in memory · "
-        f"{megabytes(stats['bytes_on_disk'])} on disk ({stats['stored']:.2f} of the pairs)",
-    ]
-    if stats["turns"]:
-        lines += ["", f"{'turn':<5} {'tokens':>8} {'pairs':>10} {'memory':>10} {'disk':>10}"]
-    for turn in stats["turns"][-20:]:
-        memory, disk = megabytes(turn["bytes_in_memory"]), megabytes(turn["bytes_on_disk"])
-        lines.append(f"{turn['turn']:<5} {turn['tokens']:>8} {turn['rows']:>10} {memory:>10} {disk:>10}")
-    return "\n".join(lines)
-
-
-def megabytes(count: int) -> str:
-    """`count` bytes in MB, with one decimal place below 10."""
-    return f"{count / 1e6:.1f} MB" if count < 9.95e6 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,82 @@
+"""The lines at the top and the bottom of the chat screen: what is open, how full it is, what is going on."""
+
+from __future__ import annotations
+
+from textual.app import ComposeResult
+from textual.containers import Horizontal
+from textual.content import Content
+from textual.widgets import Label, ProgressBar
+
+from kvchat.events import Phase, Progress
+from kvchat.figures import meter
+from kvchat.terminal import neutralise
+from kvchat.tui.widgets import Plain
+
+PHASES: dict[Phase, str] = {
+    "download": "downloading the model",
+    "convert": "converting the model",
+    "load": "loading the model",
+    "restore": "restoring saved turns",
+    "rebuild": "rebuilding saved turns",
+    "prefill": "reading",
+    "import": "taking in",
+    "seal": "sealing",
+}
+
+
+class TitleBar(Horizontal):
+    """The open session and its model; at the right, how full the model's window is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._offset = 0
+
+    def compose(self) -> ComposeResult:
+        yield Plain("kvchat", id="title")
+        yield Label("", id="meter", markup=False)
+
+    def name_session(self, name: str, model: str) -> None:
+        self.query_one("#title", Plain).show(f"kvchat  {name} · {model}")
+
+    def measure(self, total: int, window: int, offset: int | None = None) -> None:
+        """Draw the context meter: which part of the window a conversation of so many tokens takes.
+
+        offset: by how much its positions are smaller; None: as before, as long as that can be.
+        """
+        if offset is None and total - self._offset > window:
+            return  # re-based meanwhile: the figures follow
+        self._offset = self._offset if offset is None else offset
+        share = (total - self._offset) / window if window else 0.0
+        style = "$text-error" if share > 0.9 else "$text-warning" if share > 0.75 else "$text-success"
+        full = min(10, round(10 * share))
+        bar = ("━" * full, style), ("─" * (10 - full), "$foreground-muted")
+        self.query_one("#meter", Label).update(Content.assemble(f"{meter(total, self._offset, window)} ", *bar))
+
+
+class StatusBar(Horizontal):
+    """One line that says what is going on, with a bar while work is counted, and at the right the newest notice."""
+
+    def compose(self) -> ComposeResult:
+        yield Label("", id="state", markup=False)
+        yield ProgressBar(id="progress", show_eta=False)
+        yield Label("", id="told", markup=False)
+
+    def say(self, words: str) -> None:
+        """Show `words` and no bar."""
+        self.query_one("#state", Label).update(neutralise(words))
+        self.query_one("#progress").display = False
+
+    def tell(self, notice: str) -> None:
+        """Show a notice, or none, until there is another."""
+        self.query_one("#told", Label).update(" ".join(neutralise(notice).split()))
+
+    def show(self, progress: Progress) -> None:
+        words = PHASES[progress.phase]
+        if progress.phase == "download":
+            words += f" {progress.done / 1e6:.0f}" + (f" of {progress.total / 1e6:.0f} MB" if progress.total else " MB")
+        elif progress.phase not in ("convert", "load"):
+            words += f" {progress.done}" + (f" of {progress.total} tokens" if progress.total else " tokens")
+        self.say(words)
+        bar = self.query_one("#progress", ProgressBar)
+        bar.display = True
+        bar.update(total=progress.total or None, progress=progress.done)
