@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from kvchat.attaching import Attached
 from kvchat.events import Event, Reply, Usage
 from kvchat.handle import Session
 from kvchat.probe import Finding
@@ -44,6 +45,10 @@ class AsyncSession:
     async def append(self, messages: Sequence[Mapping[str, str]]) -> Usage:
         """As `Session.append`."""
         return await asyncio.to_thread(self.session.append, messages)
+
+    async def attach(self, title: str, text: str) -> Attached:
+        """As `Session.attach`."""
+        return await asyncio.to_thread(self.session.attach, title, text)
 
     async def logprobs(self, prompt: str, continuation: str) -> list[tuple[str, float]]:
         """As `Session.logprobs`."""

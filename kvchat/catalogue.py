@@ -42,6 +42,7 @@ class Entry:
     stored       chunks that the store had when it was looked at
     from_file    as of its record
     lost         no KV of it is to be had: it is text only
+    onward       that of the conversation when this was its newest segment
     """
 
     id: str
@@ -56,6 +57,7 @@ class Entry:
     stored: int
     from_file: bool = False
     lost: bool = False
+    onward: int = 0
 
     @classmethod
     def of(cls, record: SegmentRecord, header: SegmentHeader, end: int, plain: int | None) -> Entry:
@@ -78,6 +80,7 @@ class Entry:
             tuple(each),
             record.stored_chunks,
             record.from_file,
+            onward=ranking.next_offset,
         )
 
     @classmethod

@@ -28,6 +28,7 @@ from kvchat.salvage import DERIVED, salvage
 
 MEND = "`kvchat verify --repair` mends it"
 RESTORE = "restore a copy of the database"
+LOST_ALIASES = "DELETE FROM segments WHERE frames_of NOT NULL AND frames_of NOT IN (SELECT id FROM segments)"
 REBUILT = "its KV is made again when the session is opened"
 Ends = Mapping[str, Sequence[str]]
 """The name of each session to the ends of its path and branches."""
@@ -76,6 +77,8 @@ class Checks(KVStore):
                 self._db.execute("INSERT INTO messages_fts(messages_fts) VALUES ('rebuild')")
             done.append("the search index was made anew")
         with self._write():
+            if count := self._db.execute(LOST_ALIASES).rowcount:
+                done.append(f"{count} segments that had their frames from one that is missing were removed; {REBUILT}")
             for table in ("frames", "segment_messages"):
                 if count := self._db.execute(ORPHANS.format(table=table)).rowcount:
                     done.append(f"{count} rows of {table} without a segment were removed")
@@ -197,6 +200,9 @@ class Checks(KVStore):
             yield "its messages do not follow each other"
         elif (rows[0]["start_token"], rows[-1]["end_token"]) != (record.start, record.end):
             yield f"its tokens [{record.start}, {record.end}) are not those of its messages"
+        if record.frames_of:
+            yield from self._alias_problems(record)
+            return
         count, nbytes = self._rows(
             "SELECT count(*), total(length(body)) FROM frames WHERE segment_id = :id", id=record.id
         )[0]
@@ -211,6 +217,23 @@ class Checks(KVStore):
                     frame.check(body)
             except CodecError as error:
                 yield f"{place}: {error}"
+
+    def _alias_problems(self, record: SegmentRecord) -> Iterator[str]:
+        """What is wrong with a segment that has the frames of another one, which is checked by itself."""
+        source = self._segments([record.frames_of]).get(record.frames_of)
+        if source is None:
+            yield f"segment {short(record.frames_of)}, whose frames it has, is missing"
+        elif source.frames_of or self._token_ids(source) != self._token_ids(record):
+            yield f"segment {short(source.id)}, whose frames it has, is not of the same tokens"
+        elif (source.num_chunks, source.num_groups, source.stored_chunks) != (
+            *(record.num_chunks, record.num_groups, record.stored_chunks),
+        ):
+            yield f"it does not have as many frames as segment {short(source.id)}, whose they are"
+
+    def _token_ids(self, record: SegmentRecord) -> bytes:
+        """Of its messages, one after the other."""
+        sql = "SELECT token_ids FROM json_each(:ids) JOIN messages ON messages.id = value ORDER BY key"
+        return b"".join(row["token_ids"] for row in self._rows(sql, ids=json.dumps(record.messages)))
 
     def _bodies(self, record: SegmentRecord) -> Iterator[tuple[str, Iterator[bytes]]]:
         for chunk in range(record.stored_chunks):

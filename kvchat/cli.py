@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import typer
 
 from kvchat import (
+    cli_attach,
     cli_archive,
     cli_crypt,
     cli_episodes,
@@ -246,6 +247,7 @@ def doctor_(flags: ModelFlags, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+app.add_typer(cli_attach.app)
 app.add_typer(cli_import.app)
 app.add_typer(cli_store.app)
 app.add_typer(cli_stats.app)

@@ -62,7 +62,8 @@ def _recoded(store: Store, info: SessionInfo, codecs: tuple[str, ...]) -> dict[s
 
     with ExitStack() as locks:
         before = _segments(store, info)
-        sealed = [one for one in before if one.kind == "sealed"]
+        borrowed = {one.id for one in before if one.frames_of}
+        sealed = [one for one in before if one.kind == "sealed" and one.id not in borrowed]
         few = {one.id for one in sealed if _bits(one, one.codec.split(",")) <= _bits(one, codecs)}
         closed, opened = _sharing(store, info, {one.id for one in sealed} - few, locks)
         in_use = {one for shared in opened.values() for one in shared}
@@ -79,7 +80,8 @@ def _recoded(store: Store, info: SessionInfo, codecs: tuple[str, ...]) -> dict[s
         "few_bits": len(few),
         "in_use": len(in_use),
         "in_use_by": list(opened),
-        "unsealed": len(before) - len(sealed),
+        "attached": len(borrowed),
+        "unsealed": len(before) - len(sealed) - len(borrowed),
         "shared_with": [name for name, shared in closed.items() if shared & chosen],
         "bytes_before": bytes_of(before),
         "bytes_after": bytes_of(after),
@@ -98,7 +100,7 @@ def _sharing(
     for other in store.sessions() if reaching else ():
         if other.id not in reaching or other.fingerprint != info.fingerprint:
             continue
-        if shared := segments & {one.id for one in _segments(store, other)}:
+        if shared := segments & {one.frames_of or one.id for one in _segments(store, other)}:
             try:
                 locks.enter_context(SessionLock(store.file, other.id, other.name))
                 closed[other.name] = shared
@@ -147,6 +149,7 @@ def _told(figures: dict[str, Any]) -> Iterable[str]:
     reasons = {
         few: figures["few_bits"],
         f"in use by {users}, which {_be(len(figures['in_use_by']))} open": figures["in_use"],
+        "of attached documents, which have sessions of their own": figures["attached"],
         "waiting to be sealed": figures["unsealed"],
     }
     said = [

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from kvchat.attaching import Attached, attach, build, document_of, is_built
+from kvchat.documents import Document
 from kvchat.engine import Stop
-from kvchat.errors import InputError
-from kvchat.events import Event, Reply, TurnDone, Usage, followed
+from kvchat.errors import CapacityError, InputError
+from kvchat.events import Event, Notice, Progress, Reply, TurnDone, Usage, followed
 from kvchat.jobs import raise_failure
 from kvchat.probe import Finding, check
 from kvchat.sections import GenerateConfig
@@ -99,15 +102,52 @@ class Session:
 
     def append(self, messages: Sequence[Mapping[str, str]]) -> Usage:
         """Take in {"role", "content"} messages and generate nothing; progress goes to the listener."""
-        stop, conversation, balance = threading.Event(), self._conversation, self._worker.balance
-        steps = balance.held(conversation, conversation.append(messages, stop.is_set))
+        stop = threading.Event()
         self._stops.add(stop)
         try:
-            usage = self._call(lambda: followed(steps, self._worker.jobs.tell))
+            usage = self._taken(self._conversation.append(messages, stop.is_set))
         finally:
             self._stops.discard(stop)
-        self._background(balance.finish)
+        self._background(self._worker.balance.finish)
         return usage
+
+    def attach(self, title: str, text: str) -> Attached:
+        """Take in a document, whose KV several sessions share; progress goes to the listener.
+
+        It is computed once, in a session of its own, and cut into as many messages as it needs.
+
+        Raises:
+            InputError: it is empty, or this is its own session. CapacityError: it does not fit.
+            SessionBusy: another process is computing it.
+        """
+        stop, conversation = threading.Event(), self._conversation
+        document = self._call(lambda: document_of(title, text, conversation), None)
+        if document.session == self.name:
+            raise InputError(f"{title} stands in this session already")
+        self._stops.add(stop)
+        try:
+            computed = self._built(document, stop.is_set)
+            attached = self._taken(attach(conversation, document, stop.is_set))
+        finally:
+            self._stops.discard(stop)
+        self._background(self._worker.balance.finish)
+        return replace(attached, computed=attached.computed + computed)
+
+    def _built(self, document: Document, stop: Stop) -> int:
+        """See to it that a document's own session has all of it; how many tokens were computed for that."""
+        conversation = self._conversation
+        store, prints = conversation.store, conversation.residence.fingerprint
+        if self._call(lambda: is_built(store, document, prints), None):
+            return 0
+        with self._worker.open(document.session, model=self.model) as own:
+            try:
+                return own._taken(build(own._conversation, document, stop))
+            except CapacityError:
+                empty = all(message.role == "system" for message in own.messages())
+                own.close()
+                if empty:
+                    self._worker.delete(document.session)
+                raise
 
     def logprobs(self, prompt: str, continuation: str) -> list[tuple[str, float]]:
         """Natural log-probability of each token of `continuation` as the answer to `prompt`; nothing changes."""
@@ -184,6 +224,12 @@ class Session:
         self._check_open()
         conversation, balance = self._conversation, self._worker.balance
         return self._worker.jobs.call(lambda: balance.attended(conversation, growth, work), conversation)
+
+    def _taken(self, steps: Generator[Progress | Notice, None, Result]) -> Result:
+        """Take steps that compute, and tell the listener of them; what they come to."""
+        worker = self._worker
+        steps = worker.balance.held(self._conversation, steps)
+        return self._call(lambda: followed(steps, worker.jobs.tell))
 
     def _background(self, steps: Callable[[Conversation], Iterator[Event]]) -> None:
         """Have them done with nobody waiting."""

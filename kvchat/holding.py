@@ -181,8 +181,8 @@ class Holding:
         """That of the newest segment."""
         newest = [record for record, _ in self.waiting[-1:]]
         if newest:
-            return SegmentHeader.of(newest[0]).ranking.offset
-        return self.known[-1].offset if self.known else 0
+            return SegmentHeader.of(newest[0]).ranking.next_offset
+        return self.known[-1].onward if self.known else 0
 
     def cut(self, position: int) -> None:
         """Forget every token from `position` on, and all of a segment from a file: `Store.cover` gives none in part."""
@@ -194,9 +194,13 @@ class Holding:
         self.known = [replace(one, end=position, whole=False) if one.end > position else one for one in known]
 
     def _drop(self, segment_id: str) -> str:
-        """Remove a damaged segment; what became of it. It may lie in a page that nothing can be removed from."""
+        """Remove a damaged segment, and one whose frames it has; what became of it.
+
+        It may lie in a page that nothing can be removed from.
+        """
         try:
-            self.store.drop_segment(segment_id)
+            found = self.store.segment(segment_id)
+            self.store.drop_segment(found.frames_of if found and found.frames_of else segment_id)
         except StoreError as error:
             return f"cannot be removed ({error})"
         return "removed"

@@ -31,7 +31,12 @@ Key = tuple[str, int, int]
 Read = Callable[[], bytes]
 Worth = Callable[[str, int], float]
 """What a byte of a segment's chunk in host memory is worth; at most 0: nothing."""
-FOUND = "SELECT id, nbytes, created FROM segments WHERE id IN (SELECT value FROM json_each(:ids))"
+FOUND = """
+SELECT segments.id, ifnull(source.nbytes, segments.nbytes) AS nbytes,
+    ifnull(source.created, segments.created) AS created
+FROM segments LEFT JOIN segments AS source ON source.id = segments.frames_of
+WHERE segments.id IN (SELECT value FROM json_each(:ids))
+"""
 
 
 class HostCache:
@@ -235,8 +240,9 @@ class HostedStore(Store):
     def thin(self, segment_id: str, chunks: int) -> None:
         """Give up all but so many leading chunks of a segment, at least one."""
         assert chunks > 0
+        found = self.segment(segment_id)
         with self._write("NORMAL"):
-            self._give(Sacrifice((segment_id,), chunks))
+            self._give(Sacrifice((found.frames_of if found and found.frames_of else segment_id,), chunks))
 
     def frame_bytes(self, ids: Sequence[str]) -> dict[str, int]:
         """Bytes of each segment's frames and header; those that are gone are left out."""

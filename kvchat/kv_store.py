@@ -17,7 +17,7 @@ from typing import Literal
 from kvchat.cipher import Key, read_blob, row_class
 from kvchat.errors import CorruptFrame, StoreDamaged, StoreError
 from kvchat.migrations import explained, open_database, transaction
-from kvchat.queries import CANDIDATES, DROP_REPLACED, SEGMENTS, Candidate, candidate_of
+from kvchat.queries import CANDIDATES, DROP_REPLACED, REPOINT, SEGMENTS, Candidate, candidate_of
 from kvchat.readers import Readers
 from kvchat.records import Row, SegmentRecord, now, segment_of
 from kvchat.salvage import remove_leftovers
@@ -102,10 +102,10 @@ class KVStore:
         Raises:
             CorruptFrame: the segment or one of its frames is missing, or lies in a damaged page.
         """
-        for chunk, grp in self._places(segment_id, chunks):
+        for place in self._places(segment_id, chunks):
             with self._damage_of(segment_id), self._explained():
-                body = read_blob(self._db.conn, "frames", "body", PLACE, (segment_id, chunk, grp))
-            yield chunk, grp, _found(body, segment_id, chunk, grp)
+                body = read_blob(self._db.conn, "frames", "body", PLACE, place)
+            yield *place[1:], _found(body, *place)
 
     def readings(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, Callable[[], bytes]]]:
         """As `frames`, but each is read by whoever calls for it, in any thread; it raises CorruptFrame and StoreError.
@@ -115,20 +115,21 @@ class KVStore:
         if self._key is not None:
             yield from ((chunk, grp, partial(bytes, body)) for chunk, grp, body in self.frames(segment_id, chunks))
             return
-        for chunk, grp in self._places(segment_id, chunks):
-            yield chunk, grp, partial(self._body, segment_id, chunk, grp)
+        for place in self._places(segment_id, chunks):
+            yield *place[1:], partial(self._body, *place)
 
     def _body(self, segment_id: str, chunk: int, grp: int) -> bytes:
         with self._damage_of(segment_id):
             body = self._readers.blob("frames", "body", PLACE, (segment_id, chunk, grp))
         return _found(body, segment_id, chunk, grp)
 
-    def _places(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(chunk, group) of each frame of the asked chunks. Raises CorruptFrame."""
-        found = self._readable("SELECT num_groups FROM segments WHERE id = :id", segment_id)
+    def _places(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[str, int, int]]:
+        """(whose it is, chunk, group) of each frame of the asked chunks. Raises CorruptFrame."""
+        sql = "SELECT ifnull(frames_of, id) AS source, num_groups FROM segments WHERE id = :id"
+        found = self._readable(sql, segment_id)
         if not found:
             raise CorruptFrame(f"segment {short(segment_id)} is not in the store")
-        yield from product(sorted(set(chunks)), range(found[0]["num_groups"]))
+        yield from product([found[0]["source"]], sorted(set(chunks)), range(found[0]["num_groups"]))
 
     def drop_segment(self, segment_id: str) -> None:
         """Remove a segment with its frames: a miss from now on."""
@@ -147,6 +148,8 @@ class KVStore:
                 return False
             if not self._has(record.id):
                 self._insert_segment(record, frames)
+            row = [record.id, record.codec, record.num_chunks, record.num_groups, record.stored_chunks, old]
+            self._db.execute(REPOINT, row)
             self._db.execute("DELETE FROM segments WHERE id = ?", [old])
         return True
 

@@ -16,7 +16,7 @@ from sqlite_utils import Database, Migrations
 
 from kvchat.cipher import SMALLEST, Key, connect, database_errors, error_code, salt
 from kvchat.errors import StoreDamaged, StoreError
-from kvchat.schema import PARTIAL, SCHEMA, VECTORS
+from kvchat.schema import ALIASES, PARTIAL, SCHEMA, VECTORS
 
 FORMAT = 1
 """Raised when an older program would misread the rows, even though their tables look familiar."""
@@ -56,6 +56,12 @@ def m003_settings_of_sessions(db: Database) -> None:
 def m004_vectors(db: Database) -> None:
     """What messages are about, by which those that concern a question are found."""
     db.executescript(VECTORS)
+
+
+@MIGRATIONS()  # type: ignore[untyped-decorator]
+def m005_aliases_of_segments(db: Database) -> None:
+    """Segments whose frames are those of another one, as of a document that is attached to several sessions."""
+    db.executescript(ALIASES)
 
 
 def open_database(path: Path, busy_timeout_s: float, key: Key | None = None) -> Database:

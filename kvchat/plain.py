@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kvchat.errors import InputError, KVChatError
@@ -43,6 +44,7 @@ HELP = """\
 /rewind [N]   take back the last N turns (1)
 /keep [F]     hold this fraction of older turns' KV, from now on
 /fork NAME    go on in a copy of this session
+/attach FILE  take a text file in
 /stats        what is kept, in memory and on disk
 /quit         leave (or Ctrl+D); Ctrl+C stops an answer"""
 
@@ -240,6 +242,13 @@ def _answer(session: Session, line: str, status: Status) -> Session:
         case "/fork":
             session = session.fork(argument.strip())
             say(f"now in {session.name}")
+        case "/attach":
+            from kvchat.documents import read_document
+
+            file = Path(argument.strip()).expanduser()
+            attached = session.attach(file.name, read_document(file))
+            status.clear()
+            say(f"attached, {attached.tokens} tokens, {attached.computed} computed")
         case _ if name.startswith("/") and name.removeprefix("/").isalpha():
             raise InputError(f"unknown command {name}; /help lists commands")
         case _:

@@ -130,7 +130,9 @@ CROSS JOIN segments ON segments.id = segment_id
 WHERE fingerprint = :fingerprint ORDER BY segment_id, ordinal
 """
 SEGMENTS = """
-SELECT segments.*, bases.body AS basis_body FROM segments LEFT JOIN bases ON bases.id = basis
+SELECT segments.*, source.header AS source_header, bases.body AS basis_body
+FROM segments LEFT JOIN segments AS source ON source.id = segments.frames_of
+LEFT JOIN bases ON bases.id = ifnull(source.basis, segments.basis)
 WHERE segments.id IN (SELECT value FROM json_each(:ids))
 """
 TOTALS = f"""
@@ -149,15 +151,20 @@ FROM sessions CROSS JOIN messages ON messages.id = tip
 UNION ALL SELECT session_id, updated, number, 0 FROM branches CROSS JOIN sessions ON sessions.id = session_id
     CROSS JOIN messages ON messages.id = branches.tip
 """
+# A segment that others have their frames from stands there once more for each of them.
 HOLDINGS = """
-SELECT segments.id, segments.start_token, kind, codec, stored_chunks, messages.number
-FROM segments LEFT JOIN segment_messages ON segment_id = segments.id AND ordinal = 0
-LEFT JOIN messages ON messages.id = message_id ORDER BY segments.start_token, segments.id
+SELECT ifnull(source.id, segments.id) AS id, ifnull(source.start_token, segments.start_token) AS start_token,
+    segments.kind, segments.codec, segments.stored_chunks, messages.number
+FROM segments LEFT JOIN segments AS source ON source.id = segments.frames_of
+LEFT JOIN segment_messages ON segment_id = segments.id AND ordinal = 0
+LEFT JOIN messages ON messages.id = message_id ORDER BY 2, 1
 """
 # From the first messages of segments down to the ends of paths: whoever holds the first message may use a part.
 REACHING = """
 WITH RECURSIVE below(id) AS (
     SELECT message_id FROM json_each(:ids) CROSS JOIN segment_messages ON segment_id = value AND ordinal = 0
+    UNION SELECT message_id FROM json_each(:ids) CROSS JOIN segments ON frames_of = value
+        CROSS JOIN segment_messages ON segment_id = segments.id AND ordinal = 0
     UNION SELECT messages.id FROM below CROSS JOIN messages ON parent = below.id)
 SELECT sessions.id AS session_id FROM below CROSS JOIN sessions ON tip = below.id
 UNION SELECT session_id FROM below CROSS JOIN branches ON tip = below.id
@@ -166,6 +173,17 @@ THINNED = """
 UPDATE segments SET stored_chunks = :chunks,
     nbytes = length(header) + (SELECT total(nbytes) FROM frames WHERE segment_id = :id)
 WHERE id = :id AND stored_chunks > :chunks
+"""
+# Who has the frames of a segment that is replaced has those of its successor.
+REPOINT = """
+UPDATE segments SET (frames_of, codec, num_chunks, num_groups, stored_chunks) = (?, ?, ?, ?, ?) WHERE frames_of = ?
+"""
+ALIAS = """
+INSERT OR IGNORE INTO segments(id, fingerprint, start_token, end_token, kind, codec, scorer, num_chunks, num_groups,
+    stored_chunks, nbytes, created, header, frames_of, key_offset, onward)
+SELECT :id, fingerprint, :start, :start + end_token - start_token, kind, codec, scorer, num_chunks, num_groups,
+    stored_chunks, 0, :created, x'', id, :offset, :onward
+FROM segments WHERE id = :source
 """
 KV_BYTES = f"SELECT {_KV_BYTES} AS nbytes"
 # Rows that a segment left behind.

@@ -33,7 +33,8 @@ def recode(
     """Replace sealed segments of one conversation by the same in another codec; those that took a place.
 
     Of a segment of which only the first chunks are stored, these are written. Left as they are: open segments, those
-    that are in that codec already, and those that were removed meanwhile. Nobody may have the conversation open.
+    that are in that codec already, those with frames of another conversation, and those that were removed meanwhile.
+    Nobody may have the conversation open.
 
     Args:
         store: where they lie.
@@ -51,7 +52,8 @@ def recode(
     if names != (ARCHIVE,):
         for name in names:
             find_codec(name)
-    sealed = [record for record in records if record.kind == "sealed" and record.codec != ",".join(names)]
+    own = [record for record in records if record.kind == "sealed" and not record.frames_of]
+    sealed = [record for record in own if record.codec != ",".join(names)]
     basis = _basis(store, records, sealed, device) if sealed and names == (ARCHIVE,) else b""
     written = (_replaced(store, record, names, basis, device) for record in sealed)
     return [new for new in written if new]

@@ -7,11 +7,13 @@ import json
 import sqlite3
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from kvchat.errors import InputError
+from kvchat.codecs.frame import with_head
+from kvchat.errors import CodecError, InputError
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["sealed", "open"]
@@ -97,7 +99,8 @@ class SegmentRecord:
 
     `header` is opaque to the store; `nbytes` is what the store counted, header and frames. Of the rank chunks the first
     `stored_chunks` are there. `basis` is what the codec shares with other segments, if it does, and opaque too. One
-    `from_file` was computed by someone else: it serves whole or not at all.
+    `from_file` was computed by someone else: it serves whole or not at all. One with `frames_of` has header, basis and
+    frames from that segment, and takes no bytes of its own.
     """
 
     id: str
@@ -116,6 +119,7 @@ class SegmentRecord:
     seal_s: float | None = None
     basis: bytes = b""
     from_file: bool = False
+    frames_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +240,7 @@ def segment_of(row: Row, messages: Sequence[str]) -> SegmentRecord:
         codec=row["codec"],
         scorer=row["scorer"],
         messages=tuple(messages),
-        header=row["header"],
+        header=row["header"] if row["frames_of"] is None else _moved(row),
         num_chunks=row["num_chunks"],
         num_groups=row["num_groups"],
         nbytes=row["nbytes"],
@@ -244,7 +248,17 @@ def segment_of(row: Row, messages: Sequence[str]) -> SegmentRecord:
         stored_chunks=row["stored_chunks"],
         basis=row["basis_body"] or b"",
         from_file=bool(row["from_file"]),
+        frames_of=row["frames_of"] or "",
     )
+
+
+def _moved(row: Row) -> bytes:
+    """The header that a segment has from another one, for its own place; if it is damaged, who reads it finds out."""
+    header: bytes = row["source_header"] or b""
+    place = {"start": row["start_token"], "offset": row["key_offset"], "onward": row["onward"]}
+    with suppress(CodecError):
+        return with_head(header, place)
+    return header
 
 
 def _title(content: str) -> str:

@@ -32,7 +32,7 @@ from kvchat.records import num_answered
 from kvchat.restoring import Restoring
 from kvchat.restoring import Steps as Steps
 from kvchat.saving import Saver, Saving, sealed_layers
-from kvchat.sealing import Ranker, rank_turns
+from kvchat.sealing import Ranker, rank_turns, read_header
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
@@ -147,6 +147,54 @@ class Residence(Restoring):
             except StopIteration as finished:
                 logits: Tensor | None = finished.value
                 return logits
+
+    def seal_up_to(self, path: Sequence[Message], last: int, phase: Phase, stop: Stop) -> Steps:
+        """Compute what the cache does not stand for before message `last` and seal it, however short it is.
+
+        What comes next then begins a segment, unless it was stopped, or the tail stays as it is for want of room.
+        """
+        end, before = self.bounds(path)[last], self.cache.num_seen
+        if before < end:
+            yield from self.make_room(path[:last], end - before)
+            yield from self.prefill(self.ids(path), end, phase, stop)
+        if self.cache.tail_start < end <= self.cache.num_seen:
+            yield from self._sealed(path, last)
+        self.num_computed += max(0, self.cache.num_seen - before)
+
+    def borrow(
+        self, source: SegmentRecord, path: Sequence[Message], first: int, last: int
+    ) -> Generator[Progress | Notice, None, bool]:
+        """Have messages [first, last) of the path from a stored segment of the same tokens, said elsewhere.
+
+        Nothing is computed: its keys are turned to where these messages stand. False, and nothing done, if the cache
+        does not end right before them, keys cannot be turned, or the segment is damaged or gone.
+        """
+        bounds, messages = self.bounds(path), [message.id for message in path[first:last]]
+        start, tokens = bounds[first], bounds[last] - bounds[first]
+        if self.cache.num_seen != start or self.cache.tail_length:
+            return False
+        yield from self.make_room(path[:last], tokens)
+        record: SegmentRecord | None = source
+        try:
+            position = read_header(source, self.engine.model).ranking.position
+            if list(source.messages) != messages:
+                if start - self.offset != position and not self.engine.anatomy.turns:
+                    return False
+                record = self.store.put_alias(source, messages, start, start - position, self.offset)
+            if record is None:
+                return False
+            self._attach(record, last - first, path[:last])
+        except OutOfMemory:
+            self.let_go()
+            raise
+        except CodecError as error:
+            removed = self._drop(source.id)
+            yield Notice(f"a saved part is damaged and {removed}; it is computed again: {error}")
+            return False
+        if self.known[-1].onward != self.offset:  # the store had it already, from a session that stood elsewhere
+            self.saver.superseded.add(record.id)
+        self.hold(path[:last])
+        return True
 
     # -- after a turn ------------------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class Restoring(Reach):
         """Where the conversation goes on: that of its newest segment that can be read."""
         for record, _ in reversed(cover):
             with suppress(CodecError):
-                return read_header(record, self.engine.model).ranking.offset
+                return read_header(record, self.engine.model).ranking.next_offset
         return 0
 
     def _is_far(self, path: Sequence[Message]) -> bool:

@@ -41,6 +41,7 @@ LOST = (
     "DELETE FROM segments WHERE id IN (SELECT segment_id FROM segment_messages WHERE message_id NOT IN"
     " (SELECT id FROM messages))",
     "DELETE FROM segments WHERE basis NOT NULL AND basis NOT IN (SELECT id FROM bases)",
+    "DELETE FROM segments WHERE frames_of NOT NULL AND frames_of NOT IN (SELECT id FROM segments)",
 )
 """Segments that refer to what could not be copied."""
 

@@ -102,6 +102,17 @@ CREATE TABLE probes (
     created TEXT NOT NULL
 );
 """
+ALIASES = """
+-- A segment that has the frames and the header of another one: the same tokens, said in another conversation. It goes
+-- with that one. Only its place is its own: by how much positions are smaller, those of its keys and those behind it.
+ALTER TABLE segments ADD COLUMN frames_of TEXT REFERENCES segments(id) ON DELETE CASCADE;
+ALTER TABLE segments ADD COLUMN key_offset INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE segments ADD COLUMN onward INTEGER;
+CREATE INDEX segments_frames_of ON segments(frames_of) WHERE frames_of IS NOT NULL;
+CREATE TRIGGER segments_lead_aliases AFTER UPDATE OF stored_chunks ON segments WHEN new.frames_of IS NULL BEGIN
+    UPDATE segments SET stored_chunks = new.stored_chunks WHERE frames_of = new.id;
+END;
+"""
 VECTORS = """
 -- What messages are about, float16 vectors one after another; whose, says `embedder`.
 CREATE TABLE vectors (

@@ -154,7 +154,7 @@ def grouped(
     Args:
         ends: of `queries.ENDS`: where each session's paths end.
         parents: of each message, by number.
-        segments: of `queries.HOLDINGS`.
+        segments: of `queries.HOLDINGS`; one may be there several times, and is as warm as the warmest who has it.
         spared: sessions that are open.
         owner: the session that is written to.
         placing: the segment that is being written.
@@ -167,12 +167,15 @@ def grouped(
         while number is not None and number not in warmest:
             warmest[number] = warmth[row["session_id"]]
             number = parents.get(number)
-    sessions: dict[Warmth, Session] = {}
+    keys, found, sessions = dict[str, Warmth](), dict[str, Holding](), dict[Warmth, Session]()
     for each in segments:
         # A path that reaches a segment holds its first message.
         key = MINE if each["id"] == placing else warmest.get(each["number"], NOBODYS)
+        keys[each["id"]] = max(key, keys.get(each["id"], key))
         one = Holding(each["id"], each["start_token"], each["kind"] == "sealed", each["codec"], each["stored_chunks"])
-        sessions.setdefault(key, []).append(one)
+        found[each["id"]] = one
+    for identity, one in found.items():
+        sessions.setdefault(keys[identity], []).append(one)
     return [[sessions[key] for key in sorted(sessions) if key[0] == group] for group in (CLOSED, OPEN, WRITTEN)]
 
 

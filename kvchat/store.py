@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kvchat.alias_store import AliasStore
 from kvchat.checks import RESTORE, Checks
 from kvchat.errors import InputError, SessionChanged, SessionExists, SessionNotFound, StoreDamaged, StoreError
 from kvchat.limited_store import LimitedStore
@@ -41,7 +42,7 @@ __all__ = ["Kind", "Message", "Role", "SearchHit", "SegmentRecord", "SessionInfo
 NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")
 
 
-class Store(LimitedStore, VectorStore, Checks):
+class Store(LimitedStore, AliasStore, VectorStore, Checks):
     """One database file of sessions, messages, segments and frames.
 
     Every method may raise StoreError: the file is damaged, cannot be written, or another process writes to it for

@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
     *("errors", "memory", "locks", "terminal", "events", "sections", "config", "transcript", "files", "fingerprint"),
+    "documents",
     *("cipher", "keys"),
     *("cache", "codecs", "attention", "compress"),
     *("template", "supported", "convert", "download", "model", "learned", "anatomy", "sampling"),
@@ -31,6 +32,7 @@ ORDER = [
         "salvage",
         "readers",
         "kv_store",
+        "alias_store",
         "limited_store",
     ),
     *(
@@ -57,6 +59,7 @@ ORDER = [
     *(
         "stats",
         "session",
+        "attaching",
         "probe",
         "jobs",
         "balance",
@@ -80,6 +83,7 @@ ORDER = [
         "cli_archive",
         "cli_crypt",
         "cli_verify",
+        "cli_attach",
         "cli_import",
         "cli_episodes",
         "cli_stats",

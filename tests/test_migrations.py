@@ -14,7 +14,7 @@ from kvchat.store import Store
 from tests.store_parts import converse, segment
 
 TABLES = ("messages", "sessions", "branches", "segments", "segment_messages", "frames")
-LATER = ["m002_partial_segments_and_probes", "m003_settings_of_sessions", "m004_vectors"]
+LATER = ["m002_partial_segments_and_probes", "m003_settings_of_sessions", "m004_vectors", "m005_aliases_of_segments"]
 """Before each of these a version of the schema ended."""
 
 

@@ -79,7 +79,9 @@ class Ranking:
     chunk_of  (L, H, T) uint8, 0 = best
     scores    the median score of each chunk, never rising; None where a program that did not tell them sealed it
     method    how it was ranked (`CompressConfig.method`): scores of different methods do not compare
-    offset    by how much the positions at which its keys were computed are smaller than their places
+    offset    by how much the positions at which its keys were computed are smaller than their places; less than 0 if
+              they were computed in another conversation, further on
+    onward    by how much positions are smaller than places behind it; None: as much as its own
     """
 
     start: int
@@ -87,6 +89,7 @@ class Ranking:
     scores: tuple[float, ...] | None = None
     method: str = ""
     offset: int = 0
+    onward: int | None = None
 
     def __post_init__(self) -> None:
         assert self.chunk_of.ndim == 3 and self.chunk_of.dtype == np.uint8
@@ -100,6 +103,16 @@ class Ranking:
     def end(self) -> int:
         """One past the place of the last token."""
         return self.start + int(self.chunk_of.shape[2])
+
+    @property
+    def position(self) -> int:
+        """At which the first token's keys were computed."""
+        return self.start - self.offset
+
+    @property
+    def next_offset(self) -> int:
+        """That of the conversation when this was its newest segment."""
+        return self.offset if self.onward is None else self.onward
 
     @cached_property
     def num_chunks(self) -> int:

@@ -137,7 +137,7 @@ class Archive:
 
     def layer_bytes(self, rows: FrameRows, scale_bytes: int) -> npt.NDArray[np.int64]:
         """The most that a layer can take: a byte a component, the rows that may be exact, and the shift."""
-        sinks = np.minimum(rows.counts, max(0, NUM_SINKS - self.ranking.start)).sum(axis=1)
+        sinks = np.minimum(rows.counts, max(0, NUM_SINKS - self.ranking.position)).sum(axis=1)
         exact = np.maximum(-(-rows.per_layer // _MOST_EXACT), sinks) * (4 + rows.head_dim * rows.dtype.itemsize)
         layer_bytes: npt.NDArray[np.int64] = rows.per_layer * rows.head_dim + exact + 1
         return layer_bytes
@@ -160,7 +160,7 @@ class Archive:
 
             def take(rows: FrameRows, index: Tensor) -> Tensors:
                 flat = index.cpu().numpy() + first * heads * tokens
-                positions, unit = self.ranking.start + flat % tokens, flat // tokens
+                positions, unit = self.ranking.position + flat % tokens, flat // tokens
                 frame = _Frame(units, unit, int(shift[chunk_of[flat[0]]]) if len(flat) else 0)
                 taken = group.pick(rows, index).cpu()
                 planes = frame.code(units.turn(taken.float(), positions, -1), project, taken, positions < NUM_SINKS)
@@ -179,7 +179,7 @@ class Archive:
             raise CorruptFrame(f"the frame's steps are 2^({shift} / 2) times those of the basis, at most 2^{RISE}")
         counts = rows.counts.reshape(-1)
         frame = _Frame(units, np.repeat(np.arange(len(counts)), counts), shift)
-        decoded = units.turn(frame.back(frame.unpack(planes)), rows.positions, 1).to(rows.dtype)
+        decoded = units.turn(frame.back(frame.unpack(planes)), rows.positions - self.ranking.offset, 1).to(rows.dtype)
         _restore_exact(decoded, planes, self.side)
         return decoded.to(device)
 

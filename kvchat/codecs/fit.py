@@ -112,11 +112,12 @@ class _Moments:
     def add(self, rows: Tensor, part: Part, frequency: npt.NDArray[np.float64] | None) -> None:
         """Count a segment's rows (L, H, T, D) on any device in, RoPE undone by `frequency` (D // 2,)."""
         ranking, tokens = part.ranking, rows.shape[2]
-        late = torch.arange(ranking.start, ranking.start + tokens) >= min(NUM_SINKS, ranking.start + tokens - 1)
+        first = ranking.position
+        late = torch.arange(first, first + tokens) >= min(NUM_SINKS, first + tokens - 1)
         shift = torch.from_numpy(shifts(ranking)[ranking.chunk_of])
         for layer, on_device in enumerate(rows):
             layer_rows = on_device.cpu()
-            unturned = layer_rows.double() if frequency is None else unturn(layer_rows, ranking.start, frequency)
+            unturned = layer_rows.double() if frequency is None else unturn(layer_rows, first, frequency)
             there = part.present[layer] & late
             kept = unturned * there.unsqueeze(2)
             self.count[layer] += there.sum(1, keepdim=True)
@@ -144,7 +145,7 @@ class _Moments:
 
 
 def unturn(keys: Tensor, start: int, frequency: npt.NDArray[np.float64]) -> Tensor:
-    """Keys (H, T, D) without RoPE, in float64, whose first token stands at `start`."""
+    """Keys (H, T, D) without RoPE, in float64, whose first token stands at position `start`."""
     half = len(frequency)
     angle = torch.arange(start, start + keys.shape[1], dtype=torch.float64).unsqueeze(1) * torch.from_numpy(frequency)
     one, other, rest = keys.double().tensor_split([half, 2 * half], 2)

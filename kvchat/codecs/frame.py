@@ -101,6 +101,17 @@ def read_head(blob: bytes) -> dict[str, Any]:
     return _read_header(memoryview(blob)[_PREFIX.size : _PREFIX.size + header_length])[0]
 
 
+def with_head(blob: bytes, changes: Mapping[str, Any]) -> bytes:
+    """The frame with other values in its head, its planes unread. Raises what `check` raises."""
+    check(blob)
+    start = _PREFIX.size + _PREFIX.unpack_from(blob)[3]
+    head, described = _read_header(memoryview(blob)[_PREFIX.size : start])
+    planes = [(one.name, one.dtype, one.shape, one.form, one.stored) for one in described]
+    header, bodies = msgpack.packb([{**head, **changes}, planes]), memoryview(blob)[start:]
+    fixed = struct.pack("<BI", VERSION, len(header))
+    return b"".join([MAGIC, _digest(fixed, header, bodies), fixed, header, bodies])
+
+
 def plane_bytes(blob: bytes) -> int:
     """What the planes of a frame take by its header, themselves unread. Raises what `check` raises."""
     check(blob)

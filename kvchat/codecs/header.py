@@ -5,6 +5,7 @@ Letters: L layers, H KV heads, T tokens of the segment, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,8 @@ class SegmentHeader:
             head["basis"] = self.basis.identity
         if self.ranking.offset:
             head["offset"] = self.ranking.offset
+        if self.ranking.onward is not None:
+            head["onward"] = self.ranking.onward
         planes = {"chunk_of": self.ranking.chunk_of, **self.params}
         if self.ranking.scores is not None:
             planes["chunk_scores"] = np.array(self.ranking.scores, np.float32)
@@ -170,10 +173,7 @@ class SegmentHeader:
         if start + tokens > _MOST_TOKENS:
             raise CorruptFrame(f"the segment begins at token {start}, which no conversation has")
         shared = _shared(codecs, head.get("basis"), basis, (layers, heads, head_dim))
-        offset = head.get("offset", 0)
-        if not isinstance(offset, int) or not 0 <= offset <= start:
-            raise CorruptFrame(f"the segment's positions begin at {start} less {str(offset)[:40]}, which none can")
-        ranking = Ranking(start, chunk_of, scores, offset=offset)
+        ranking = Ranking(start, chunk_of, scores, "", *_offsets(head, start, start + tokens))
         shapes = {
             plane: shape
             for name in codecs
@@ -181,6 +181,17 @@ class SegmentHeader:
         }
         params = {plane: expect(planes, plane, shape, "<f4") for plane, shape in shapes.items()}
         return cls(codecs, DTYPES[dtype], head_dim, ranking, group_size, params, shared)
+
+
+def _offsets(head: Mapping[str, Any], start: int, end: int) -> tuple[int, int | None]:
+    """`Ranking.offset` and `Ranking.onward` of a segment of tokens [start, end). Raises CorruptFrame."""
+    offset, onward = head.get("offset", 0), head.get("onward")
+    least = 0 if onward is None else -_MOST_TOKENS
+    if not isinstance(offset, int) or not least <= offset <= start:
+        raise CorruptFrame(f"the segment's positions begin at {start} less {str(offset)[:40]}, which none can")
+    if onward is not None and not (isinstance(onward, int) and 0 <= onward <= end):
+        raise CorruptFrame(f"positions go on at {end} less {str(onward)[:40]}, which none can")
+    return offset, onward
 
 
 def _most_bytes(head_dim: int, span: tuple[int, int] | None, shape: tuple[int, int, int] | None) -> int:
