@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 import typer
 
 from kvchat import (
-    cli_attach,
     cli_archive,
+    cli_attach,
     cli_crypt,
     cli_episodes,
     cli_eval,
