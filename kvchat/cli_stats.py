@@ -87,7 +87,7 @@ def _map(figures: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]]) -> s
     typed = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if typed else 80
     colour = typed and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    lines = [*heading(figures), (), *draw(figures, episodes, width)]
+    lines = [*heading(figures, width), (), *draw(figures, episodes, width)]
     return to_text(lines, colour, sys.stdout.encoding or "utf-8")
 
 

@@ -141,12 +141,11 @@ def _most(about: Mapping[int, int], first: int, last: int) -> int | None:
     return max(dict.fromkeys(found), key=found.count) if found else None
 
 
-def heading(stats: Mapping[str, Any]) -> list[Line]:
+def heading(stats: Mapping[str, Any], width: int = 80) -> list[Line]:
     """What a map stands below: whose it is, and the whole in figures."""
-    return [
-        (Span(one_line(str(stats["name"])), "episode"),),
-        *((Span(one_line(line), "dim"),) for line in summary(stats)),
-    ]
+    name: Line = (Span(clip(one_line(str(stats["name"])), width), "episode"),)
+    parts = [clip(one_line(part), width) for line in summary(stats) for part in line.split(" · ")]
+    return [name, *_flow([(Span(part, "dim"),) for part in parts], width, " · ")]
 
 
 def draw(stats: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]] = (), width: int = 80) -> list[Line]:
@@ -246,18 +245,18 @@ def _names(found: Sequence[Cell], episodes: Sequence[Mapping[str, Any]], width: 
     return _flow(items, width)
 
 
-def _flow(items: Sequence[Line], width: int) -> list[Line]:
+def _flow(items: Sequence[Line], width: int, between: str = "  ") -> list[Line]:
     """Items one after the other, in as many lines as that takes."""
     lines: list[list[Span]] = []
     used = width
     for item in items:
         needed = sum(columns_of(span.text) for span in item)
-        if used + 2 + needed > width:
+        if used + len(between) + needed > width:
             lines.append([*item])
             used = needed
         else:
-            lines[-1] += [Span("  "), *item]
-            used += 2 + needed
+            lines[-1] += [Span(between, "dim"), *item]
+            used += len(between) + needed
     return [tuple(line) for line in lines]
 
 

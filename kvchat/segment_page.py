@@ -19,8 +19,8 @@ body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; background: var(--p
 h1 { font-size: 1.3rem; margin: 0 } h2 { font-size: 1rem; margin: 2rem 0 .5rem } p { margin: .2rem 0 }
 .muted, th { color: var(--muted); font-weight: normal }
 .map { display: flex; flex-wrap: wrap; gap: 6px 2px; margin: 1.5rem 0 1rem }
-.cell { width: 12px; height: 46px; border-radius: 2px; display: flex; flex-direction: column-reverse; overflow: hidden;
-  background: var(--text) }
+.cell { width: 12px; height: 46px; border-radius: 2px; display: flex; flex-direction: column-reverse; overflow: hidden }
+.cell.gone { background: var(--text) }
 .cell.recalled { outline: 2px solid var(--mark); outline-offset: 1px }
 .cell.tail { background: var(--tail) }
 .stored, .held { width: 100% } .stored { background: var(--disk); position: relative }
@@ -69,13 +69,13 @@ def page(stats: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]] = ()) -
 
 def _bar(cell: Cell, names: Sequence[str]) -> str:
     """As high as all of it; what memory holds at the bottom, then what only the store has."""
-    kinds = f"cell{' recalled' * cell.recalled}{' tail' * (cell.tier == 'tail')}"
+    stored = max(cell.stored, cell.held)
+    kinds = f"cell{' recalled' * cell.recalled}{' tail' * (cell.tier == 'tail')}{' gone' * (stored < 1)}"
     told = f"turns {cell.turns}, tokens {cell.start}-{cell.end}: {_where(cell)}"
     if cell.episode is not None:
         told += f"; {names[cell.episode]}"
     if cell.tier == "tail":
         return f'<div class="{kinds}" title="{escape(told)}"></div>'
-    stored = max(cell.stored, cell.held)
     held = f'<div class="held" style="height: {100 * cell.held / stored if stored else 0:.0f}%"></div>'
     inside = f'<div class="stored" style="height: {100 * stored:.0f}%">{held}</div>'
     return f'<div class="{kinds}" title="{escape(told)}">{inside}</div>'

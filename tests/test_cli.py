@@ -236,13 +236,14 @@ def test_stats_print_lines_or_json(run: Any) -> None:
 
 def test_stats_draw_a_map(run: Any) -> None:
     out, _ = run("stats", "trip", "--map")
-    assert out.splitlines()[:3] == [
+    assert out.splitlines()[:4] == [
         "trip",
-        "tiny · 1 turns · 12 of 100 tokens",
-        "48 of 96 KV pairs held (keep_ratio 0.50) · 2.0 kB in memory · 4.1 kB on disk (0.50)",
+        "tiny · 1 turns · 12 of 100 tokens · 48 of 96 KV pairs held (keep_ratio 0.50)",
+        "2.0 kB in memory · 4.1 kB on disk (0.50)",
+        "",
     ]
     assert "turn 1 ████" in out and "█ in memory  ░ on disk" in out and "a dogs park (1)" in out
-    assert max(map(len, out.splitlines())) <= 100 and "\x1b" not in out
+    assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
 
 
 def test_stats_write_a_page(run: Any, tmp_path: Path) -> None:

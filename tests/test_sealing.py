@@ -222,7 +222,8 @@ def test_a_store_without_room_says_so_and_the_rows_stay(opener: Open) -> None:
     session.settle()
     assert not [event for event in session.send("So?") if isinstance(event, Notice)]
     stats = session.stats()
-    assert stats["segments"] == [] and stats["num_seen"] == stats["num_tokens"]
+    assert stats["stored"] == 0 and stats["num_seen"] == stats["num_tokens"]
+    assert all(one["rows"] and not (one["stored_chunks"] or one["bytes_on_disk"]) for one in stats["segments"])
 
 
 def test_no_more_waits_than_host_memory_may_hold(opener: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_no_line_is_wider_than_asked_and_nothing_in_it_drives_a_terminal(
 ) -> None:
     stats = figures(*(segment(number, tier) for number, tier in enumerate(tiers)), tail=tail)
     episodes = [{"name": name, "turns": (number + 1,)} for number, name in enumerate(names)]
-    lines = draw(stats, episodes, width)
+    lines = [*heading(stats | {"name": "x".join(names)}, max(40, width)), *draw(stats, episodes, width)]
     plain = told(lines)
     assert all(columns_of(line) <= max(40, width) for line in plain.splitlines())
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", plain)
