@@ -24,6 +24,7 @@ from kvchat.cap import Cap
 from kvchat.codecs.coded import decoded
 from kvchat.errors import OutOfMemory
 from kvchat.model import Model
+from kvchat.sampling import reader
 
 if TYPE_CHECKING:
     from kvchat.step import DecodeStep
@@ -34,6 +35,8 @@ Stop = Callable[[], bool]
 Sample = Callable[[Tensor], Tensor]
 """Logits (V,) to the next token, (1,) int64 on the same device."""
 
+ROUND = 16
+"""What the tokens of a pass are a multiple of where numbers of rows cost memory."""
 SHORTEST = 16
 """Tokens below which the chunks of a prefill are not halved any more when memory runs out."""
 
@@ -92,12 +95,25 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, cache: SegmentedCache, ids: Sequence[int] | Tensor, logits: int) -> Tensor:
-        marks, start = cache.marks, cache.num_seen
-        with cache.appending(), self.anatomy.watched(marks.enter) if marks else nullcontext():
-            output: Tensor = self.model.network(**self._inputs(cache, ids), logits_to_keep=logits).logits
+        marks, start, more = cache.marks, cache.num_seen, self._padding(ids)
+        watching = self.anatomy.watched(marks.enter) if marks else nullcontext()
+        with cache.appending(), cache.padded(more), watching:
+            given = [*map(int, ids), *[0] * more] if more else ids
+            inputs = self._inputs(cache, given)
+            wanted = torch.arange(len(ids) - logits, len(ids), device=self.model.device) if more else logits
+            output: Tensor = self.model.network(**inputs, logits_to_keep=wanted).logits
         if marks:
             marks.add(start)
+        cache.crop(start + len(ids))
         return output[0]
+
+    def _padding(self, ids: Sequence[int] | Tensor) -> int:
+        """Tokens that a pass over several takes more than these, which leave with it.
+
+        On a CPU, in half precision, torch keeps code for every number of rows: half a megabyte for each matrix.
+        """
+        rounds = self.model.device.type == "cpu" and self.model.dtype != torch.float32
+        return -len(ids) % ROUND if rounds and len(ids) > 1 and not isinstance(ids, Tensor) else 0
 
     def _inputs(self, cache: SegmentedCache, ids: Sequence[int] | Tensor) -> dict[str, object]:
         device = self.model.device
@@ -149,7 +165,7 @@ class Engine:
             while True:
                 if cap and cap.hold() and step:
                     step = self._fixed_step(cache)
-                read = _reader(token)
+                read = reader(token)
                 following = step(token) if step else None
                 yield (value := read())
                 if value in ends or stop():
@@ -227,8 +243,9 @@ class Engine:
         """
         place = cache.scratch(tap) if start is None else cache.again(start, start + len(ids), tap)
         watching = self.anatomy.watched(tap.enter) if isinstance(tap, Enters) else nullcontext()
-        with place, watching:
-            self.model.network.base_model(**self._inputs(cache, ids))
+        more = self._padding(ids) if start is None and not isinstance(tap, Enters) else 0
+        with place, watching, cache.padded(more):
+            self.model.network.base_model(**self._inputs(cache, [*ids, *[0] * more]))
 
     def predict(self, cache: SegmentedCache, prompt: Sequence[int], continuation: Sequence[int]) -> Tensor:
         """Logits (len(continuation), V) that foretell each token of `continuation`; the cache is left as it was."""
@@ -270,21 +287,6 @@ class Engine:
                 logits = self.forward(cache, prompt[start : start + self.chunk_size])[-1]
             with closing(self.decode(cache, logits, sample, ends, stop)) as tokens:
                 return list(islice(tokens, most))
-
-
-def _reader(token: Tensor) -> Callable[[], int]:
-    """What gives the token's number once the device has drawn it, without waiting for what is queued behind."""
-    if token.device.type != "cuda":
-        return partial(int, token)
-    arrived, copy = torch.Event("cuda"), torch.empty(1, dtype=torch.int64, pin_memory=True)
-    copy.copy_(token, non_blocking=True)
-    arrived.record()
-
-    def read() -> int:
-        arrived.synchronize()
-        return int(copy)
-
-    return read
 
 
 def likeliest(logits: Tensor) -> Tensor:

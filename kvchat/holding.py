@@ -86,7 +86,17 @@ class Holding:
             return {}
         newest = self.bounds(path)[num_answered(path)]
         most, room = self._most(), self._room()
-        chunks = wanted(self.config.compress, self.known, most, newest, room, self.recalled, recalls(path))
+        config, used = self.config.compress, recalls(path)
+        if self.recalled:
+            recent = min(config.recent_tokens, self.config.recall.recent_tokens)
+            config = config.model_copy(update={"recent_tokens": recent})
+            if self.config.recall.beside == "newest":
+                near = newest - recent
+                most = [
+                    count if entry.end > near or not entry.start or entry.start in self.recalled else 0
+                    for entry, count in zip(self.known, most, strict=True)
+                ]
+        chunks = wanted(config, self.known, most, newest, room, self.recalled, used)
         return {entry.id: count for entry, count in zip(self.known, chunks, strict=True)}
 
     def _most(self) -> list[int]:

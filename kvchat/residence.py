@@ -27,7 +27,7 @@ from kvchat.errors import CodecError, OutOfMemory, StoreDamaged, UnknownCodec
 from kvchat.events import Notice, Phase, Progress
 from kvchat.fingerprint import fingerprint_id
 from kvchat.loading import Resident
-from kvchat.memory import twice
+from kvchat.memory import trim, twice
 from kvchat.records import num_answered
 from kvchat.restoring import Restoring
 from kvchat.restoring import Steps as Steps
@@ -292,6 +292,7 @@ class Residence(Restoring):
         if saving:
             yield from self.saver.put_off(saving)
         self.hold(path[:last])  # what comes next is computed from what is held now
+        trim(self.engine.model.device)
 
     def _read(
         self, record: SegmentRecord, path: Sequence[Message], first: int, last: int

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,3 +70,18 @@ def _processors(settings: GenerateConfig) -> LogitsProcessorList:
     if settings.min_p:
         processors.append(MinPLogitsWarper(settings.min_p))
     return processors
+
+
+def reader(token: Tensor) -> Callable[[], int]:
+    """What gives the token's number once the device has drawn it, without waiting for what is queued behind."""
+    if token.device.type != "cuda":
+        return partial(int, token)
+    arrived, copy = torch.Event("cuda"), torch.empty(1, dtype=torch.int64, pin_memory=True)
+    copy.copy_(token, non_blocking=True)
+    arrived.record()
+
+    def read() -> int:
+        arrived.synchronize()
+        return int(copy)
+
+    return read

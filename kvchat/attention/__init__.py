@@ -99,7 +99,9 @@ def _interface(name: BackendName) -> Callable[..., tuple[Tensor, None]]:
                 return step.attend(index, query[0], key[0], value[0], scaling).transpose(0, 1)[None], None
             sealed = segmented_cache.layers[index].sealed
             if segmented_cache.tap is not None:
-                segmented_cache.tap.observe(index, query[0], key[0], value[0], scaling)
+                more = segmented_cache.padding
+                shown = [rows[0, :, : rows.shape[2] - more] for rows in (query, key, value)]
+                segmented_cache.tap.observe(index, shown[0], shown[1], shown[2], scaling)
         attend = _backend(backend_for(name, query.device, query.dtype))
         return attend(query[0], sealed, key[0], value[0], scaling).transpose(0, 1)[None], None
 

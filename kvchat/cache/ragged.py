@@ -75,6 +75,8 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         self.step: Step | None = None
         self.marks: Marks | None = None
         """A gate's scores of the tail, if one is asked."""
+        self.padding = 0
+        """Tokens at the end of the running pass that are there to round its length up."""
         self.offset = 0
         """By how much the positions of the tail, and of what comes next, are smaller than their places."""
 
@@ -225,6 +227,15 @@ class SegmentedCache(Cache):  # type: ignore[misc]
             undo.callback(self.crop, self.num_seen)
             yield
             undo.pop_all()
+
+    @contextmanager
+    def padded(self, more: int) -> Iterator[None]:
+        """Inside, a pass has so many tokens more at its end than are meant; observers do not see them."""
+        self.padding = more
+        try:
+            yield
+        finally:
+            self.padding = 0
 
     @contextmanager
     def stepping(self, step: Step, row: Tensor) -> Iterator[None]:
