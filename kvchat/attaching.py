@@ -12,11 +12,11 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvchat.catalogue import Cap
 from kvchat.documents import MOST_TOKENS, Document
 from kvchat.engine import Stop
 from kvchat.errors import InputError, SessionNotFound
 from kvchat.events import Notice, Progress
+from kvchat.room import Cap
 from kvchat.session import Conversation
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.transcript import check_text

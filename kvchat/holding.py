@@ -16,7 +16,7 @@ from typing import TypeVar
 from kvchat import memory
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
-from kvchat.catalogue import Cap, Entry, Room, recalls, shifts, wanted
+from kvchat.catalogue import Entry, Recalled, shifts
 from kvchat.codecs import SegmentHeader
 from kvchat.compress.allocate import chunks_held
 from kvchat.config import Config
@@ -25,8 +25,10 @@ from kvchat.errors import CodecError, OutOfMemory, StoreError
 from kvchat.events import Notice
 from kvchat.loading import Resident
 from kvchat.records import num_answered, turn_of
+from kvchat.room import Cap, Room, recalls, wanted
 from kvchat.saving import Saver
 from kvchat.sealing import Ranker, read_header
+from kvchat.sections import CompressConfig
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
@@ -46,7 +48,7 @@ class Holding:
     fingerprint: str
     waiting: list[tuple[SegmentRecord, int]]
     known: list[Entry]
-    recalled: dict[int, int]
+    recalled: dict[int, Recalled]
     expected: int
     offset: int
     num_computed: int
@@ -85,19 +87,24 @@ class Holding:
         if not self.known:
             return {}
         newest = self.bounds(path)[num_answered(path)]
-        most, room = self._most(), self._room()
-        config, used = self.config.compress, recalls(path)
-        if self.recalled:
-            recent = min(config.recent_tokens, self.config.recall.recent_tokens)
-            config = config.model_copy(update={"recent_tokens": recent})
-            if self.config.recall.beside == "newest":
-                near = newest - recent
-                most = [
-                    count if entry.end > near or not entry.start or entry.start in self.recalled else 0
-                    for entry, count in zip(self.known, most, strict=True)
-                ]
-        chunks = wanted(config, self.known, most, newest, room, self.recalled, used)
-        return {entry.id: count for entry, count in zip(self.known, chunks, strict=True)}
+        entries = [self.recalled[one.start].entry if one.start in self.recalled else one for one in self.known]
+        config, most = self._beside(newest)
+        chunks = wanted(config, entries, most, newest, self._room(), self.recalled, recalls(path))
+        return {entry.id: count for entry, count in zip(entries, chunks, strict=True)}
+
+    def _beside(self, newest: int) -> tuple[CompressConfig, list[int]]:
+        """How segments are held beside those that a question brought back, and chunks of each that can be had."""
+        config, recall, most = self.config.compress, self.config.recall, self._most()
+        if not self.recalled:
+            return config, most
+        recent = min(config.recent_tokens, recall.recent_tokens)
+        config = config.model_copy(update={"recent_tokens": recent})
+        if recall.beside == "all":
+            return config, most
+        kept = [
+            not one.start or one.start in self.recalled or min(one.end, newest) > newest - recent for one in self.known
+        ]
+        return config, [count * keep for count, keep in zip(most, kept, strict=True)]
 
     def _most(self) -> list[int]:
         """Chunks of each segment that can be had: never more than the store has."""
@@ -271,7 +278,8 @@ class Holding:
         The starts of the segments of which chunks that were to come are damaged.
         """
         try:
-            damaged = self._again(partial(self.tiers.hold, wanted), "holding more of older turns")
+            parts = {one.entry.id: one.part for one in self.recalled.values()}
+            damaged = self._again(partial(self.tiers.hold, wanted, parts), "holding more of older turns")
         except OutOfMemory as error:
             if self._load_s is None:
                 raise

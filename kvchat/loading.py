@@ -16,10 +16,11 @@ from itertools import groupby, product, zip_longest
 import numpy as np
 import torch
 
-from kvchat.cache.assembly import Assembly, Batch, Part
+from kvchat.cache.assembly import Assembly, Batch
+from kvchat.cache.assembly import Part as Frame
 from kvchat.cache.coded import UNIT_PLANES, CodedKV, Form
 from kvchat.cache.layer import Piece
-from kvchat.cache.pack import before
+from kvchat.cache.pack import Spans, before, within
 from kvchat.codecs import SegmentHeader, coded_frame, decode_frame
 from kvchat.codecs.coded import coded_arrays, form_of
 from kvchat.errors import CorruptFrame
@@ -32,6 +33,18 @@ Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, Callable[[], byt
 """Segment id and chunks to (chunk, group, what reads the blob), ordered by chunk and group; both raise CorruptFrame."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a segment's chunks from `whole` on only the tokens at places [low, high) of each span are in memory."""
+
+    spans: Spans = ()
+    whole: int = 0
+
+
+WHOLE = Part()
+"""All tokens."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Resident:
     """A sealed segment whose first `chunks` chunks are in memory."""
@@ -42,6 +55,14 @@ class Resident:
     """One past the last position in use: the segment's own end, or less after a rewind into it."""
     chunks: int
     from_file: bool = False
+    part: Part = WHOLE
+
+    def alike(self, part: Part) -> int:
+        """Leading chunks that are the same with another part."""
+        if part == self.part:
+            return self.chunks
+        least = (one.whole if one.spans else self.chunks for one in (part, self.part))
+        return min(self.chunks, *least)
 
     @property
     def start(self) -> int:
@@ -74,7 +95,9 @@ class Loading:
         """Rows before the resident's end, a CodedKV a layer; waits for them. Raises CodecError."""
         resident, pieces = self.resident, dict[Piece, list[CodedKV]]()
         for chunk, rows in self._decoding:
-            pieces.setdefault(Piece(resident.start, chunk), []).extend(rows())
+            spans = resident.part.spans if chunk >= resident.part.whole else ()
+            some = [within(one, spans) for one in rows()] if spans else rows()
+            pieces.setdefault(Piece(resident.start, chunk), []).extend(some)
         if resident.end < resident.header.ranking.end:
             return {piece: [before(rows, resident.end) for rows in layers] for piece, layers in pieces.items()}
         return pieces
@@ -150,14 +173,14 @@ def _readings(chunks: Chunks, fetch: Fetch) -> Iterator[Callable[[], bytes]]:
             yield read
 
 
-def _batches(assembly: Assembly, chunks: Chunks) -> Iterator[tuple[list[Part], list[Place]]]:
+def _batches(assembly: Assembly, chunks: Chunks) -> Iterator[tuple[list[Frame], list[Place]]]:
     """The frames of all chunks, as many together as a batch takes."""
-    parts: list[Part] = []
+    parts: list[Frame] = []
     places: list[Place] = []
     filled = 0
     for index, (resident, chunk) in enumerate(chunks):
         for group in range(resident.header.num_groups):
-            part = Part(index, *resident.header.layers(group))
+            part = Frame(index, *resident.header.layers(group))
             size = assembly.nbytes(part)
             if parts and filled + size > BATCH_BYTES:
                 yield parts, places

@@ -7,15 +7,20 @@ back for its answer (`recall`), for the store has all of it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from itertools import pairwise
 
-from kvchat.catalogue import Cap, Entry
+from kvchat.catalogue import Entry, Recalled
 from kvchat.config import Config
 from kvchat.episodes.embedder import find_embedder
 from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_selector
-from kvchat.errors import CapacityError, ConfigError
+from kvchat.errors import CapacityError, CodecError, ConfigError
 from kvchat.events import Notice, Progress
 from kvchat.holding import Holding
+from kvchat.loading import Part
+from kvchat.room import Cap
 from kvchat.sealing import Ranker
 from kvchat.sections import LEAST_ROWS
 from kvchat.store import Message
@@ -108,17 +113,43 @@ class Reach(Holding):
         Segments of which all is in memory need not come, and if that is all of them nothing is looked for.
         """
         yield from ()
+        self.recalled = {}
         if self.selector is None or not self.known:
             return
         whole, some = self._whole(), [entry for entry in self.known if not entry.lost]
         if all(entry.start in whole for entry in some):
             return
-        candidates = self._candidates(some, path)
+        candidates = [turn for entry in some for turn in self._turns(entry, path)]
         scores = self.selector.scores(path[-1], path, candidates)
-        order = best(scores, candidates)[: self.config.recall.segments]
+        order = best(scores, candidates)[: self.config.recall.turns]
         # Where nothing tells one from another nothing comes.
-        self.recalled = {some[at].start: some[at].num_chunks for at in order if scores[at] > min(scores)}
+        self._bring_back([candidates[at] for at in order if scores[at] > min(scores)])
         self.hold(path)
+
+    def _turns(self, entry: Entry, path: Sequence[Message]) -> list[Candidate]:
+        """The turns of a segment, as selectors see them; the last may be the first message of the next."""
+        bounds = self.bounds(path)
+        first, last = bisect_left(bounds, entry.start), bisect_left(bounds, entry.end)
+        begins = [at for at in range(first, last) if at == first or path[at].role == "user"]
+        return [Candidate(bounds[low], bounds[high], low, high) for low, high in pairwise([*begins, last])]
+
+    def _bring_back(self, turns: Sequence[Candidate]) -> None:
+        """Choose what comes of the segments with these turns: them alone, beside what is there."""
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for turn in turns:
+            spans.setdefault(self._entry_at(turn.start).start, []).append((turn.start, turn.end))
+        held = {one.start: one for one in self.tiers.residents}
+        for start, some in spans.items():
+            entry = self._entry_at(start)
+            self.recalled[start] = Recalled(entry)
+            with suppress(CodecError):  # said when it is to come
+                there = held.get(start)
+                header = there.header if there else self._resident(entry).header
+                kept = there.chunks if there and self.config.recall.beside == "all" else 0
+                self.recalled[start] = Recalled.of(entry, header, Part(tuple(sorted(some)), kept))
+
+    def _entry_at(self, place: int) -> Entry:
+        return self.known[bisect_right(self.known, place, key=lambda entry: entry.start) - 1]
 
     def _adopt(self, config: Config, ranker: Ranker) -> None:
         """As `Holding._adopt`, and look for old turns so."""
@@ -137,8 +168,3 @@ class Reach(Holding):
         """The starts of segments of which all that the store has is in memory."""
         held = {one.start: one.chunks for one in self.tiers.residents}
         return {one.start for one, most in zip(self.known, self._most(), strict=True) if held.get(one.start, 0) >= most}
-
-    def _candidates(self, entries: Sequence[Entry], path: Sequence[Message]) -> list[Candidate]:
-        """Segments as selectors see them."""
-        number = {start: index for index, start in enumerate(self.bounds(path))}
-        return [Candidate(one.start, one.end, number[one.start], number[one.end]) for one in entries]

@@ -18,7 +18,7 @@ from functools import partial
 from torch import Tensor
 
 from kvchat.cache.segment import Ranking
-from kvchat.catalogue import Entry
+from kvchat.catalogue import Entry, Recalled
 from kvchat.codecs.encode import Reading, read_segment
 from kvchat.compress.compressor import codecs_for
 from kvchat.config import Config
@@ -66,8 +66,8 @@ class Residence(Restoring):
         self._adopt(config, Ranker(engine.model, config.compress))
         self.known: list[Entry] = []
         """All sealed segments, up to the tail."""
-        self.recalled: dict[int, int] = {}
-        """Chunks of segments that the question at hand concerns, by start, the most relevant first."""
+        self.recalled: dict[int, Recalled] = {}
+        """What comes back of segments that the question at hand concerns, by start, the most relevant first."""
         self.expected = 0
         """Tokens that are computed next, for which a limit of memory is to leave room."""
         self.offset = 0

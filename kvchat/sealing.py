@@ -14,7 +14,6 @@ from kvchat.anatomy import Anatomy
 from kvchat.cache.marks import Marks
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
-from kvchat.catalogue import Cap
 from kvchat.codecs import SegmentHeader
 from kvchat.compress.aggregate import AGGREGATORS
 from kvchat.compress.compressor import rank
@@ -27,6 +26,7 @@ from kvchat.errors import CorruptFrame
 from kvchat.events import Progress
 from kvchat.learned import SHARES, learned_kind, load_shares, load_weights, version
 from kvchat.model import Model
+from kvchat.room import Cap
 from kvchat.sections import CompressConfig
 from kvchat.store import Message, SegmentRecord
 from kvchat.template import ChatTemplate

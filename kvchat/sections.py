@@ -206,8 +206,8 @@ class RecallConfig(Section):
 
     by: str = "text"
     """off, one of SELECTOR_NAMES, or several joined with +."""
-    segments: int = Field(default=4, ge=1, le=64)
-    """The most segments that come back for a question."""
+    turns: int = Field(default=4, ge=1, le=64)
+    """The most turns that come back for a question."""
     beside: Literal["all", "newest"] = "all"
     """What else memory holds while that question is answered: all that it has room for, or only the newest tokens."""
     recent_tokens: int = Field(default=1024, ge=0)

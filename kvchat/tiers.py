@@ -21,7 +21,7 @@ from kvchat.cache.ragged import SegmentedCache
 from kvchat.codecs import SegmentHeader, decoded
 from kvchat.compress.allocate import chunks_held
 from kvchat.errors import CodecError
-from kvchat.loading import Fetch, Loading, Resident, assembled
+from kvchat.loading import WHOLE, Fetch, Loading, Part, Resident, assembled
 from kvchat.records import SegmentRecord
 from kvchat.sections import CompressConfig
 
@@ -109,12 +109,21 @@ class Tiers:
         self.residents = [one for one in self.residents if one.start != start]
         self.cache.keep([piece for piece in self.cache.pieces if piece.start != start])
 
-    def hold(self, wanted: Mapping[str, int]) -> list[Resident]:
+    def hold(self, wanted: Mapping[str, int], parts: Mapping[str, Part] | None = None) -> list[Resident]:
         """Shrink or grow segments to so many chunks, shrinks first so that the peak stays low.
 
+        parts: which tokens of some segments; of the others all.
         Returns the segments of which chunks that were to come are damaged; they stay as small as they were.
         """
-        shrunk = [replace(one, chunks=min(one.chunks, wanted.get(one.id, one.chunks))) for one in self.residents]
+        parts = parts or {}
+        shrunk = [
+            replace(
+                one,
+                chunks=min(one.alike(parts.get(one.id, WHOLE)), wanted.get(one.id, one.chunks)),
+                part=parts.get(one.id, WHOLE),
+            )
+            for one in self.residents
+        ]
         held = {Piece(one.start, chunk) for one in shrunk for chunk in range(one.chunks)}
         self.residents, damaged, pieces = shrunk, list[Resident](), dict[Piece, list[CodedKV]]()
         if held != set(self.cache.pieces):  # this time, or when memory ran out before

@@ -48,6 +48,7 @@ ORDER = [
         "host",
         "tiers",
         "catalogue",
+        "room",
         "planning",
         "sealing",
         "saving",

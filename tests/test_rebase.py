@@ -103,6 +103,7 @@ def expected(one: Conversation) -> list[list[tuple[Tensor, Tensor]]]:
     """Of every layer and head the sealed rows that are to be held, from the store, where they are to stand."""
     residence, model = one.residence, one.engine.model
     held = {resident.id: resident.chunks for resident in residence.tiers.residents}
+    parts = {resident.id: resident.part for resident in residence.tiers.residents}
     there = [entry for entry in residence.known if held.get(entry.id)]
     rows: list[list[list[tuple[Tensor, Tensor]]]] = [
         [[] for _ in range(model.num_key_value_heads)] for _ in range(model.num_hidden_layers)
@@ -117,6 +118,9 @@ def expected(one: Conversation) -> list[list[tuple[Tensor, Tensor]]]:
             for layer, kv in zip(range(*header.layers(group)), decoded, strict=True):
                 for head, (low, high) in enumerate(pairwise(kv.bounds)):
                     use = kv.positions[low:high] < entry.end
+                    if chunk >= parts[entry.id].whole and parts[entry.id].spans:
+                        places = kv.positions[low:high]
+                        use &= sum((places >= a) & (places < b) for a, b in parts[entry.id].spans) > 0  # type: ignore[arg-type]
                     keys = turned(kv.keys[low:high][use], by, theta)
                     rows[layer][head].append((keys, kv.values[low:high][use]))
     empty = torch.zeros(0, model.head_dim, dtype=torch.float64)

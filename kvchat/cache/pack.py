@@ -22,6 +22,8 @@ from kvchat.cache.segment import LayerKV
 
 Runs = npt.NDArray[np.int64]
 """(R, 6): head, first row, rows, first unit, start of the segment, rank chunk."""
+Spans = tuple[tuple[int, int], ...]
+"""Places [low, high) of tokens."""
 _SOURCE = 6
 
 FEW = 512
@@ -70,6 +72,30 @@ def before(rows: CodedKV, position: int) -> CodedKV:
     counted, ends = np.concatenate([[0], np.cumsum(early)]), np.cumsum(length)
     runs[last, ROWS] = counted[ends] - counted[ends - length]
     return pack([rows], [runs], rows.keys.device)
+
+
+def within(rows: CodedKV, spans: Spans) -> CodedKV:
+    """The rows of tokens in these spans; of keys in 4 bits whole groups, which share a scale, so some rows more."""
+    positions = rows.positions.cpu().numpy()
+    inside = np.zeros(len(positions), np.bool_)
+    for low, high in spans:
+        inside |= (positions >= low) & (positions < high)
+    chosen = [part for run in rows.runs for part in _stretches(run, inside, rows.form.key_bits)]
+    return pack([rows], [np.array(chosen, np.int64).reshape(-1, rows.runs.shape[1])], rows.keys.device)
+
+
+def _stretches(run: npt.NDArray[np.int64], inside: npt.NDArray[np.bool_], key_bits: int) -> list[list[int]]:
+    """The parts of a run whose rows are inside."""
+    head, first, length, unit, start, chunk = run.tolist()
+    group = GROUP if key_bits == 4 else 1
+    wanted = np.zeros(-(-length // group) * group, np.bool_)
+    wanted[:length] = inside[first : first + length]
+    wanted = np.repeat(wanted.reshape(-1, group).any(1), group)[:length]
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], wanted.astype(np.int8), [0]]))).reshape(-1, 2).tolist()
+    return [
+        [head, first + low, high - low, unit + (low // group if key_bits == 4 else 0), start, chunk]
+        for low, high in edges
+    ]
 
 
 def merged(forms: Sequence[CodedKV], parts: Sequence[LayerKV]) -> LayerKV:

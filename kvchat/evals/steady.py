@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvchat.catalogue import Recalled
 from kvchat.evals.cases import Case
 from kvchat.residence import Residence
 from kvchat.session import Conversation
@@ -184,7 +185,7 @@ def comes_back(conversation: Conversation, start: int) -> bool:
     """Whether the segment at this place is in memory when it is asked for; it leaves again."""
     residence = conversation.residence
     entry = next(one for one in residence.known if one.start == start)
-    residence.recalled = {start: entry.num_chunks}
+    residence.recalled = {start: Recalled(entry)}
     residence.hold(conversation.path)
     there = any(one.start == start and one.chunks for one in residence.tiers.residents)
     residence.recalled = {}
