@@ -33,7 +33,7 @@ from kvchat.handle import Session
 from kvchat.model import Model
 from kvchat.portable import form, intake
 from kvchat.portable.form import Description, End, Manifest
-from kvchat.records import SegmentRecord, segment_id
+from kvchat.records import Message, SegmentRecord, segment_id
 from kvchat.shed import Allowance
 from kvchat.store import Store
 from kvchat.worker import Worker
@@ -91,7 +91,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A file of six messages and two segments."""
     store = Store(tmp_path_factory.mktemp("small") / "s.db")
     info, path = converse(store, "trip", "Where?", "In Rome, at the Sole.", "When?", "In May.")
-    usage = {"prompt_tokens": 9, "cached_tokens": 8, "prefilled_tokens": 1, "completion_tokens": 2}
+    usage = {"prompt_tokens": 9, "cached_tokens": 8, "prefilled_tokens": 1, "completion_tokens": 2, "recalled": [0, 31]}
     timings = {"load_s": 0.0, "ttft_s": 0.25, "itl_s": [0.1, 0.2], "seal_s": None}
     last = [say(path[-1], "user", "Schön 🙂")]
     last.append(say(last[0], "assistant", "Ja.", finish_reason="stop", usage=usage, timings=timings))
@@ -166,6 +166,7 @@ def test_a_file_brings_messages_and_segments_back_as_they_were(small: bytes, sto
     assert [message.content for message in path][-2:] == ["Schön 🙂", "Ja."]
     assert path[-1].timings == {"load_s": 0.0, "ttft_s": 0.25, "itl_s": [0.1, 0.2], "seal_s": None}
     assert (path[-1].usage or {})["cached_tokens"] == 8 and path[-1].finish_reason == "stop"
+    assert (path[-1].usage or {})["recalled"] == [0, 31]
     assert there.fingerprint == FINGERPRINT and there.model == "here"
     cover = store.cover([message.id for message in path], OWN)
     assert [(record.start, record.end, used) for record, used in cover] == [(0, 31, 2), (31, 47, 2)]
@@ -532,6 +533,12 @@ def test_messages_that_are_not_what_their_ids_say_are_refused(
     refused(store, message_block(small, **planes), tmp_path)
 
 
+def used(more: bytes) -> bytes:
+    """A note of four counts and something more."""
+    counts = b'"prompt_tokens": 9, "cached_tokens": 8, "prefilled_tokens": 1, "completion_tokens": 2'
+    return b'{"created": "2026-01-01", "finish_reason": null, "timings": null, "usage": {' + counts + more + b"}}"
+
+
 @pytest.mark.parametrize(
     "note",
     [
@@ -549,12 +556,29 @@ def test_messages_that_are_not_what_their_ids_say_are_refused(
         b'{"created": "2026-01-01", "finish_reason": null, "usage": null, "timings": '
         b'{"load_s": 1' + b"0" * 5000 + b', "ttft_s": 0, "itl_s": [], "seal_s": null}}',
         b" " * (form.MAX_NOTE + 1),
+        used(b', "recalled": null'),
+        used(b', "recalled": 7'),
+        used(b', "recalled": [-1]'),
+        used(b', "recalled": [true]'),
+        used(b', "recalled": ["0"]'),
+        used(b', "recalled": [[0]]'),
+        used(b', "recalled": [4194305]'),
+        used(b', "recalled": [' + b"0, " * form.MAX_TOTALS["segments"] + b"0]"),
+        used(b', "called": []'),
     ],
-    ids=range(11),
+    ids=range(20),
 )
 def test_a_note_of_another_form_is_refused(note: bytes) -> None:
     with pytest.raises(form.CorruptFrame):
         form.read_note(note)
+
+
+@pytest.mark.parametrize("recalled", [b"", b', "recalled": []', b', "recalled": [0, 512, 4194304]'], ids=range(3))
+def test_a_note_may_say_what_came_back(recalled: bytes) -> None:
+    note = form.read_note(used(recalled))
+    assert note == json.loads(used(recalled))
+    message = Message.new(None, "assistant", "Ja.", (1,), (0, 1), usage=note["usage"], created=note["created"])
+    assert form.read_note(form.note_of(message)) == note
 
 
 def test_absurd_lengths_are_refused_without_being_allocated(small: bytes, store: Store, tmp_path: Path) -> None:
@@ -785,7 +809,7 @@ def test_a_window_that_is_too_small_leaves_no_session(here: Machine, tmp_path: P
         return model
 
     there = machine_like(here, tmp_path / "there", narrow)
-    assert "do not fit" in there.run("import", str(tmp_path / "trip.kvchat"), code=1)
+    assert "does not fit" in there.run("import", str(tmp_path / "trip.kvchat"), code=1)
     store = Store(there.store)
     assert (store.sessions(), store.stats()["messages"]) == ([], 0)
     store.close()

@@ -48,7 +48,7 @@ MAX_NAME = 1000
 MAX_MODEL = 2000
 
 ROLES = ("system", "user", "assistant")
-_USAGE = {field.name for field in fields(Usage)}
+_USAGE = {field.name for field in fields(Usage)} - {"recalled"}
 _TIMINGS = {field.name for field in fields(Timings)}
 _METHOD = re.compile(r"[A-Za-z0-9_.,:+-]{0,200}")
 
@@ -212,8 +212,8 @@ def note_of(message: Message) -> bytes:
 
 def read_note(text: bytes) -> dict[str, Any]:
     """What `note_of` wrote. Raises CorruptFrame."""
-    # Nested brackets cost a hundred times their bytes in memory; a note has three objects and a list.
-    if len(text) <= MAX_NOTE and text.count(b"{") <= 3 and text.count(b"[") <= 1:
+    # Nested brackets cost a hundred times their bytes in memory; a note has three objects and two lists.
+    if len(text) <= MAX_NOTE and text.count(b"{") <= 3 and text.count(b"[") <= 2:
         try:
             note = json.loads(text)
         except ValueError:
@@ -255,10 +255,14 @@ def _is_time(value: object) -> bool:
 def _is_usage(value: object) -> bool:
     if value is None:
         return True
+    if not isinstance(value, Mapping) or value.keys() - {"recalled"} != _USAGE:
+        return False
+    recalled = value.get("recalled", ())  # files of before there was recall have none
     return (
-        isinstance(value, Mapping)
-        and value.keys() == _USAGE
-        and all(_is_count(count, 0, 1 << 32) for count in value.values())
+        isinstance(recalled, list | tuple)
+        and len(recalled) <= MAX_TOTALS["segments"]
+        and all(_is_count(start, 0, MAX_TOTALS["tokens"]) for start in recalled)
+        and all(_is_count(value[name], 0, 1 << 32) for name in _USAGE)
     )
 
 
