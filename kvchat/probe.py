@@ -89,7 +89,7 @@ def answer(conversation: Conversation, stop: Stop) -> tuple[int, ...] | None:
     Raises CodecError if a logit is not finite, as with KV that is not: the likeliest token then says nothing.
     """
     engine, cache, prompt = conversation.engine, conversation.residence.cache, conversation.question(QUESTION)
-    room = engine.model.context_window - conversation.num_tokens - len(prompt) - NUM_TOKENS
+    room = engine.model.context_window - cache.position - len(prompt) - NUM_TOKENS
     if not conversation.path or cache.num_seen != conversation.num_tokens or room < 0 or stop():
         return None
     tokens = tuple(engine.answer(cache, prompt, NUM_TOKENS, _likeliest, (), stop))
@@ -111,7 +111,7 @@ def state_of(conversation: Conversation) -> str:
     parts = [
         *(QUESTION, NUM_TOKENS, residence.fingerprint, conversation.path[-1].id if conversation.path else None),
         *(sorted(sealed), sorted(waiting), written, _machine(conversation.engine)),
-        *(residence.cache.tail_start, _unsaved(residence)),
+        *(residence.cache.tail_start, residence.cache.offset, _unsaved(residence)),
     ]
     return "b2:" + blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 

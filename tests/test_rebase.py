@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
+from kvchat import probe
 from kvchat.cache.layer import Piece
 from kvchat.cache.segment import LayerKV
 from kvchat.catalogue import positions
@@ -353,6 +354,21 @@ def test_a_model_without_rope_keeps_its_window(store: Store, monkeypatch: pytest
         for number in range(60):
             say(one, number)
     assert one.residence.cache.offset == 0
+
+
+def test_a_deep_check_compares_an_answer_beyond_the_window_too(store: Store) -> None:
+    engine, config = new_engine(window=2 * WINDOW), settled()
+    with conversation(store, engine, config) as one:
+        number = 0
+        while one.num_tokens <= 2 * WINDOW:  # and no more, so that there is room for the question
+            say(one, number := number + 1)
+        assert one.residence.cache.offset
+        assert [probe.check(one).outcome for _ in range(2)] == ["recorded", "same"]
+        state = probe.state_of(one)
+        one.residence.cache.arrange({}, one.residence.offset - 1)
+        assert probe.state_of(one) != state
+    with conversation(store, engine, config) as again:
+        assert probe.check(again).outcome == "same"
 
 
 def test_a_portable_header_tells_where_keys_were_computed(store: Store) -> None:
