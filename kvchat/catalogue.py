@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from kvchat.cache.pack import Spans
 from kvchat.codecs import SegmentHeader
 from kvchat.codecs.encode import packed_bytes, param_bytes
 from kvchat.loading import WHOLE, Part
@@ -89,34 +90,40 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Recalled:
-    """A segment that comes back for a question, whole or in part.
+    """What comes back of a segment for a question.
 
-    entry  with the pairs that come, which may be fewer than it has
-    part   which tokens come of the chunks that are not there whole
+    entry      with the pairs that come, which may be fewer than it has
+    part       which tokens these are
+    low, high  places of the first of them, and one past the last
     """
 
     entry: Entry
-    part: Part = WHOLE
+    part: Part
+    low: int
+    high: int
 
     @classmethod
-    def of(cls, entry: Entry, header: SegmentHeader, part: Part) -> Recalled:
-        """With the pairs of that part, counted."""
-        if not part.spans:
-            return cls(entry)
+    def whole(cls, entry: Entry) -> Recalled:
+        """All of it."""
+        return cls(entry, WHOLE, entry.start, entry.end)
+
+    @classmethod
+    def of(cls, entry: Entry, header: SegmentHeader, spans: Spans) -> Recalled:
+        """The tokens in these spans, their pairs counted."""
         ranking = header.ranking
         inside = np.zeros(ranking.chunk_of.shape[2], bool)
-        for low, high in part.spans:
+        for low, high in spans:
             inside[low - ranking.start : high - ranking.start] = True
         some = ranking.chunk_of[:, :, inside]
-        sizes = [
-            size if chunk < part.whole else int(np.count_nonzero(some == chunk))
-            for chunk, size in enumerate(ranking.sizes.tolist())
-        ]
-        nbytes = [
-            -(-each * size // max(1, all_of))
-            for each, size, all_of in zip(entry.nbytes, sizes, entry.sizes, strict=True)
-        ]
-        return cls(replace(entry, sizes=np.array(sizes, np.int64), nbytes=tuple(map(int, nbytes))), part)
+        sizes = np.array([np.count_nonzero(some == chunk) for chunk in range(ranking.num_chunks)], np.int64)
+        nbytes = -(-np.array(entry.nbytes) * sizes // np.maximum(1, entry.sizes))
+        fewer = replace(entry, sizes=sizes, nbytes=tuple(nbytes.tolist()))
+        return cls(fewer, Part(spans), spans[0][0], spans[-1][1])
+
+    @property
+    def length(self) -> int:
+        """Positions that it needs."""
+        return self.high - self.low
 
 
 def positions(entries: Sequence[Entry], offset: int) -> list[int]:
@@ -136,3 +143,13 @@ def shifts(entries: Sequence[Entry], offset: int) -> dict[int, int]:
     """By how much the positions of these segments differ from those that they were computed at, by start."""
     places = zip(entries, positions(entries, offset), strict=True)
     return {entry.start: position - (entry.start - entry.offset) for entry, position in places}
+
+
+def quoted(recalled: Sequence[Recalled], position: int) -> dict[int, int]:
+    """`shifts` of what stands one after the other from a position on, as if it were said again."""
+    found: dict[int, int] = {}
+    for one in recalled:
+        entry = one.entry
+        found[entry.start] = position - (one.low - entry.start) - (entry.start - entry.offset)
+        position += one.length
+    return found

@@ -14,9 +14,9 @@ from itertools import accumulate, chain
 from typing import TypeVar
 
 from kvchat import memory
-from kvchat.cache.ragged import SegmentedCache
+from kvchat.cache.ragged import Gap, SegmentedCache
 from kvchat.cache.segment import Ranking
-from kvchat.catalogue import Entry, Recalled, shifts
+from kvchat.catalogue import Entry, Recalled, quoted, shifts
 from kvchat.codecs import SegmentHeader
 from kvchat.compress.allocate import chunks_held
 from kvchat.config import Config
@@ -28,7 +28,6 @@ from kvchat.records import num_answered, turn_of
 from kvchat.room import Cap, Room, recalls, wanted
 from kvchat.saving import Saver
 from kvchat.sealing import Ranker, read_header
-from kvchat.sections import CompressConfig
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
@@ -50,6 +49,7 @@ class Holding:
     known: list[Entry]
     recalled: dict[int, Recalled]
     expected: int
+    asked_at: int
     offset: int
     num_computed: int
     notices: list[Notice]
@@ -88,23 +88,8 @@ class Holding:
             return {}
         newest = self.bounds(path)[num_answered(path)]
         entries = [self.recalled[one.start].entry if one.start in self.recalled else one for one in self.known]
-        config, most = self._beside(newest)
-        chunks = wanted(config, entries, most, newest, self._room(), self.recalled, recalls(path))
+        chunks = wanted(self.config.compress, entries, self._most(), newest, self._room(), self.recalled, recalls(path))
         return {entry.id: count for entry, count in zip(entries, chunks, strict=True)}
-
-    def _beside(self, newest: int) -> tuple[CompressConfig, list[int]]:
-        """How segments are held beside those that a question brought back, and chunks of each that can be had."""
-        config, recall, most = self.config.compress, self.config.recall, self._most()
-        if not self.recalled:
-            return config, most
-        recent = min(config.recent_tokens, recall.recent_tokens)
-        config = config.model_copy(update={"recent_tokens": recent})
-        if recall.beside == "all":
-            return config, most
-        kept = [
-            not one.start or one.start in self.recalled or min(one.end, newest) > newest - recent for one in self.known
-        ]
-        return config, [count * keep for count, keep in zip(most, kept, strict=True)]
 
     def _most(self) -> list[int]:
         """Chunks of each segment that can be had: never more than the store has."""
@@ -179,10 +164,15 @@ class Holding:
     # -- positions that the network sees -----------------------------------------------------------------------------
 
     def arrange(self) -> None:
-        """Have the network see segments and tail where they are to stand."""
+        """Have the network see segments and tail where they are to stand: what is recalled right before the question.
+
+        Distance counts: told again there, a turn is answered from as if nothing had come after it; where it stood, not.
+        """
         there = {one.start for one in self.tiers.residents if one.chunks}
-        turned = shifts([entry for entry in self.known if entry.start in there], self.offset)
-        self.cache.arrange(turned, self.offset)
+        back = [self.recalled[start] for start in sorted(self.recalled) if start in there]
+        plain = [entry for entry in self.known if entry.start in there and entry.start not in self.recalled]
+        turned = shifts(plain, self.offset) | quoted(back, self.asked_at - self.offset)
+        self.cache.arrange(turned, self.offset, Gap(self.asked_at, sum(one.length for one in back)))
 
     def crop(self, path: Sequence[Message]) -> None:
         """Forget what lies beyond the end of the path."""

@@ -35,10 +35,9 @@ Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, Callable[[], byt
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Of a segment's chunks from `whole` on only the tokens at places [low, high) of each span are in memory."""
+    """Only the tokens at places [low, high) of each span are in memory; without spans all."""
 
     spans: Spans = ()
-    whole: int = 0
 
 
 WHOLE = Part()
@@ -56,13 +55,6 @@ class Resident:
     chunks: int
     from_file: bool = False
     part: Part = WHOLE
-
-    def alike(self, part: Part) -> int:
-        """Leading chunks that are the same with another part."""
-        if part == self.part:
-            return self.chunks
-        least = (one.whole if one.spans else self.chunks for one in (part, self.part))
-        return min(self.chunks, *least)
 
     @property
     def start(self) -> int:
@@ -95,7 +87,7 @@ class Loading:
         """Rows before the resident's end, a CodedKV a layer; waits for them. Raises CodecError."""
         resident, pieces = self.resident, dict[Piece, list[CodedKV]]()
         for chunk, rows in self._decoding:
-            spans = resident.part.spans if chunk >= resident.part.whole else ()
+            spans = resident.part.spans
             some = [within(one, spans) for one in rows()] if spans else rows()
             pieces.setdefault(Piece(resident.start, chunk), []).extend(some)
         if resident.end < resident.header.ranking.end:

@@ -19,7 +19,6 @@ from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_s
 from kvchat.errors import CapacityError, CodecError, ConfigError
 from kvchat.events import Notice, Progress
 from kvchat.holding import Holding
-from kvchat.loading import Part
 from kvchat.room import Cap
 from kvchat.sealing import Ranker
 from kvchat.sections import LEAST_ROWS
@@ -50,7 +49,7 @@ class Reach(Holding):
         if self.cache.position + self.expected > window - self.spare_positions:
             goal = self._goal(tokens + answer) or self._goal(tokens)
             if goal:
-                self.offset = self.cache.num_seen - goal
+                self.offset = self.cache.num_seen + self.cache.gap.length - goal
                 self.hold(path)
                 yield Notice(REBASED.format(window=window, goal=goal))
                 return
@@ -78,7 +77,7 @@ class Reach(Holding):
 
     def _least(self) -> int:
         """Positions that are in use whatever is let go: of the first segment, and of the tail."""
-        return self.cache.tail_length + (self.known[0].length if self.known else 0)
+        return self.cache.tail_length + self.cache.gap.length + (self.known[0].length if self.known else 0)
 
     @property
     def spare_positions(self) -> int:
@@ -124,6 +123,7 @@ class Reach(Holding):
         order = best(scores, candidates)[: self.config.recall.turns]
         # Where nothing tells one from another nothing comes.
         self._bring_back([candidates[at] for at in order if scores[at] > min(scores)])
+        self.asked_at = self.cache.num_seen
         self.hold(path)
 
     def _turns(self, entry: Entry, path: Sequence[Message]) -> list[Candidate]:
@@ -134,19 +134,21 @@ class Reach(Holding):
         return [Candidate(bounds[low], bounds[high], low, high) for low, high in pairwise([*begins, last])]
 
     def _bring_back(self, turns: Sequence[Candidate]) -> None:
-        """Choose what comes of the segments with these turns: them alone, beside what is there."""
+        """Choose these turns to come, the first ones as far as there are positions for them."""
         spans: dict[int, list[tuple[int, int]]] = {}
         for turn in turns:
             spans.setdefault(self._entry_at(turn.start).start, []).append((turn.start, turn.end))
-        held = {one.start: one for one in self.tiers.residents}
+        headers = {one.start: one.header for one in self.tiers.residents}
+        left = self.engine.model.context_window // 8
         for start, some in spans.items():
             entry = self._entry_at(start)
-            self.recalled[start] = Recalled(entry)
+            self.recalled[start] = Recalled.whole(entry)
             with suppress(CodecError):  # said when it is to come
-                there = held.get(start)
-                header = there.header if there else self._resident(entry).header
-                kept = there.chunks if there and self.config.recall.beside == "all" else 0
-                self.recalled[start] = Recalled.of(entry, header, Part(tuple(sorted(some)), kept))
+                header = headers.get(start) or self._resident(entry).header
+                self.recalled[start] = Recalled.of(entry, header, tuple(sorted(some)))
+            left -= self.recalled[start].length
+            if left < 0:
+                del self.recalled[start]
 
     def _entry_at(self, place: int) -> Entry:
         return self.known[bisect_right(self.known, place, key=lambda entry: entry.start) - 1]

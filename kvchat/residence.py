@@ -68,6 +68,8 @@ class Residence(Restoring):
         """All sealed segments, up to the tail."""
         self.recalled: dict[int, Recalled] = {}
         """What comes back of segments that the question at hand concerns, by start, the most relevant first."""
+        self.asked_at = 0
+        """The place before which it comes back."""
         self.expected = 0
         """Tokens that are computed next, for which a limit of memory is to leave room."""
         self.offset = 0

@@ -119,7 +119,8 @@ def fitting(
 ) -> list[int]:
     """Which segments stand in `span` positions, by number.
 
-    First and last; those after place `near`, as far as they take half of it; the recalled; then those used last.
+    The recalled, which stand elsewhere; first and last; those after place `near`, as far as they take half of it; then
+    those used last.
     """
     there = [index for index, count in enumerate(stored) if count]
     by_start = {entries[index].start: index for index in there}
@@ -127,9 +128,9 @@ def fitting(
     rest = sorted(there, key=lambda index: (used.get(entries[index].start, -1), entries[index].start), reverse=True)
     newest = [index for index in reversed(there) if entries[index].end > near]
     half = len([taken for taken in accumulate(entries[index].length for index in newest) if taken <= span // 2])
-    chosen, left = set[int](), span
-    for index in dict.fromkeys([*there[:1], *there[-1:], *newest[:half], *named, *rest]):
-        if entries[index].length <= left:
+    chosen, left = set(named), span
+    for index in dict.fromkeys([*there[:1], *there[-1:], *newest[:half], *rest]):
+        if index not in chosen and entries[index].length <= left:
             chosen.add(index)
             left -= entries[index].length
     return sorted(chosen)

@@ -208,10 +208,6 @@ class RecallConfig(Section):
     """off, one of SELECTOR_NAMES, or several joined with +."""
     turns: int = Field(default=4, ge=1, le=64)
     """The most turns that come back for a question."""
-    beside: Literal["all", "newest"] = "all"
-    """What else memory holds while that question is answered: all that it has room for, or only the newest tokens."""
-    recent_tokens: int = Field(default=1024, ge=0)
-    """The newest tokens that hold all their pairs beside what came back, if `compress.recent_tokens` are not fewer."""
 
     @field_validator("by")
     @classmethod

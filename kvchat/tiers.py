@@ -115,15 +115,7 @@ class Tiers:
         parts: which tokens of some segments; of the others all.
         Returns the segments of which chunks that were to come are damaged; they stay as small as they were.
         """
-        parts = parts or {}
-        shrunk = [
-            replace(
-                one,
-                chunks=min(one.alike(parts.get(one.id, WHOLE)), wanted.get(one.id, one.chunks)),
-                part=parts.get(one.id, WHOLE),
-            )
-            for one in self.residents
-        ]
+        shrunk = [self._shrunk(one, wanted, (parts or {}).get(one.id, WHOLE)) for one in self.residents]
         held = {Piece(one.start, chunk) for one in shrunk for chunk in range(one.chunks)}
         self.residents, damaged, pieces = shrunk, list[Resident](), dict[Piece, list[CodedKV]]()
         if held != set(self.cache.pieces):  # this time, or when memory ran out before
@@ -142,6 +134,12 @@ class Tiers:
             self.residents = grown
         self.residents = [one for one in self.residents if one.chunks]
         return damaged
+
+    @staticmethod
+    def _shrunk(one: Resident, wanted: Mapping[str, int], part: Part) -> Resident:
+        """A segment without what is not to be held; where other tokens are wanted of it, nothing is."""
+        most = one.chunks if part == one.part else 0
+        return replace(one, chunks=min(most, wanted.get(one.id, one.chunks)), part=part)
 
     def crop(self, position: int) -> None:
         """Forget every token from `position` on."""

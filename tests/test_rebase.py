@@ -110,16 +110,22 @@ def expected(one: Conversation) -> list[list[tuple[Tensor, Tensor]]]:
         [[] for _ in range(model.num_key_value_heads)] for _ in range(model.num_hidden_layers)
     ]
     theta = float(model.config.rope_parameters["rope_theta"])
-    for entry, position in zip(there, positions(there, residence.offset), strict=True):
+    plain = [entry for entry in there if entry.start not in residence.recalled]
+    stands = {e.start: p for e, p in zip(plain, positions(plain, residence.offset), strict=True)}
+    told_again = residence.asked_at - residence.offset
+    for back in [residence.recalled[e.start] for e in there if e.start in residence.recalled]:
+        stands[back.entry.start] = told_again - (back.low - back.entry.start)
+        told_again += back.high - back.low
+    for entry in there:
         record = one.store.segment(entry.id)
         assert record is not None
-        header, by = read_header(record, model), position - (entry.start - entry.offset)
+        header, by = read_header(record, model), stands[entry.start] - (entry.start - entry.offset)
         for chunk, group, blob in one.store.frames(entry.id, range(held[entry.id])):
             decoded = decode_frame(header, chunk, group, blob, model.device)
             for layer, kv in zip(range(*header.layers(group)), decoded, strict=True):
                 for head, (low, high) in enumerate(pairwise(kv.bounds)):
                     use = kv.positions[low:high] < entry.end
-                    if chunk >= parts[entry.id].whole and parts[entry.id].spans:
+                    if parts[entry.id].spans:
                         places = kv.positions[low:high]
                         use &= sum((places >= a) & (places < b) for a, b in parts[entry.id].spans) > 0  # type: ignore[arg-type]
                     keys = turned(kv.keys[low:high][use], by, theta)
@@ -144,7 +150,7 @@ def reference(one: Conversation, ids: list[int] = PROBE) -> Tensor:
     if cache.tail_start:
         plain.attach({Piece(0, 0): layers}, cache.tail_start)
     plain.append_tail([layer.tail() for layer in cache.layers])
-    plain.offset = cache.offset
+    plain.offset, plain.gap = cache.offset, cache.gap
     return engine.forward(plain, ids, logits=len(ids))
 
 

@@ -97,20 +97,19 @@ class RaggedLayer(Tail):
         turns = torch.repeat_interleave(torch.from_numpy(by), torch.from_numpy(form.runs[:, ROWS].copy()))
         return replace(rows, keys=self._turn(rows.keys, turns.to(rows.keys.device)))
 
-    def arrange(self, shifts: Mapping[int, int], tail: int) -> None:
-        """Have segments stand elsewhere, as `shifts` says, and turn the tail's keys by `tail` positions."""
+    def arrange(self, shifts: Mapping[int, int], tail: Sequence[int]) -> None:
+        """Have segments stand elsewhere, as `shifts` says, and turn the tail's keys each by so many positions."""
         shifts = {start: by for start, by in shifts.items() if by}
-        if tail and self.tail_length:
-            self._turn_tail(tail)
+        if tail:
+            assert not self.aside
+            keys, _ = self.tail()
+            self.rewrite_keys(self._turn(keys.flatten(0, 1), self._of_heads(tail)).view(keys.shape))
         if shifts != self.shifts:
             self.shifts, self._early = shifts, None
             self.place(self.forms)
 
-    @torch.inference_mode()
-    def _turn_tail(self, by: int) -> None:
-        keys, _ = self.tail()
-        turns = torch.full(keys.shape[:2], by, device=keys.device)
-        keys.copy_(self._turn(keys.flatten(0, 1), turns.flatten()).view(keys.shape))
+    def _of_heads(self, tail: Sequence[int]) -> Tensor:
+        return torch.tensor(tail, device=self.device).repeat(len(self.keys))
 
     def sealed_before(self, position: int) -> LayerKV:
         """Sealed rows of tokens before `position` as plain numbers; no others are decoded."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -49,6 +49,20 @@ class Step(Protocol):
         """Attention in layer `index`: (H * G, 1, D) queries over sealed rows and the tail, (H, room, D)."""
 
 
+class Gap(NamedTuple):
+    """Positions that are left free in the tail before a place, where other tokens stand."""
+
+    place: int
+    length: int
+
+    def after(self, place: int) -> int:
+        """By how much the position of the token at a place is larger because of it."""
+        return self.length if place >= self.place else 0
+
+
+NO_GAP = Gap(0, 0)
+
+
 class SegmentedCache(Cache):  # type: ignore[misc]
     """All layers of one conversation. `num_seen` counts tokens and gives places; rows are fewer after eviction.
 
@@ -79,11 +93,12 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         """Tokens at the end of the running pass that are there to round its length up."""
         self.offset = 0
         """By how much the positions of the tail, and of what comes next, are smaller than their places."""
+        self.gap = NO_GAP
 
     @property
     def position(self) -> int:
         """Of the next token."""
-        return self.num_seen - self.offset
+        return self.num_seen - self.offset + self.gap.after(self.num_seen)
 
     @property
     def num_seen(self) -> int:
@@ -164,15 +179,17 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.tail_start = max(layer.tail_start, place)
 
-    def arrange(self, shifts: Mapping[int, int], offset: int) -> None:
+    def arrange(self, shifts: Mapping[int, int], offset: int, gap: Gap = NO_GAP) -> None:
         """Have the network see tokens at other positions.
 
         shifts: by how much the position of each segment, by its start, differs from the one that it was computed at.
-        offset: of the tail, whose keys are turned.
+        offset, gap: of the tail, whose keys are turned.
         """
-        by, self.offset = self.offset - offset, offset
+        start, before = self.tail_start, (self.offset, self.gap)
+        self.offset, self.gap = offset, gap
+        by = [before[0] - offset + gap.after(place) - before[1].after(place) for place in range(start, self.num_seen)]
         for layer in self.layers:
-            layer.arrange(shifts, by)
+            layer.arrange(shifts, by if any(by) else [])
 
     @contextmanager
     def attaching(self, tail: int) -> Iterator[None]:
@@ -202,7 +219,7 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         """Forget everything, whatever state a failure has left; needs no memory."""
         if self.marks:
             self.marks.crop(0)
-        self.offset = 0
+        self.offset, self.gap = 0, NO_GAP
         for layer in self.layers:
             layer.clear()
 

@@ -109,6 +109,11 @@ class Tail(CacheLayerMixin):  # type: ignore[misc]
         self.keys[:, row : row + keys.shape[1]] = keys
         self.values[:, row : row + keys.shape[1]] = values
 
+    @torch.inference_mode()
+    def rewrite_keys(self, keys: Tensor) -> None:
+        """Have these (H, T, D) keys for all of the tail."""
+        self.keys[:, : self.tail_length] = keys
+
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens. From now on the buffers move only to grow, or when they are far too large.
 

@@ -185,7 +185,7 @@ def comes_back(conversation: Conversation, start: int) -> bool:
     """Whether the segment at this place is in memory when it is asked for; it leaves again."""
     residence = conversation.residence
     entry = next(one for one in residence.known if one.start == start)
-    residence.recalled = {start: Recalled(entry)}
+    residence.recalled = {start: Recalled.whole(entry)}
     residence.hold(conversation.path)
     there = any(one.start == start and one.chunks for one in residence.tiers.residents)
     residence.recalled = {}
