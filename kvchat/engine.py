@@ -121,7 +121,7 @@ class Engine:
             "input_ids": ids[None] if isinstance(ids, Tensor) else torch.tensor([list(ids)], device=device),
             # From the logical length, never from the number of rows.
             "position_ids": torch.arange(cache.position, cache.position + len(ids), device=device)[None],
-            "past_key_values": cache,
+            self.model.cache_keyword: cache,
             "segmented_cache": cache,
             "use_cache": True,
         }

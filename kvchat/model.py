@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kvchat.errors import ConfigError, ModelError, OutOfMemory
 from kvchat.events import Listener, Progress
 from kvchat.fingerprint import digest
 from kvchat.sections import ModelConfig
-from kvchat.supported import context_window, one_line_errors, quiet_libraries, read_config
+from kvchat.supported import cache_keyword, context_window, one_line_errors, quiet_libraries, read_config
 from kvchat.template import ChatTemplate
 
 FORMAT = "1"
@@ -51,6 +51,11 @@ class Model:
     def config(self) -> Any:
         """The transformers configuration."""
         return self.network.config
+
+    @cached_property
+    def cache_keyword(self) -> str:
+        """What the network calls the cache."""
+        return cache_keyword(self.network)
 
     @property
     def num_hidden_layers(self) -> int:

@@ -124,10 +124,10 @@ class DecodeStep:
             output: Tensor = self._model.network(
                 input_ids=self._token,
                 position_ids=self._position,
-                past_key_values=cache,
                 segmented_cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._model.cache_keyword: cache},
             ).logits
         return output[0, -1]
 

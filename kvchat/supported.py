@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import struct
 import textwrap
@@ -99,6 +100,11 @@ def unsupported(config: Any) -> str | None:
         if kind != "full_attention":
             return f"layer {layer} is {kind}, and kvchat keeps full attention only; {other}"
     return _attention_problem(config, other) or _rope_problem(config)
+
+
+def cache_keyword(network: Any) -> str:
+    """What a network calls the cache that it is given: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 def context_window(config: Any) -> int:

@@ -22,6 +22,7 @@ from kvchat.engine import Engine
 from kvchat.errors import ConfigError
 from kvchat.events import Notice
 from kvchat.model import Model
+from kvchat.supported import cache_keyword
 from tests.scarcity import ALWAYS, Scarcity
 from tests.store_parts import copy_of
 from tests.test_correct import Played
@@ -113,7 +114,9 @@ def plain_logits(engine: Engine, ids: Sequence[int], kept: dict[tuple[int, int],
     try:
         with torch.inference_mode():
             cache = DynamicCache(config=network.config)
-            return network(input_ids=torch.tensor([list(ids)]), past_key_values=cache, use_cache=True).logits[0]
+            return network(
+                input_ids=torch.tensor([list(ids)]), use_cache=True, **{cache_keyword(network): cache}
+            ).logits[0]
     finally:
         network.set_attn_implementation(before)
 

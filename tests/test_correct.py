@@ -22,6 +22,7 @@ from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader, encode_segment
 from kvchat.compress.compressor import chunks_within, rank
 from kvchat.engine import Engine
+from kvchat.supported import cache_keyword
 from kvchat.tiers import Resident, Tiers
 from tests.tiny import make_model
 
@@ -115,7 +116,7 @@ def dense_logits(engine: Engine, rankings: list[tuple[Ranking, int]]) -> Tensor:
     try:
         with torch.inference_mode():
             for number, turn in enumerate(TURNS):
-                output = network(torch.tensor([turn], device=device), past_key_values=cache, use_cache=True)
+                output = network(torch.tensor([turn], device=device), use_cache=True, **{cache_keyword(network): cache})
                 if number < len(rankings):
                     ranking, held = rankings[number]
                     hidden[ranking.start] = ranking.chunk_of >= held

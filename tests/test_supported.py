@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 from transformers import AutoConfig
 
+from kvchat.engine import Engine
 from kvchat.errors import ModelError
-from kvchat.supported import context_window, read_config, unsupported
-from tests.tiny import FAMILIES, tiny_config
+from kvchat.supported import cache_keyword, context_window, read_config, unsupported
+from tests.tiny import FAMILIES, make_model, tiny_config
 
 ROPE = {"rope_theta": 10000.0}
 LONG = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
@@ -81,3 +85,14 @@ def test_a_broken_configuration_is_one_line(text, tmp_path):
         read_config("X", tmp_path)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 320
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_is_given_its_cache_by_the_name_it_has(family):
+    engine = Engine(make_model(family), 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of the former name
+        logits = engine.forward(engine.new_cache(), [5, 80, 33])
+    assert logits.shape[0] == 1
+    assert cache_keyword(SimpleNamespace(forward=lambda input_ids, past_key_values: None)) == "past_key_values"
+    assert cache_keyword(SimpleNamespace(forward=lambda input_ids, cache: None)) == "cache"

@@ -85,7 +85,8 @@ def transformers_ttft(engine: Engine, prompt: Sequence[int]) -> float:
     network, inputs = engine.model.network, torch.tensor([list(prompt)], device=engine.model.device)
 
     def work() -> None:
-        logits = network(inputs, past_key_values=DynamicCache(config=network.config), logits_to_keep=1).logits
+        cache = DynamicCache(config=network.config)
+        logits = network(inputs, logits_to_keep=1, **{engine.model.cache_keyword: cache}).logits
         logits[0, -1].argmax().item()
 
     with plain_attention(engine), torch.inference_mode():

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from kvchat.bench.history import Subject
 from kvchat.evals.measures import divergence
+from kvchat.supported import cache_keyword
 
 NEXT_TOKENS = 256
 """Tokens behind the coded ones over which the KL is taken, at most."""
@@ -57,5 +58,5 @@ class Closeness:
             cache.update(keys, values, layer)
         places = torch.arange(self.start, self.start + len(self.ids), device=device)[None]
         ids = torch.tensor([self.ids], device=device)
-        logits: Tensor = self.network(ids, past_key_values=cache, position_ids=places).logits
+        logits: Tensor = self.network(ids, position_ids=places, **{cache_keyword(self.network): cache}).logits
         return logits[0].double().log_softmax(-1)

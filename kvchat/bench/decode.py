@@ -79,11 +79,11 @@ def generate_s(engine: Engine, cache: DynamicCache, ids: Sequence[int], count: i
         network.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=cache,
             streamer=Clock(),
             do_sample=False,
             min_new_tokens=count,
             max_new_tokens=count,
+            **{engine.model.cache_keyword: cache},
         )
     cut_back(cache, length)
     # The first two are the prompt and the token of the pass that took it in.

@@ -181,7 +181,7 @@ def extend(engine: Engine, cache: DynamicCache, ids: Sequence[int]) -> None:
     """Prefill `ids` into a DynamicCache, in the chunks that kvchat uses; call it under `plain_attention`."""
     for start in range(0, len(ids), engine.chunk_size):
         chunk = torch.tensor([list(ids[start : start + engine.chunk_size])], device=engine.model.device)
-        engine.model.network(chunk, past_key_values=cache, logits_to_keep=1)
+        engine.model.network(chunk, logits_to_keep=1, **{engine.model.cache_keyword: cache})
 
 
 def cut_back(cache: DynamicCache, length: int) -> None:

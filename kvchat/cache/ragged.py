@@ -1,7 +1,7 @@
 """The cache of one conversation: what all layers hold.
 
 With `tail.py` this is all that touches transformers' cache API. `SegmentedCache` is handed to the network as
-`past_key_values` and, once more, as the keyword `segmented_cache`, which transformers passes through to the registered
+its cache and, once more, as the keyword `segmented_cache`, which transformers passes through to the registered
 attention function.
 
 Letters: H KV heads, T tokens, D head_dim, q new tokens.

@@ -19,10 +19,10 @@ from kvchat.fused.kernels import Weight, add_rms_norm, rms_norm, rotate, silu_mu
 
 Forward = Callable[..., Any]
 
-NAMED = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings", "segmented_cache"}
-)
-"""Arguments of a layer that a proof covers."""
+NAMED = frozenset({"attention_mask", "position_ids", "use_cache", "position_embeddings", "segmented_cache"}) | {
+    *("cache", "past_key_values")
+}
+"""Arguments of a layer that a proof covers, one of the last two among them."""
 
 
 @contextmanager
