@@ -137,6 +137,18 @@ class Residence(Restoring):
                     yield from self.saver.flush(most=1)
         self.num_computed += max(0, self.cache.num_seen - before)
 
+    def prepare(self, path: Sequence[Message], stop: Stop) -> Steps:
+        """Have all KV before the path's last message, a question, and what of it the question concerns."""
+        while True:
+            yield from self.restore(path)
+            yield from self.tell()
+            yield from self.catch_up(path, len(path) - 1, "rebuild", stop)
+            seen = self.cache.num_seen
+            yield from self.recall(path)
+            if self.cache.num_seen == seen:
+                return
+            self.let_go()  # what was to come is damaged: begin anew with what the store has left
+
     def prefill(
         self, ids: Sequence[int], end: int, phase: Phase, stop: Stop
     ) -> Generator[Progress | Notice, None, Tensor | None]:

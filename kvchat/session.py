@@ -79,10 +79,7 @@ class Conversation:
         if not self.path or self.path[-1].role != "user":
             raise InputError("there is no question to answer; send a message first")
         residence, opening = self.residence, self._template.generation_prompt
-        yield from residence.restore(self.path)
-        yield from residence.tell()
-        yield from residence.catch_up(self.path, len(self.path) - 1, "rebuild", stop)
-        yield from residence.recall(self.path)
+        yield from residence.prepare(self.path, stop)
         prompt = [*residence.ids(self.path), *opening]
         if residence.cache.num_seen >= len(prompt):  # no opening of a reply, and all is there: logits need a pass
             residence.cut(residence.bounds(self.path)[-2])
