@@ -98,10 +98,8 @@ WITH hits AS (
     FROM messages_fts WHERE messages_fts MATCH :match ORDER BY rank LIMIT :limit)
 SELECT number, turn, role, rank, snippet FROM hits CROSS JOIN messages USING (number)
 """
-MATCHES = """
-SELECT id, rank FROM messages_fts CROSS JOIN messages ON number = messages_fts.rowid
-WHERE messages_fts MATCH :match AND id IN (SELECT value FROM json_each(:ids))
-"""
+NUMBERS = "SELECT number, id FROM messages WHERE id IN (SELECT value FROM json_each(:ids))"
+WITH_WORD = "SELECT rowid FROM messages_fts WHERE messages_fts MATCH :match"
 # From messages down to the ends of paths, at most so many steps; the first row says how many there were.
 HOLDERS = """
 WITH RECURSIVE walk(number, id) AS (

@@ -118,7 +118,8 @@ class Reach(Holding):
         whole, some = self._whole(), [entry for entry in self.known if not entry.lost]
         if all(entry.start in whole for entry in some):
             return
-        candidates = [turn for entry in some for turn in self._turns(entry, path)]
+        bounds = self.bounds(path)
+        candidates = [turn for entry in some for turn in self._turns(entry, path, bounds)]
         scores = self.selector.scores(path[-1], path, candidates)
         order = best(scores, candidates)[: self.config.recall.turns]
         # Where nothing tells one from another nothing comes.
@@ -126,9 +127,9 @@ class Reach(Holding):
         self.asked_at = self.cache.num_seen
         self.hold(path)
 
-    def _turns(self, entry: Entry, path: Sequence[Message]) -> list[Candidate]:
+    @staticmethod
+    def _turns(entry: Entry, path: Sequence[Message], bounds: Sequence[int]) -> list[Candidate]:
         """The turns of a segment, as selectors see them; the last may be the first message of the next."""
-        bounds = self.bounds(path)
         first, last = bisect_left(bounds, entry.start), bisect_left(bounds, entry.end)
         begins = [at for at in range(first, last) if at == first or path[at].role == "user"]
         return [Candidate(bounds[low], bounds[high], low, high) for low, high in pairwise([*begins, last])]

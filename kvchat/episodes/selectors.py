@@ -24,7 +24,7 @@ STEADY = 10
 """Reciprocal rank fusion (Cormack et al., SIGIR 2009): the larger, the less the first places count before the next.
 The paper takes 60; of text and vectors on LoCoMo 10 finds more among the first four, and as much among the first eight.
 """
-BEST_HITS, BEST_NEAR = 3, 2
+BEST_NEAR = 2
 """Messages of a segment that count, by their words and by their vectors. One alone may be there by chance; to count
 more would favour segments of many short messages. Best measured on LoCoMo."""
 
@@ -68,17 +68,20 @@ class Recency:
 
 
 class Text:
-    """Words that a segment shares with the question, the rare ones most: BM25 of its best messages."""
+    """Words that a turn shares with the question and few others do, the rarest most: see `Store.matches`."""
 
     def __init__(self, sources: Sources) -> None:
         self._store = sources.store
+        self._numbers: dict[str, int] = {}
 
     def scores(self, question: Message, path: Sequence[Message], candidates: Sequence[Candidate]) -> list[float]:
-        """The best BEST_HITS messages of each candidate, added up; 0 where nothing matches."""
+        """The best message of each candidate; 0 where nothing matches."""
         ids = [[message.id for message in path[one.first : one.last]] for one in candidates]
-        hits = self._store.matches(question.content, [identity for part in ids for identity in part])
-        found = (sorted((hits.get(identity, 0.0) for identity in part), reverse=True) for part in ids)
-        return [sum(part[:BEST_HITS]) for part in found]
+        new = [identity for part in ids for identity in part if identity not in self._numbers]
+        self._numbers |= {identity: number for number, identity in self._store.numbered(new).items()} if new else {}
+        numbers = [[self._numbers[identity] for identity in part if identity in self._numbers] for part in ids]
+        hits = self._store.matching(question.content, {number for part in numbers for number in part})
+        return [max((hits.get(number, 0.0) for number in part), default=0.0) for part in numbers]
 
 
 class Embedding:
