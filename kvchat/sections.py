@@ -206,7 +206,7 @@ class RecallConfig(Section):
 
     by: str = "text"
     """off, one of SELECTOR_NAMES, or several joined with +."""
-    turns: int = Field(default=4, ge=1, le=64)
+    turns: int = Field(default=2, ge=1, le=64)
     """The most turns that come back for a question."""
 
     @field_validator("by")
