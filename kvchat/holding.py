@@ -14,7 +14,8 @@ from itertools import accumulate, chain
 from typing import TypeVar
 
 from kvchat import memory
-from kvchat.cache.ragged import Gap, SegmentedCache
+from kvchat.cache.gap import Gap
+from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import Ranking
 from kvchat.catalogue import Entry, Recalled, quoted, shifts
 from kvchat.codecs import SegmentHeader

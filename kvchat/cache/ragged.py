@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvchat.cache.coded import CHUNK, ROWS, START, CodedKV
+from kvchat.cache.gap import NO_GAP, Gap
 from kvchat.cache.layer import Decode, Piece, RaggedLayer, Turn, unturned
 from kvchat.cache.marks import Marks
 from kvchat.cache.segment import LayerKV
@@ -47,20 +48,6 @@ class Step(Protocol):
 
     def attend(self, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Attention in layer `index`: (H * G, 1, D) queries over sealed rows and the tail, (H, room, D)."""
-
-
-class Gap(NamedTuple):
-    """Positions that are left free in the tail before a place, where other tokens stand."""
-
-    place: int
-    length: int
-
-    def after(self, place: int) -> int:
-        """By how much the position of the token at a place is larger because of it."""
-        return self.length if place >= self.place else 0
-
-
-NO_GAP = Gap(0, 0)
 
 
 class SegmentedCache(Cache):  # type: ignore[misc]
