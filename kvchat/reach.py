@@ -123,7 +123,7 @@ class Reach(Holding):
         scores = self.selector.scores(path[-1], path, candidates)
         order = best(scores, candidates)[: self.config.recall.turns]
         # Where nothing tells one from another nothing comes.
-        self._bring_back([candidates[at] for at in order if scores[at] > min(scores)])
+        self._bring_back([candidates[at] for at in order if scores[at] > min(scores)], len(path[-1].token_ids))
         self.asked_at = self.cache.num_seen
         self.hold(path)
 
@@ -134,21 +134,27 @@ class Reach(Holding):
         begins = [at for at in range(first, last) if at == first or path[at].role == "user"]
         return [Candidate(bounds[low], bounds[high], low, high) for low, high in pairwise([*begins, last])]
 
-    def _bring_back(self, turns: Sequence[Candidate]) -> None:
-        """Choose these turns to come, the first ones as far as there are positions for them."""
+    def _bring_back(self, turns: Sequence[Candidate], asked: int) -> None:
+        """Choose these turns to come, as far as an eighth of the window and what a question of `asked` tokens leaves.
+
+        The first may take more: a part of a document takes a quarter.
+        """
         spans: dict[int, list[tuple[int, int]]] = {}
         for turn in turns:
             spans.setdefault(self._entry_at(turn.start).start, []).append((turn.start, turn.end))
         headers = {one.start: one.header for one in self.tiers.residents}
-        left = self.engine.model.context_window // 8
+        window = self.engine.model.context_window
+        free = min(window * 5 // 8, window - self.spare_positions - asked) - self._least()
+        left, most = min(window // 8, free), min(window * 3 // 8, free)
         for start, some in spans.items():
             entry = self._entry_at(start)
             self.recalled[start] = Recalled.whole(entry)
             with suppress(CodecError):  # said when it is to come
                 header = headers.get(start) or self._resident(entry).header
                 self.recalled[start] = Recalled.of(entry, header, tuple(sorted(some)))
-            left -= self.recalled[start].length
-            if left < 0:
+            length = self.recalled[start].length
+            left -= length
+            if left < 0 and (len(self.recalled) > 1 or length > most):
                 del self.recalled[start]
 
     def _entry_at(self, place: int) -> Entry:

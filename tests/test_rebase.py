@@ -362,6 +362,18 @@ def test_a_model_without_rope_keeps_its_window(store: Store, monkeypatch: pytest
     assert one.residence.cache.offset == 0
 
 
+def test_a_question_as_long_as_may_be_is_not_refused_for_what_it_brings_back(store: Store) -> None:
+    engine = new_engine()
+    with conversation(store, engine, settled()) as one:
+        one.begin(f"Be brief. {'x' * 80}")
+        for number in range(24):
+            say(one, number, 80 + 3 * number)
+            if number > 16:
+                room = one.residence.longest(one.num_tokens) - 2 * one._around - 40
+                done = ask(one, f"word{number % 7} {'x' * room}")
+                assert done.usage.completion_tokens and one.residence.cache.position <= WINDOW
+
+
 def test_a_deep_check_compares_an_answer_beyond_the_window_too(store: Store) -> None:
     engine, config = new_engine(window=2 * WINDOW), settled()
     with conversation(store, engine, config) as one:
