@@ -165,7 +165,8 @@ def test_a_turn_does_not_wait_for_what_is_still_to_be_written(opener: Open, monk
         return pack(*frame)
 
     monkeypatch.setattr(saving, "pack_frame", packed)
-    session = opener(compress__segment_min=1).open("trip")
+    # What a question brings back must have been written.
+    session = opener(compress__segment_min=1, recall__by="off").open("trip")
     for number, question in enumerate(QUESTIONS, 1):
         assert session.ask(question).text
         assert unsaved(session) == number
