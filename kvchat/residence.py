@@ -36,6 +36,9 @@ from kvchat.sealing import Ranker, rank_turns, read_header
 from kvchat.store import Message, SegmentRecord, Store
 from kvchat.tiers import Tiers
 
+MOST_DAMAGED = 8
+"""Damaged segments that one question may meet."""
+
 
 class Residence(Restoring):
     """The cache of one conversation and its segments in the store.
@@ -138,13 +141,17 @@ class Residence(Restoring):
         self.num_computed += max(0, self.cache.num_seen - before)
 
     def prepare(self, path: Sequence[Message], stop: Stop) -> Steps:
-        """Have all KV before the path's last message, a question, and what of it the question concerns."""
-        while True:
+        """Have all KV before the path's last message, a question, and what of it the question concerns.
+
+        Damage may lie where nothing can be removed from: once it was met MOST_DAMAGED times nothing is brought back.
+        """
+        for left in range(MOST_DAMAGED, -1, -1):
             yield from self.restore(path)
             yield from self.tell()
             yield from self.catch_up(path, len(path) - 1, "rebuild", stop)
             seen = self.cache.num_seen
-            yield from self.recall(path)
+            if left:
+                yield from self.recall(path)
             if self.cache.num_seen == seen:
                 return
             self.let_go()  # what was to come is damaged: begin anew with what the store has left

@@ -483,3 +483,23 @@ Interleaved.TestCase.settings = settings(
     max_examples=8, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestInterleaved = Interleaved.TestCase
+
+
+def test_damage_that_cannot_be_removed_does_not_keep_a_question_waiting(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = new_engine(window=4 * WINDOW)
+    with conversation(store, engine, settled()) as one:
+        for number in range(20):
+            say(one, number)
+        recall, asked = one.residence.recall, list[int]()
+
+        def damaged(path: Any) -> Iterator[Any]:
+            """Always meets damage, as where the store cannot remove it."""
+            asked.append(len(path))
+            yield from recall(path)
+            one.residence.cut(one.residence.cache.num_seen - 1)
+
+        monkeypatch.setattr(one.residence, "recall", damaged)
+        assert ask(one, "word3?").usage.recalled == ()
+        assert len(asked) == 8
