@@ -1,4 +1,4 @@
-"""`kvchat eval far` and `kvchat eval work`: a session without end, what it remembers and what it costs."""
+"""`kvchat eval far`, `work` and `rebase`: a session without end, what it remembers and what it costs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvchat.cli_eval import Files, GridFlags, Seed, loaded, number, parts, run_grid
+from kvchat.cli_eval import Files, GridFlags, RunFlags, Seed, loaded, number, parts, run_grid
 from kvchat.flags import command
 
 if TYPE_CHECKING:
@@ -76,3 +76,28 @@ def work(
     out = str(flags.out or "eval-work")
     Path(f"{out}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     print(table(rows))
+
+
+@app.command()
+@command
+def rebase(
+    flags: RunFlags,
+    files: Files,
+    window: Annotated[int, typer.Option(help="Positions that the model is taken to have.")] = 4096,
+    cap: Annotated[int, typer.Option(min=1, help="Rows a head that all KV may take, on average.")] = 1024,
+) -> None:
+    """Perplexity of the next replies with re-bases against that without: a smaller window against the model's own."""
+    from kvchat.evals.cases import read
+    from kvchat.evals.far_report import table
+    from kvchat.evals.grid import shortened
+    from kvchat.evals.rebasing import costs
+
+    given = {"compress.kv_budget": f"{cap} rows", "recall.by": "off"}
+    config, cases, found = flags.settings().replaced(given), [read(file) for file in files], []
+    with loaded(config) as (engine, _):
+        for case in cases:
+            fitted = shortened(engine, case, flags.tokens) if flags.tokens else case
+            found += [{"case": case.name, **asdict(cost)} for cost in costs(engine, config, fitted, window)]
+    out = str(flags.out or "eval-rebase")
+    Path(f"{out}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), "utf-8")
+    print(table(found))

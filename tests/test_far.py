@@ -24,6 +24,7 @@ from kvchat.evals.far import Far, Plan, joined, plant
 from kvchat.evals.far_report import by_distance, markdown
 from kvchat.evals.feeding import fed, new_conversation
 from kvchat.evals.grid import METHODS, Grid, Setting, lengths, read_lines, settings_of
+from kvchat.evals.rebasing import costs
 from kvchat.evals.recalling import answer_with_recall, asking, held, recalled, start_of
 from kvchat.evals.report import markdown as plainly
 from kvchat.evals.steady import Span, can_be_had, is_found, record, resident_bytes, stored_whole
@@ -287,3 +288,25 @@ def test_baselines_keep_to_a_cap(engine: Engine, method: str) -> None:
 def test_the_commands_are_there(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", word, "--help"]) == 0
     assert "--cap" in capsys.readouterr().out
+
+
+# -- what a re-base costs --------------------------------------------------------------------------------------------
+
+
+def test_replies_are_foretold_with_and_without_a_rebase(engine: Engine) -> None:
+    config = Config.load(overrides={**SETTINGS, "compress.kv_budget": "256 rows", "recall.by": "off"})
+    found = costs(engine, config, long(40), 1024)
+    assert [one.when for one in found] == ["before", "right after one", "all after"]
+    before, first, after = found
+    assert before.rebases == 0 and before.rise == before.error == 0.0 and before.rows == before.rows_rebased
+    assert first.rebases == after.rebases > 1 and first.replies == first.rebases < after.replies
+    assert before.replies + after.replies == 39
+    assert after.after / after.before == pytest.approx(1 + after.rise, abs=1e-3)
+
+
+def test_a_window_that_is_not_filled_has_no_cost_to_tell(engine: Engine) -> None:
+    config = Config.load(overrides={**SETTINGS, "recall.by": "off"})
+    with pytest.raises(InputError, match="trip does not fill a window of 2000 tokens"):
+        costs(engine, config, long(4), 2000)
+    with pytest.raises(InputError, match="--window must be below the model's own"):
+        costs(engine, config, long(4), 1 << 20)
