@@ -64,10 +64,14 @@ class Anatomy:
         turn = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
         if rope is None or turn is None:
             raise InputError(self._other())
-        states = states.float()[None]
-        cos, sin = rope(states, positions[None].to(states.device))
+        states, positions = states.float()[None], positions.to(states.device)
+        some, place = torch.unique(
+            positions, return_inverse=True
+        )  # rows of a segment have one: few angles are computed
+        cos, sin = rope(states, some[None])
         scale = float(getattr(rope, "attention_scaling", 1.0))
-        turned: Tensor = turn(states, states, cos / scale, sin / scale)[0][0]
+        # It turns queries and keys: here there are none of the second.
+        turned: Tensor = turn(states, states[:, :0], (cos / scale)[:, place], (sin / scale)[:, place])[0][0]
         return turned
 
     @cached_property

@@ -193,7 +193,7 @@ def _stdin() -> str:
 def bench(
     flags: ModelFlags,
     kind: Annotated[
-        Literal["all", "resume", "decode", "prefill", "store", "memory", "seal", "gpu", "tiers"],
+        Literal["all", "resume", "decode", "prefill", "store", "memory", "recall", "seal", "gpu", "tiers"],
         typer.Argument(help="What to measure."),
     ] = "all",
     tokens: Annotated[

@@ -72,6 +72,12 @@ def test_ratios_are_those_of_the_figures_beside_them(figures: dict[str, Any]) ->
         assert prefill[f"{ours}_over_transformers"] == found
 
 
+def test_turns_come_back_before_a_question_and_leave(figures: dict[str, Any]) -> None:
+    recall = figures["recall"]
+    assert recall["segments"] == 1 and recall["tokens_back"] > recall["question_tokens"] > 0
+    assert recall["recall_over_question"] == quotient(recall["recall_s"], recall["question_s"])
+
+
 def test_a_resumed_session_reads_the_question_only(figures: dict[str, Any]) -> None:
     resume = figures["resume"]
     assert resume["cached_tokens"] == resume["history_tokens"]

@@ -54,7 +54,7 @@ def test_a_conversation_is_measured_through_the_path_that_a_chat_takes(config: C
     monkeypatch.setattr(chat, "TURN_TOKENS", 60)
     figures = conversation(config, SHAPE, None, 2400, 1, 1e12)
     assert json.loads(json.dumps(figures)) == figures
-    assert set(figures) == {"build", "memory", "seal", "resume", "decode", "machine"}
+    assert set(figures) == {"build", "memory", "recall", "seal", "resume", "decode", "machine"}
     build, memory, resumed = figures["build"], figures["memory"], figures["resume"]
     assert build["tokens"] >= 2400 and build["turns"] > 4
     assert memory["0.3"]["kept_bytes"] < memory["0.5"]["kept_bytes"] < memory["1.0"]["kept_bytes"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvchat.cache.coded import CodedKV, Form
-from kvchat.cache.pack import before, pack
+from kvchat.cache.pack import Spans, before, pack, within
 from kvchat.codecs import coded_frame, decode_frame, decoded, encode_segment
 from kvchat.compress.compressor import rank
 from kvchat.engine import Engine
@@ -110,3 +110,33 @@ def test_a_frame_stays_what_it_says(codec: str, dtype: torch.dtype) -> None:
         all_of_it = decoded(whole)
         kept = all_of_it.positions < 150
         assert torch.equal(cut.keys, all_of_it.keys[kept]) and torch.equal(cut.values, all_of_it.values[kept])
+
+
+def plainly_within(rows: CodedKV, spans: Spans) -> list[list[int]]:
+    """The runs of `within`, found by looking at every row."""
+    group, positions, found = 32 if rows.form.key_bits == 4 else 1, rows.positions.tolist(), list[list[int]]()
+    for head, first, length, unit, start, chunk in rows.runs.tolist():
+        inside = [any(low <= positions[first + row] < high for low, high in spans) for row in range(length)]
+        wanted = [any(inside[row - row % group :][:group]) for row in range(length)]
+        for row in range(length):
+            if wanted[row] and row and wanted[row - 1]:
+                found[-1][2] += 1
+            elif wanted[row]:
+                found.append([head, first + row, 1, unit + (row // group if group > 1 else 0), start, chunk])
+    return found
+
+
+@pytest.mark.parametrize("codec", ["raw", "k8v8", "k4v4"])
+@pytest.mark.parametrize("spans", [((103, 140),), ((0, 105), (170, 171), (190, 300)), ((500, 600),)])
+def test_rows_of_some_tokens_are_found_as_by_looking_at_every_one(codec: str, spans: Spans) -> None:
+    generator = torch.Generator().manual_seed(3)
+    keys, values = ([torch.randn(3, 177, 16, generator=generator)] for _ in range(2))
+    scores = torch.rand(1, 3, 177, generator=generator)
+    header, frames = encode_segment(codec, keys, values, rank(scores, [False] * 177, (0.2, 0.5, 1.0), 100))
+    for chunk, group, blob in frames:
+        (rows,) = coded_frame(header, chunk, group, blob)
+        found = within(rows, spans)
+        assert found.runs.tolist() == plainly_within(rows, spans)
+        packed, whole = decoded(pack([found], [found.runs], CPU)), decoded(rows)
+        kept = [torch.arange(first, first + length) for _, first, length, *_ in found.runs.tolist()]
+        assert torch.equal(packed.keys, whole.keys[torch.cat([torch.arange(0), *kept])])

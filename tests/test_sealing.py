@@ -43,10 +43,10 @@ def opener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     monkeypatch.setattr(worker, "SAVE_AFTER_S", 60.0)
     workers: list[Worker] = []
 
-    def start(listener: Any = None, **settings: Any) -> Worker:
+    def start(listener: Any = None, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Worker:
         given = {key.replace("__", "."): value for key, value in settings.items()}
         config = Config.load(overrides={"store.path": str(tmp_path / "s.db"), **SETTINGS, **given})
-        workers.append(Worker(config, listener, lambda *_: make_model(dtype=torch.bfloat16)))
+        workers.append(Worker(config, listener, lambda *_: make_model(dtype=dtype)))
         return workers[-1]
 
     yield start
@@ -193,7 +193,8 @@ def test_it_is_written_when_no_job_waits(opener: Open, monkeypatch: pytest.Monke
 
 
 def test_what_was_not_written_is_computed_again(opener: Open, tmp_path: Path) -> None:
-    exact = {"codec__name": "raw", "compress__keep_ratio": 1.0}
+    # In 16 bits what is computed in other portions may have another likeliest token.
+    exact = {"codec__name": "raw", "compress__keep_ratio": 1.0, "dtype": torch.float32}
     live = opener(**exact).open("trip")
     for question in QUESTIONS:
         live.ask(question)

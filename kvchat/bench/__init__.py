@@ -5,6 +5,7 @@
     prefill  tokens a second while reading, against transformers' forward passes over the same chunks
     store    bits an element and speed of every codec, bytes a token on disk, the store against a plain file
     memory   bytes of KV held against all of it, and what a process grows by when it resumes
+    recall   bringing back turns of 8 segments before a question, against reading the question
     seal     sealing a turn, against prefilling it
     gpu      one GPU with a model of Llama-3.1-8B's shape: see `bench.gpu`; not a part of `all`
     tiers    many sessions under one cap on all KV, by three policies: see `bench.tiers`; not a part of `all`
@@ -29,6 +30,7 @@ from kvchat.bench.llama_cpp import no_server, serving
 from kvchat.bench.machine import machine
 from kvchat.bench.memory import memory
 from kvchat.bench.prefill import prefill
+from kvchat.bench.recall import recall
 from kvchat.bench.resume import resume
 from kvchat.bench.seal import seal
 from kvchat.bench.store import store
@@ -46,6 +48,7 @@ KINDS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "prefill": prefill,
     "store": store,
     "memory": memory,
+    "recall": recall,
     "seal": seal,
 }
 

@@ -94,8 +94,12 @@ class RaggedLayer(Tail):
         if not self._turns(form):
             return rows
         by = np.array([self.shifts.get(start, 0) for start in form.runs[:, START].tolist()], np.int64)
-        turns = torch.repeat_interleave(torch.from_numpy(by), torch.from_numpy(form.runs[:, ROWS].copy()))
-        return replace(rows, keys=self._turn(rows.keys, turns.to(rows.keys.device)))
+        turns = torch.from_numpy(np.repeat(by, form.runs[:, ROWS])).to(rows.keys.device)
+        if by.all():
+            return replace(rows, keys=self._turn(rows.keys, turns))
+        moved, keys = turns.nonzero()[:, 0], rows.keys.clone()
+        keys[moved] = self._turn(keys[moved], turns[moved])
+        return replace(rows, keys=keys)
 
     def arrange(self, shifts: Mapping[int, int], tail: Sequence[int]) -> None:
         """Have segments stand elsewhere, as `shifts` says, and turn the tail's keys each by so many positions."""

@@ -9,6 +9,7 @@ Letters: N rows, R runs, U units of key scales, H KV heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from itertools import groupby
 
@@ -75,27 +76,39 @@ def before(rows: CodedKV, position: int) -> CodedKV:
 
 
 def within(rows: CodedKV, spans: Spans) -> CodedKV:
-    """The rows of tokens in these spans; of keys in 4 bits whole groups, which share a scale, so some rows more."""
-    positions = rows.positions.cpu().numpy()
-    inside = np.zeros(len(positions), np.bool_)
+    """The rows of tokens in these spans; of keys in 4 bits whole groups, which share a scale, so some rows more.
+
+    Planes are shared with `rows`: only the runs are others, until these are packed.
+    """
+    runs, group = rows.runs, GROUP if rows.form.key_bits == 4 else 1
+    run, offset = _rows_of(runs)
+    positions = rows.positions.cpu().numpy()[runs[run, FIRST] + offset]
+    inside = np.zeros(len(run), np.bool_)
     for low, high in spans:
         inside |= (positions >= low) & (positions < high)
-    chosen = [part for run in rows.runs for part in _stretches(run, inside, rows.form.key_bits)]
-    return pack([rows], [np.array(chosen, np.int64).reshape(-1, rows.runs.shape[1])], rows.keys.device)
+    if group > 1 and len(run):
+        firsts = np.flatnonzero(offset % group == 0)
+        inside = np.repeat(np.logical_or.reduceat(inside, firsts), np.diff([*firsts, len(inside)]))
+    begins, ends = _stretches(inside, run)
+    chosen = runs[run[begins]].copy()
+    chosen[:, FIRST] += offset[begins]
+    chosen[:, ROWS] = ends - begins
+    chosen[:, UNIT] += offset[begins] // group if group > 1 else 0
+    return replace(rows, runs=chosen)
 
 
-def _stretches(run: npt.NDArray[np.int64], inside: npt.NDArray[np.bool_], key_bits: int) -> list[list[int]]:
-    """The parts of a run whose rows are inside."""
-    head, first, length, unit, start, chunk = run.tolist()
-    group = GROUP if key_bits == 4 else 1
-    wanted = np.zeros(-(-length // group) * group, np.bool_)
-    wanted[:length] = inside[first : first + length]
-    wanted = np.repeat(wanted.reshape(-1, group).any(1), group)[:length]
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], wanted.astype(np.int8), [0]]))).reshape(-1, 2).tolist()
-    return [
-        [head, first + low, high - low, unit + (low // group if key_bits == 4 else 0), start, chunk]
-        for low, high in edges
-    ]
+def _rows_of(runs: Runs) -> tuple[Runs, Runs]:
+    """Of every row of the runs, in their order: the index of its run, and its number in it."""
+    run = np.repeat(np.arange(len(runs)), runs[:, ROWS])
+    return run, np.arange(len(run)) - np.repeat(np.cumsum(runs[:, ROWS]) - runs[:, ROWS], runs[:, ROWS])
+
+
+def _stretches(inside: npt.NDArray[np.bool_], run: Runs) -> tuple[Runs, Runs]:
+    """Where rows of one run that are inside follow each other: the first of each stretch, and one past its last."""
+    same = run[1:] == run[:-1]
+    begins = inside & ~np.append(False, inside[:-1] & same)[: len(inside)]
+    ends = inside & ~np.append(inside[1:] & same, False)[: len(inside)]
+    return np.flatnonzero(begins), np.flatnonzero(ends) + 1
 
 
 def merged(forms: Sequence[CodedKV], parts: Sequence[LayerKV]) -> LayerKV:

@@ -1,4 +1,4 @@
-"""What a re-base costs: the same turns, foretold by a session whose window is too small for them and by one whose is not."""
+"""What a re-base costs: the same replies, foretold by a session whose window is too small and by one whose is not."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def costs(engine: Engine, config: Config, case: Case, window: int) -> list[Cost]
     plain, rebased = ([*_foretold(one, config, case)] for one in (engine, small))
     pairs = [pair for pair in zip(plain, rebased, strict=True) if not pair[0].offset]  # as long as it has not been
     moved = [bool(two.offset) for _, two in pairs]
-    first = [two.offset > before for (_, two), before in zip(pairs, [0, *(two.offset for _, two in pairs)], strict=False)]
+    first = [
+        two.offset > before for (_, two), before in zip(pairs, [0, *(two.offset for _, two in pairs)], strict=False)
+    ]
     if not any(moved):
         raise InputError(f"{case.name} does not fill a window of {window} tokens; give a longer conversation")
     chosen = {"before": [not one for one in moved], "right after one": first, "all after": moved}
@@ -104,7 +106,9 @@ def _cost(when: str, pairs: Sequence[tuple[Foretold, Foretold]]) -> Cost:
     tokens = sum(one.tokens for one, _ in pairs)
     lost = [one.logprob - two.logprob for one, two in pairs]
     nats = sum(lost) / tokens
-    spread = math.sqrt(sum((loss - nats * one.tokens) ** 2 for loss, (one, _) in zip(lost, pairs, strict=True))) / tokens
+    spread = (
+        math.sqrt(sum((loss - nats * one.tokens) ** 2 for loss, (one, _) in zip(lost, pairs, strict=True))) / tokens
+    )
     offsets = [0, *(two.offset for _, two in pairs)]
     return Cost(
         when=when,

@@ -16,6 +16,7 @@ from kvchat.bench.gpu.shape import LLAMA_8B, shaped
 from kvchat.bench.history import Subject, measured, opened, ranked
 from kvchat.bench.llama_cpp import no_server
 from kvchat.bench.machine import machine
+from kvchat.bench.recall import recall
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
@@ -58,6 +59,7 @@ def conversation(
                 "build": lambda: chat.build(session, tokens),
                 "memory": lambda: chat.memory(subject, weights),
                 "resume": lambda: chat.resume(subject, shape),
+                "recall": lambda: recall(subject),
                 "seal": lambda: chat.seal(subject, weights),
                 "decode": lambda: chat.decode(subject, [session.num_tokens, tokens // 2, tokens // 8], read),
             }
