@@ -32,6 +32,7 @@ from kvchat.sections import (
     ModelConfig,
     RecallConfig,
     StoreConfig,
+    TuiConfig,
 )
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,7 @@ class Config(BaseSettings):
     recall: RecallConfig = RecallConfig()
     episodes: EpisodesConfig = EpisodesConfig()
     generate: GenerateConfig = GenerateConfig()
+    tui: TuiConfig = TuiConfig()
     _given: frozenset[str] = PrivateAttr(default=frozenset())
     """Keys that were set for this run, which a session's own settings do not change."""
 

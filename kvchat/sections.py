@@ -238,3 +238,35 @@ class GenerateConfig(Section):
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, ge=0.1, le=10)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+
+_KEY = r"((ctrl|alt|shift|super|hyper|meta)\+)*[A-Za-z0-9_]+"
+
+
+class TuiConfig(Section):
+    """How the chat looks, and its keys."""
+
+    theme: str = "kvchat-dark"
+    """Name of a theme; one that is not there counts as the default."""
+    keys: dict[str, str] = {}
+    """Ids of actions to their keys, several joined with commas, as in {"map": "f3,ctrl+g"}; others keep theirs."""
+    titles: bool = True
+    """Whether the model gives sessions titles, in idle time."""
+
+    @field_validator("theme")
+    @classmethod
+    def _is_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
+            raise ValueError("must be the name of a theme, as in kvchat-dark")
+        return name
+
+    @field_validator("keys")
+    @classmethod
+    def _are_keys(cls, keys: dict[str, str]) -> dict[str, str]:
+        keys = {action: pressed.replace(" ", "") for action, pressed in keys.items()}
+        for action, pressed in keys.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_.]*", action):
+                raise ValueError(f"has no action {action!r}; actions are words, as in stop or prompt.newline")
+            if not all(re.fullmatch(_KEY, key) for key in pressed.split(",")):
+                raise ValueError(f"has no key {pressed!r} for {action}; keys are as in f5, ctrl+g or f3,ctrl+g")
+        return keys
