@@ -29,14 +29,14 @@ def list_sessions(query: Query) -> list[SessionInfo]:
     for basis in query(BASES):
         bases.setdefault(basis["number"], {})[basis["id"]] = basis["nbytes"]
     paths = [_path(row["number"], parents) for row in rows]
-    titles = _titles(query, paths)
+    openings = _openings(query, paths)
     infos = []
-    for row, path, title in zip(map(dict, rows), paths, titles, strict=True):
+    for row, path, opening in zip(map(dict, rows), paths, openings, strict=True):
         there = [stored[number] for number in path if number in stored]
         shared = {key: nbytes for number in path for key, nbytes in bases.get(number, {}).items()}
         nbytes = sum(nbytes for nbytes, _ in there) + sum(shared.values())
         sizes = {"nbytes": nbytes, "stored_tokens": sum(tokens for _, tokens in there)}
-        infos.append(session_of({**row, **sizes, "title": title}))
+        infos.append(session_of({**row, **sizes, "opening": opening}))
     return infos
 
 
@@ -48,9 +48,10 @@ def find_messages(query: Query, match: str, limit: int) -> list[SearchHit]:
     held = _holders(query, list(hits))
     found = sorted(held, key=lambda pair: (hits[pair[0]]["rank"], -names[pair[1]][0]))[:limit]
     return [
-        SearchHit(names[session][1], hit["turn"] if held[number, session] else None, hit["role"], _line(hit["snippet"]))
+        SearchHit(names[session][1], hit["turn"] if held[number, session] else None, hit["role"], *line)
         for number, session in found
         for hit in (hits[number],)
+        for line in (_line(hit["snippet"]),)
     ]
 
 
@@ -82,18 +83,25 @@ def _path(tip: int | None, parents: Mapping[int, int]) -> list[int]:
     return list(path)[::-1]
 
 
-def _titles(query: Query, paths: Sequence[Sequence[int]]) -> list[str]:
+def _openings(query: Query, paths: Sequence[Sequence[int]]) -> list[str]:
     """How the first message of the user begins, of each path; one query for each place where it may stand."""
-    titles, pending, place = [""] * len(paths), list(range(len(paths))), 0
+    openings, pending, place = [""] * len(paths), list(range(len(paths))), 0
     while pending := [index for index in pending if place < len(paths[index])]:
         wanted = json.dumps([paths[index][place] for index in pending])
-        found = {row["number"]: row["title"] for row in query(OPENINGS, numbers=wanted)}
+        found = {row["number"]: row["opening"] for row in query(OPENINGS, numbers=wanted)}
         for index in pending:
-            titles[index] = found.get(paths[index][place], "")
+            openings[index] = found.get(paths[index][place], "")
         pending = [index for index in pending if paths[index][place] not in found]
         place += 1
-    return titles
+    return openings
 
 
-def _line(snippet: str) -> str:
-    return " ".join(snippet.split())
+def _line(snippet: bytes) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """A snippet on one line, and where in it the hits are that `queries.HITS` put between two bytes."""
+    text, *pieces = " ".join(snippet.decode(errors="surrogateescape").split()).split("\udcfe")
+    spans = []
+    for piece in pieces:
+        hit, _, rest = piece.partition("\udcff")
+        spans.append((len(text), len(text) + len(hit)))
+        text += hit + rest
+    return text, tuple(spans)

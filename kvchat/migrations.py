@@ -16,7 +16,7 @@ from sqlite_utils import Database, Migrations
 
 from kvchat.cipher import SMALLEST, Key, connect, database_errors, error_code, salt
 from kvchat.errors import StoreDamaged, StoreError
-from kvchat.schema import ALIASES, PARTIAL, SCHEMA, VECTORS
+from kvchat.schema import ALIASES, NOTES, PARTIAL, SCHEMA, VECTORS
 
 FORMAT = 1
 """Raised when an older program would misread the rows, even though their tables look familiar."""
@@ -62,6 +62,12 @@ def m004_vectors(db: Database) -> None:
 def m005_aliases_of_segments(db: Database) -> None:
     """Segments whose frames are those of another one, as of a document that is attached to several sessions."""
     db.executescript(ALIASES)
+
+
+@MIGRATIONS()  # type: ignore[untyped-decorator]
+def m006_titles_tags_drafts_and_unfinished_answers(db: Database) -> None:
+    """What is noted about sessions, and the answers that were in the making."""
+    db.executescript(NOTES)
 
 
 def open_database(path: Path, busy_timeout_s: float, key: Key | None = None) -> Database:

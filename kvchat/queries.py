@@ -13,10 +13,16 @@ from kvchat.records import Row
 
 # In thousandths, for SQLite divides integers to integers.
 _STORED_TOKENS = "sum((segments.end_token - segments.start_token) * 1000 * stored_chunks / num_chunks) AS stored_tokens"
+# Of a session, all but its draft, which may be long.
+_OWN = """
+sessions.id, name, model, fingerprint, sessions.tip, sessions.created, updated, settings, title, titled,
+    (SELECT json_group_array(tag) FROM tags WHERE tags.session_id = sessions.id) AS tags,
+    (SELECT count(*) FROM branches WHERE branches.session_id = sessions.id) AS num_branches
+"""
 _KV_BYTES = "(SELECT total(nbytes) FROM segments) + (SELECT total(length(body)) FROM bases)"
 
 INFOS = """
-WITH RECURSIVE chosen AS (SELECT * FROM sessions WHERE {where}),
+WITH RECURSIVE chosen AS (SELECT {own} FROM sessions WHERE {where}),
 walk(session_id, id) AS (
     SELECT id, tip FROM chosen WHERE tip IS NOT NULL
     UNION SELECT session_id, parent FROM walk CROSS JOIN messages USING (id) WHERE parent IS NOT NULL),
@@ -30,18 +36,18 @@ shared AS (
         SELECT DISTINCT session_id, basis FROM touched CROSS JOIN segments ON segments.id = segment_id)
     CROSS JOIN bases ON bases.id = basis GROUP BY session_id),
 opening AS (
-    SELECT session_id, substr(content, 1, 200) AS title
+    SELECT session_id, substr(content, 1, 200) AS text
     FROM walk CROSS JOIN messages USING (id) WHERE turn = 1 AND role = 'user')
-SELECT chosen.*, opening.title, tip.turn AS num_turns, tip.end_token AS num_tokens, stored_tokens,
+SELECT chosen.*, opening.text AS opening, tip.turn AS num_turns, tip.end_token AS num_tokens, stored_tokens,
     stored.nbytes + ifnull(shared.nbytes, 0) AS nbytes
 FROM chosen LEFT JOIN messages tip ON tip.id = chosen.tip
 LEFT JOIN opening ON opening.session_id = chosen.id LEFT JOIN stored ON stored.session_id = chosen.id
 LEFT JOIN shared ON shared.session_id = chosen.id
 ORDER BY chosen.updated DESC, chosen.id DESC
-""".replace("{stored_tokens}", _STORED_TOKENS)
+""".replace("{stored_tokens}", _STORED_TOKENS).replace("{own}", _OWN)
 # Those of `listing` are read from indexes, or read a few rows.
-TIPS = """
-SELECT sessions.*, tip.number, tip.turn AS num_turns, tip.end_token AS num_tokens
+TIPS = f"""
+SELECT {_OWN}, tip.number, tip.turn AS num_turns, tip.end_token AS num_tokens
 FROM sessions LEFT JOIN messages tip ON tip.id = sessions.tip ORDER BY sessions.updated DESC, sessions.id DESC
 """
 EDGES = """
@@ -59,13 +65,21 @@ FROM bases CROSS JOIN segments ON basis = bases.id
 CROSS JOIN segment_messages ON segment_id = segments.id AND ordinal = 0 CROSS JOIN messages ON messages.id = message_id
 """
 OPENINGS = """
-SELECT number, substr(content, 1, 200) AS title FROM json_each(:numbers) CROSS JOIN messages ON number = value
+SELECT number, substr(content, 1, 200) AS opening FROM json_each(:numbers) CROSS JOIN messages ON number = value
 WHERE turn = 1 AND role = 'user'
 """
 PATH = """
 WITH RECURSIVE path(id) AS (
     SELECT :tip UNION SELECT parent FROM path CROSS JOIN messages USING (id) WHERE parent IS NOT NULL)
 SELECT messages.* FROM path CROSS JOIN messages USING (id) ORDER BY depth
+"""
+# All that one session reaches.
+TREE = """
+WITH RECURSIVE own(id) AS (
+    SELECT tip FROM sessions WHERE sessions.id = :session AND tip IS NOT NULL
+    UNION SELECT tip FROM branches WHERE session_id = :session
+    UNION SELECT parent FROM own CROSS JOIN messages USING (id) WHERE parent IS NOT NULL)
+SELECT messages.* FROM own CROSS JOIN messages USING (id) ORDER BY depth, number
 """
 # What any session still reaches; NULL must stay out, or NOT IN would hold for nothing.
 REACHABLE = """
@@ -92,9 +106,11 @@ DELETE FROM branches WHERE session_id = :session AND (
     tip IN (SELECT id FROM above WHERE id IS NOT NULL)
     OR tip = (SELECT tip FROM sessions WHERE id = :session))
 """
+# A hit stands between two bytes that no text has, so the snippet comes as bytes.
 HITS = """
 WITH hits AS (
-    SELECT rowid AS number, rank, snippet(messages_fts, 0, '[', ']', '…', 12) AS snippet
+    SELECT rowid AS number, rank,
+        CAST(snippet(messages_fts, 0, CAST(x'FE' AS TEXT), CAST(x'FF' AS TEXT), '…', 12) AS BLOB) AS snippet
     FROM messages_fts WHERE messages_fts MATCH :match ORDER BY rank LIMIT :limit)
 SELECT number, turn, role, rank, snippet FROM hits CROSS JOIN messages USING (number)
 """

@@ -17,6 +17,7 @@ from kvchat.errors import CodecError, InputError
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["sealed", "open"]
+Titled = Literal["", "model", "user"]
 Row = sqlite3.Row
 Place = tuple[int, int, int, int]
 """Depth in the tree, turn, first token and one past the last token of a message."""
@@ -72,7 +73,8 @@ class Message:
 class SessionInfo:
     """One line of a listing. Turns and tokens are those of the tip's path.
 
-    `title` is the start of the first user message; `nbytes` counts the stored KV of segments that touch the path,
+    `title` is the one that the user or the model gave, as `titled` says, else the start of the first user message.
+    `nbytes` counts the stored KV of segments that touch the path,
     and what they share once.
     `stored` says how much of the path's KV that is, from 0 to 1, counted in tokens and rank chunks.
     """
@@ -91,6 +93,11 @@ class SessionInfo:
     stored: float
     settings: dict[str, Any]
     """The session's own, by dotted key."""
+    titled: Titled = ""
+    tags: tuple[str, ...] = ()
+    """Sorted."""
+    num_branches: int = 0
+    """Ends of branches beside the present one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +134,15 @@ class SearchHit:
     """A message that matched, once for every session that holds it.
 
     `turn` counts user messages on the session's current path from 1; a system prompt before the first is turn 0, and a
-    message that only an old branch holds has None. `snippet` marks the words found with [ and ].
+    message that only an old branch holds has None. `spans` says where in `snippet` the words found are, each as
+    [first, last) in characters.
     """
 
     session: str
     turn: int | None
     role: Role
     snippet: str
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 def message_id(parent: str | None, role: str, content: str, token_ids: Sequence[int]) -> str:
@@ -219,12 +228,15 @@ def session_of(row: Row | Mapping[str, Any]) -> SessionInfo:
         tip=row["tip"],
         created=row["created"],
         updated=row["updated"],
-        title=_title(row["title"] or ""),
+        title=row["title"] or _title(row["opening"] or ""),
         num_turns=row["num_turns"] or 0,
         num_tokens=row["num_tokens"] or 0,
         nbytes=row["nbytes"] or 0,
         # A segment may go on beyond the path, and two may begin at one message.
         settings=json.loads(row["settings"]),
+        titled=row["titled"],
+        tags=tuple(sorted(json.loads(row["tags"]))),
+        num_branches=row["num_branches"],
         stored=min(1.0, (row["stored_tokens"] or 0) / 1000 / (row["num_tokens"] or 1)),
     )
 

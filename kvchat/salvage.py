@@ -31,11 +31,11 @@ class Source(Protocol):
         """An iterable of rows."""
 
 
-TEXT = ("meta", "messages", "sessions", "branches", "sqlite_sequence")
+TEXT = ("meta", "messages", "sessions", "branches", "tags", "unfinished", "sqlite_sequence")
 """Tables that nothing can be made again from."""
 DERIVED = {"bases": "id", "segments": "id", "segment_messages": "segment_id", "frames": "segment_id"}
 """Tables that can be made again from the text, and the key by which their rows are copied."""
-COUNTED = ("messages", "sessions", "branches")
+COUNTED = ("messages", "sessions", "branches", "tags")
 """Tables of text that have indexes, by which their rows can be counted too."""
 LOST = (
     "DELETE FROM segments WHERE id IN (SELECT segment_id FROM segment_messages WHERE message_id NOT IN"

@@ -122,3 +122,23 @@ CREATE TABLE vectors (
     PRIMARY KEY (message_id, embedder)
 );
 """
+NOTES = """
+-- titled: whose the title is; '' if there is none. draft: what was typed and not sent. It may be long, and so it stands
+-- last: what stands before it is read without it.
+ALTER TABLE sessions ADD COLUMN title TEXT NOT NULL DEFAULT '';
+ALTER TABLE sessions ADD COLUMN titled TEXT NOT NULL DEFAULT '' CHECK (titled IN ('', 'model', 'user'));
+ALTER TABLE sessions ADD COLUMN draft TEXT NOT NULL DEFAULT '';
+
+CREATE TABLE tags (
+    session_id INTEGER NOT NULL REFERENCES sessions(id) ON DELETE CASCADE,
+    tag TEXT NOT NULL,
+    PRIMARY KEY (session_id, tag)
+);
+
+-- The tokens of an answer that is not at its end yet, and the message that it follows. A few rows: they need no index.
+CREATE TABLE unfinished (
+    session_id INTEGER PRIMARY KEY REFERENCES sessions(id) ON DELETE CASCADE,
+    parent TEXT NOT NULL REFERENCES messages(id) ON DELETE CASCADE,
+    token_ids BLOB NOT NULL CHECK (length(token_ids) % 4 = 0)
+);
+"""

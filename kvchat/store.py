@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,15 +33,13 @@ from kvchat.records import (
     session_of,
 )
 from kvchat.salvage import remove_leftovers
+from kvchat.store_notes import NotesStore, deleted, on_a_line
 from kvchat.vector_store import VectorStore
 
 __all__ = ["Kind", "Message", "Role", "SearchHit", "SegmentRecord", "SessionInfo", "Store"]
 
-# Control characters, lone surrogates and line ends: a name is one line of a listing.
-NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")
 
-
-class Store(LimitedStore, AliasStore, VectorStore, Checks):
+class Store(LimitedStore, AliasStore, VectorStore, NotesStore, Checks):
     """One database file of sessions, messages, segments and frames.
 
     Every method may raise StoreError: the file is damaged, cannot be written, or another process writes to it for
@@ -121,6 +118,8 @@ class Store(LimitedStore, AliasStore, VectorStore, Checks):
     def fork(self, name: str, new: str, tip: str | None) -> SessionInfo:
         """A new session that shares everything up to `tip`, a message on any branch; None = before the first message.
 
+        It takes the settings and the tags over; title and draft it gets of its own.
+
         Raises:
             SessionNotFound, SessionExists, InputError
             StoreError: the session does not hold `tip`.
@@ -133,6 +132,8 @@ class Store(LimitedStore, AliasStore, VectorStore, Checks):
             self._insert_session(new, source.model, source.fingerprint, tip)
             own = "SELECT settings FROM sessions WHERE id = ?"
             self._db.execute(f"UPDATE sessions SET settings = ({own}) WHERE name = ?", [source.id, new])
+            tags = "SELECT sessions.id, tag FROM tags, sessions WHERE session_id = ? AND name = ?"
+            self._db.execute(f"INSERT INTO tags {tags}", [source.id, new])
         return self.session(new)
 
     def set_settings(self, session_id: int, settings: Mapping[str, Any]) -> None:
@@ -331,7 +332,7 @@ class Store(LimitedStore, AliasStore, VectorStore, Checks):
         )
 
     def _check_free(self, name: str) -> None:
-        if not name.strip() or any(unicodedata.category(character) in NOT_IN_NAMES for character in name):
+        if not name.strip() or not on_a_line(name):
             raise InputError(f"{name!r} is no session name; use letters, digits, spaces and signs on one line")
         if self._rows("SELECT 1 FROM sessions WHERE name = :name", name=name):
             raise SessionExists(f"there is a session {name!r} already; choose another name")
@@ -340,7 +341,7 @@ class Store(LimitedStore, AliasStore, VectorStore, Checks):
         """Name and tip of a session."""
         rows = self._rows("SELECT name, tip FROM sessions WHERE id = :id", id=session_id)
         if not rows:
-            raise StoreError("the session was deleted by another kvchat; `kvchat ls` lists those that are left")
+            raise deleted()
         return rows[0]["name"], rows[0]["tip"]
 
     def _insert_messages(self, messages: Sequence[Message], tip: str | None) -> None:

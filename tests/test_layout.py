@@ -39,6 +39,7 @@ ORDER = [
         "recrypt",
         "checks",
         "vector_store",
+        "store_notes",
         "store",
         "episodes",
         "portable",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,10 @@ from kvchat.store import Store
 from tests.store_parts import converse, segment
 
 TABLES = ("messages", "sessions", "branches", "segments", "segment_messages", "frames")
-LATER = ["m002_partial_segments_and_probes", "m003_settings_of_sessions", "m004_vectors", "m005_aliases_of_segments"]
+LATER = [
+    *("m002_partial_segments_and_probes", "m003_settings_of_sessions", "m004_vectors", "m005_aliases_of_segments"),
+    "m006_titles_tags_drafts_and_unfinished_answers",
+]
 """Before each of these a version of the schema ended."""
 
 
@@ -49,3 +53,7 @@ def test_an_older_store_is_taken_over_whole(tmp_path: Path, later: str) -> None:
         assert list(store.frames(record.id, range(record.num_chunks))) == frames
         assert [hit.session for hit in store.search("Naples")] == ["trip"]
         assert store.verify() == []
+        assert (info.titled, info.tags, store.draft(info.id), store.unfinished(info.id)) == ("", (), "", None)
+        store.set_title(info.id, "Italy", "user")
+        store.set_tags(info.id, ["work"])
+        assert store.session("trip") == replace(info, title="Italy", titled="user", tags=("work",))

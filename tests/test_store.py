@@ -271,9 +271,11 @@ def test_search_names_session_turn_and_role(store: Store) -> None:
     system = say(None, "system", "You know hotels.")
     chain = [system, *talk(system, "Hello", "Hi", "Which hotel\nwas it?", "The Hotel Sole, by the station.")]
     store.add_messages(info.id, chain, None)
-    assert store.search("station") == [SearchHit("trip", 2, "assistant", "The Hotel Sole, by the [station].")]
+    assert store.search("station") == [
+        SearchHit("trip", 2, "assistant", "The Hotel Sole, by the station.", ((23, 30),))
+    ]
     assert {(hit.turn, hit.role) for hit in store.search("hotel")} == {(0, "system"), (2, "user"), (2, "assistant")}
-    assert SearchHit("trip", 2, "user", "Which [hotel] was it?") in store.search("hotel")
+    assert SearchHit("trip", 2, "user", "Which hotel was it?", ((6, 11),)) in store.search("hotel")
 
 
 @pytest.mark.parametrize(
