@@ -34,14 +34,15 @@ from kvchat.residence import Residence
 from kvchat.sealing import Ranker
 from kvchat.session import Conversation
 from kvchat.shed import Allowance
-from kvchat.store import SearchHit, SessionInfo
+from kvchat.shelf import Shelf
+from kvchat.store import SessionInfo
 from kvchat.tiers import would_hold
 
 PROBE_AFTER_S = 10.0
 """Further seconds after which the probe's answer is recorded: nobody waits, and a chat that goes on pays nothing."""
 
 
-class Worker:
+class Worker(Shelf):
     """Opens sessions and runs, in order, what their handles ask for.
 
     Args:
@@ -107,22 +108,6 @@ class Worker:
             ModelError: no model can be loaded. CapacityError: its window is too small.
         """
         return Session(self, self.jobs.call(lambda: self._take_in(file, name, model, rebuild)))
-
-    def sessions(self) -> list[SessionInfo]:
-        """All sessions, the last used first."""
-        return self.jobs.call(lambda: self._store.sessions())
-
-    def search(self, text: str) -> list[SearchHit]:
-        """Messages with all the words."""
-        return self.jobs.call(lambda: self._store.search(text))
-
-    def rename(self, name: str, new: str) -> None:
-        """Give a session another name."""
-        self.jobs.call(lambda: self._rename(name, new))
-
-    def delete(self, name: str) -> None:
-        """Delete a session for good; InputError while it is open, SessionBusy while another process has it open."""
-        self.jobs.call(lambda: self._delete(name))
 
     def close(self) -> None:
         """Finish what is under way, save, and end the thread."""
@@ -285,16 +270,3 @@ class Worker:
             away = f"session {info.name!r} has settings of its own, which `kvchat set {info.name} {own}` takes away"
             raise ConfigError(f"{error} ({away})") from None
         return Conversation(info, self._store, engine, residence)
-
-    def _rename(self, name: str, new: str) -> None:
-        self._store.rename(name, new)
-        info = self._store.session(new)
-        if info.id in self._open:
-            self._open[info.id][0].info = info
-
-    def _delete(self, name: str) -> None:
-        session_id = self._store.session(name).id
-        if session_id in self._open:
-            raise InputError(f"session {name!r} is open; close it before deleting it")
-        with SessionLock(self._store.file, session_id, name):
-            self._store.delete(name, session_id)

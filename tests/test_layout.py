@@ -68,6 +68,7 @@ ORDER = [
         "handle",
         "asynchronous",
         "engines",
+        "shelf",
         "worker",
         "opening",
         "evals",
