@@ -6,6 +6,7 @@ An unknown key is an error that names the known ones. Nothing else in the packag
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -57,6 +58,9 @@ class Config(BaseSettings):
     tui: TuiConfig = TuiConfig()
     _given: frozenset[str] = PrivateAttr(default=frozenset())
     """Keys that were set for this run, which a session's own settings do not change."""
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+    """Of keys that are not left at their default."""
+    _file: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _codecs_have_intervals(self) -> Config:
@@ -103,14 +107,37 @@ class Config(BaseSettings):
             raise ConfigError(f"there is no config file {path}; leave --config out or name an existing file")
         try:
             tree = TomlConfigSettingsSource(cls, file)() if file.is_file() else {}
-            tree = _merge(_merge(tree, EnvSettingsSource(cls)()), _nested(overrides or {}))
-            config = cls(**tree)
-            config._given = frozenset(overrides or {})
-            return config
+            variables = EnvSettingsSource(cls)()
+            config = cls(**_merge(_merge(tree, variables), _nested(overrides or {})))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not valid TOML: {error}") from None
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from None
+        config._given = frozenset(overrides or {})
+        config._file = file
+        origins = dict.fromkeys(dotted(tree), "config.toml") | {key: _variable(key) for key in dotted(variables)}
+        config._origins = origins | dict.fromkeys(config._given, "this run")
+        return config
+
+    @classmethod
+    def of_file(cls, tree: Mapping[str, Any]) -> Config:
+        """What the tables of a file alone would set. Raises ConfigError."""
+        try:
+            return cls(**tree)
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from None
+
+    @property
+    def file(self) -> Path:
+        """Where settings are read from and written to; it need not be there."""
+        return self._file or default_folder("config") / "config.toml"
+
+    def origins(self) -> dict[str, str]:
+        """Where the value of each setting comes from, by dotted key.
+
+        "default", "config.toml", the name of a variable, "this run" (a flag, or code) or "this session".
+        """
+        return {key: self._origins.get(key, "default") for key in dotted(self.model_dump())}
 
     def sampling(self, given: Mapping[str, Any]) -> GenerateConfig:
         """The sampling settings with some replaced for one turn. Raises ConfigError."""
@@ -119,11 +146,12 @@ class Config(BaseSettings):
         except ValidationError as error:
             raise ConfigError(_one_line(error, "generate")) from None
 
-    def replaced(self, values: Mapping[str, Any]) -> Config:
+    def replaced(self, values: Mapping[str, Any], origin: str = "this run") -> Config:
         """These settings with some replaced, by dotted key, as in {"compress.keep_ratio": 0.3}. Raises ConfigError."""
         try:
             config = Config(**_merge(self.model_dump(), _nested(dict(values))))
-            config._given = self._given
+            config._given, config._file = self._given, self._file
+            config._origins = self._origins | dict.fromkeys(values, origin)
             return config
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from None
@@ -142,7 +170,8 @@ class Config(BaseSettings):
                 f"compress.scorer {whole.compress.scorer!r} is code, which no session brings along: set it in "
                 "config.toml, a variable or with --set"
             )
-        return self.replaced({key: value for key, value in settings.items() if key not in self._given or key in now})
+        own = {key: value for key, value in settings.items() if key not in self._given or key in now}
+        return self.replaced(own, "this session")
 
     @property
     def store_path(self) -> Path:
@@ -177,6 +206,18 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         old = base.get(section)
         both[section] = {**old, **values} if isinstance(old, dict) and isinstance(values, dict) else values
     return both
+
+
+def dotted(tree: Mapping[str, Any]) -> list[str]:
+    """The keys of a tree of sections, as in compress.keep_ratio."""
+    return [f"{section}.{name}" for section, values in tree.items() if isinstance(values, Mapping) for name in values]
+
+
+def _variable(key: str) -> str:
+    """The environment's variable that sets it: of the setting itself, or of its section as JSON."""
+    own = "KVCHAT_" + key.replace(".", "__").upper()
+    is_own = any(name.upper() == own or name.upper().startswith(f"{own}__") for name in os.environ)
+    return own if is_own else own.partition("__")[0]
 
 
 def _known(model: type[BaseModel]) -> str:

@@ -20,12 +20,10 @@ from typing import Any
 import torch
 import transformers
 
+from kvchat.builtin import FORMAT
 from kvchat.errors import ModelError
 from kvchat.events import Listener, Progress
 from kvchat.supported import one_line_errors, quiet_libraries, read_config
-
-FORMAT = "1"
-"""Version of the converted folders."""
 
 HEADER_BYTES = 1 << 26
 """More than the metadata and tensor names of a GGUF file take."""

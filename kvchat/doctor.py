@@ -97,7 +97,7 @@ def _decoding(device: str, wide: bool, kernels: bool) -> Row:
 
 
 def _model(config: Config) -> Row:
-    from kvchat.download import BUILTIN
+    from kvchat.builtin import BUILTIN
 
     name = config.model.name or BUILTIN
     known = {row["name"]: row for row in models()}
@@ -143,18 +143,16 @@ def _disk(config: Config) -> Row:
 
 
 def _builtin(cache: Path) -> Row:
-    from kvchat.convert import FORMAT
-    from kvchat.download import BUILTIN, BUILTIN_SHA
+    from kvchat.builtin import BUILTIN, builtin_path
 
-    folder = cache / f"{BUILTIN_SHA[:16]}-{FORMAT}"
+    folder = builtin_path(cache)
     ready = folder.is_dir()
     return _entry(BUILTIN, "built-in", "ready" if ready else "downloaded on first use", folder if ready else None)
 
 
 def _converted(cache: Path) -> Iterator[Row]:
     """GGUF files that were converted before, by the name of the file if it is still known."""
-    from kvchat.convert import FORMAT
-    from kvchat.download import BUILTIN_SHA
+    from kvchat.builtin import BUILTIN_SHA, FORMAT
 
     try:
         hashes = json.loads((cache / "hashes.json").read_text("utf-8"))

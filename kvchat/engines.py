@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from kvchat.download import BUILTIN, is_here
+from kvchat.builtin import BUILTIN
+from kvchat.download import is_here
 from kvchat.engine import Engine
 from kvchat.errors import ModelError
 from kvchat.events import Listener

