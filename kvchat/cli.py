@@ -24,6 +24,8 @@ from kvchat import (
     cli_far,
     cli_fit,
     cli_import,
+    cli_list,
+    cli_notes,
     cli_select,
     cli_settings,
     cli_stats,
@@ -249,7 +251,9 @@ def doctor_(flags: ModelFlags, as_json: Json = False) -> None:
 
 app.add_typer(cli_attach.app)
 app.add_typer(cli_import.app)
+app.add_typer(cli_list.app)
 app.add_typer(cli_store.app)
+app.add_typer(cli_notes.app)
 app.add_typer(cli_stats.app)
 app.add_typer(cli_settings.app)
 app.add_typer(cli_verify.app)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, typer.Argument(help="The session.", show_default=False)]
 New = Annotated[str, typer.Argument(help="The new name.", show_default=False)]
+
+Spans = Sequence[tuple[int, int]]
 
 app = typer.Typer()
 
@@ -72,8 +74,13 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def print_table(rows: Sequence[dict[str, Any]], stream: TextIO | None = None) -> None:
-    """Rows of equal keys as aligned columns; control characters lose their effect on a terminal."""
+def print_table(
+    rows: Sequence[dict[str, Any]], stream: TextIO | None = None, bold: Sequence[Spans] | None = None
+) -> None:
+    """Rows of equal keys as aligned columns; control characters lose their effect on a terminal.
+
+    `bold` says for each row where its last cell, which is one line then, is shown bold: [first, last) in characters.
+    """
     from kvchat.terminal import neutralise
 
     if not rows:
@@ -81,10 +88,29 @@ def print_table(rows: Sequence[dict[str, Any]], stream: TextIO | None = None) ->
     lines = [list(rows[0])] + [
         [" ".join(neutralise("" if cell is None else str(cell)).split()) for cell in row.values()] for row in rows
     ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    widths = [max(_width(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for row, spans in enumerate(bold or (), start=1):
+        lines[row][-1] = _emphasised([*rows[row - 1].values()][-1], spans)
     for line in lines:
-        padded = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        padded = "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True))
         print(padded.rstrip(), file=stream or sys.stdout)
+
+
+def _width(text: str) -> int:
+    """Columns that a text takes on a terminal."""
+    narrow = sum(unicodedata.category(character) not in ("Mn", "Me", "Cf") for character in text)
+    return narrow + sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+
+
+def _emphasised(text: str, spans: Spans) -> str:
+    """`text` without effect but that its spans are bold."""
+    from kvchat.terminal import neutralise
+
+    shown, end = "", 0
+    for first, last in spans:
+        shown += f"{neutralise(text[end:first])}\x1b[1m{neutralise(text[first:last])}\x1b[22m"
+        end = last
+    return shown + neutralise(text[end:])
 
 
 def spoken(messages: Sequence[Message]) -> list[Message]:
@@ -99,39 +125,6 @@ def turn_numbers(messages: Sequence[Message]) -> list[int]:
         turn += message.role == "user"
         turns.append(turn)
     return turns
-
-
-@app.command()
-@command
-def ls(flags: StoreFlags, as_json: Json = False) -> None:
-    """List the sessions, the last used first."""
-    from kvchat.plain import part, size
-
-    if not flags.settings().store_path.exists():
-        sessions = []
-    else:
-        with open_store(flags) as store:
-            sessions = store.sessions()
-    if as_json:
-        print_json([asdict(session) for session in sessions])
-        return
-    if not sessions:
-        print("no sessions yet; `kvchat chat` begins one", file=sys.stderr)
-    print_table(
-        [
-            {
-                "name": session.name,
-                "turns": session.num_turns,
-                "tokens": session.num_tokens,
-                "disk": size(session.nbytes),
-                "saved": part(session.stored),
-                "model": session.model,
-                "updated": session.updated[:16].replace("T", " "),
-                "title": session.title,
-            }
-            for session in sessions
-        ]
-    )
 
 
 @app.command()
@@ -156,23 +149,6 @@ def show(
         return
     for number, message in shown:
         write(f"[{number}] {message.role}:\n{message.content}\n\n")
-
-
-@app.command()
-@command
-def search(
-    flags: StoreFlags,
-    text: Annotated[str, typer.Argument(help="Words to find.")],
-    limit: Annotated[int, typer.Option(min=1, help="At most so many hits.")] = 20,
-    as_json: Json = False,
-) -> None:
-    """Find words in all conversations."""
-    with open_store(flags) as store:
-        hits = [asdict(hit) for hit in store.search(text, limit)]
-    if as_json:
-        print_json(hits)
-    else:
-        print_table(hits)
 
 
 @app.command()

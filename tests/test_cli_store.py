@@ -97,7 +97,8 @@ def test_import_refuses_a_name_that_is_taken_before_it_loads_a_model(run: Any, w
 
 def test_ls_lists_sessions(run: Any) -> None:
     header, row = run("ls")[0].splitlines()
-    assert header.split() == ["name", "turns", "tokens", "disk", "saved", "model", "updated", "title"]
+    columns = ["name", "turns", "branches", "tokens", "disk", "saved", "model", "updated", "tags", "title"]
+    assert header.split() == columns
     assert row.split()[:2] == ["trip", "2"]
     [listed] = json.loads(run("ls", "--json")[0])
     assert (listed["name"], listed["num_turns"]) == ("trip", 2)

@@ -83,6 +83,8 @@ ORDER = [
         "plain",
         "doctor",
         "cli_store",
+        "cli_list",
+        "cli_notes",
         "cli_settings",
         "cli_config",
         "cli_archive",

@@ -1,0 +1,83 @@
+"""`kvchat ls` and `kvchat search`: which sessions there are, and which of them say something."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvchat.cli_store import open_store, print_json, print_table
+from kvchat.flags import Json, StoreFlags, command
+
+if TYPE_CHECKING:
+    from kvchat.store import SessionInfo
+
+app = typer.Typer()
+
+
+@app.command()
+@command
+def ls(
+    flags: StoreFlags,
+    tag: Annotated[
+        list[str] | None, typer.Option(metavar="TAG", help="Only those with this tag; may be given again.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the sessions, the last used first."""
+    wanted = set(tag or ())
+    sessions = [session for session in _sessions(flags) if wanted <= set(session.tags)]
+    if as_json:
+        print_json([asdict(session) for session in sessions])
+        return
+    if not sessions:
+        tags = " and ".join(map(repr, sorted(wanted)))
+        none = f"no session has the tag {tags}" if tags else "no sessions yet; `kvchat chat` begins one"
+        print(none, file=sys.stderr)
+    print_table([_row(session) for session in sessions])
+
+
+def _sessions(flags: StoreFlags) -> list[SessionInfo]:
+    if not flags.settings().store_path.exists():
+        return []
+    with open_store(flags) as store:
+        return store.sessions()
+
+
+def _row(session: SessionInfo) -> dict[str, Any]:
+    from kvchat.plain import part, size
+
+    return {
+        "name": session.name,
+        "turns": session.num_turns,
+        "branches": session.num_branches or None,
+        "tokens": session.num_tokens,
+        "disk": size(session.nbytes),
+        "saved": part(session.stored),
+        "model": session.model,
+        "updated": session.updated[:16].replace("T", " "),
+        "tags": " ".join(session.tags),
+        "title": session.title,
+    }
+
+
+@app.command()
+@command
+def search(
+    flags: StoreFlags,
+    text: Annotated[str, typer.Argument(help="Words to find.")],
+    limit: Annotated[int, typer.Option(min=1, help="At most so many hits.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Find words in all conversations; on a terminal they are bold."""
+    with open_store(flags) as store:
+        hits = store.search(text, limit)
+    if as_json:
+        print_json([asdict(hit) for hit in hits])
+        return
+    rows = [{"session": hit.session, "turn": hit.turn, "role": hit.role, "text": hit.snippet} for hit in hits]
+    bold = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    print_table(rows, bold=[hit.spans for hit in hits] if bold else None)
