@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import signal
 import subprocess
 import sys
@@ -11,11 +11,17 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
+from kvchat import portable
 from kvchat.cipher import Key
-from kvchat.errors import InputError, StoreError
+from kvchat.config import Config
+from kvchat.errors import InputError, SessionNotFound, StoreError
+from kvchat.migrations import PAGE_SIZE
 from kvchat.store import SearchHit, Store
-from tests.store_parts import FINGERPRINT, MODEL, bytes_on_disk, converse, segment, talk
+from kvchat.worker import Worker
+from tests.store_parts import FINGERPRINT, MODEL, bytes_on_disk, converse, talk
+from tests.tiny import make_model
 
 SECRET = "xyzzy-plugh"
 
@@ -210,24 +216,47 @@ def test_a_fork_takes_the_tags_alone(store: Store) -> None:
     assert store.session("trip").tags == ("old", "work")
 
 
-def test_what_is_noted_survives_a_repair_of_damaged_pages(path: Path) -> None:
-    with closing(Store(path)) as store:
+def test_what_is_noted_survives_a_repair_of_damaged_pages(path: Path, key: Key | None) -> None:
+    with closing(Store(path, key=key)) as store:
         info, chain = converse(store, "trip", "Hello", "Hi")
-        record, frames = segment(chain, 0, 2)
-        store.put_segment(record, [(chunk, grp, os.urandom(100_000)) for chunk, grp, _ in frames])
         note_all(store, info.id, chain[1].id)
         noted = store.session("trip"), store.draft(info.id), store.unfinished(info.id)
-        store.drop_segment(record.id)
-        noted = store.session("trip"), *noted[1:]
         root = store._rows("SELECT rootpage FROM sqlite_schema WHERE name = 'frames_place'")[0]["rootpage"]
     with path.open("r+b") as file:
-        file.seek((root - 1) * 16_384)
+        file.seek((root - 1) * PAGE_SIZE)
         file.write(b"\xff" * 100)
-    with closing(Store(path)) as store:
-        assert store.verify()
-        assert store.repair()
+    with closing(Store(path, key=key)) as store:
+        assert store.verify() and store.repair()
         assert (store.session("trip"), store.draft(info.id), store.unfinished(info.id)) == noted
         assert store.verify() == []
+
+
+def test_what_is_noted_is_of_this_machine_and_not_in_a_portable_file(store: Store) -> None:
+    info, chain = converse(store, "trip", "Hello", "Hi")
+    before, after = io.BytesIO(), io.BytesIO()
+    portable.write(store, "trip", before)
+    note_all(store, info.id, chain[1].id)
+    portable.write(store, "trip", after)
+    assert after.getvalue() == before.getvalue()
+
+
+def test_an_open_session_has_its_title_and_tags_at_once(path: Path) -> None:
+    config = Config.load(overrides={"store.path": str(path)})
+    worker = Worker(config, None, lambda *_: make_model("llama", torch.float32))
+    with worker.open("trip") as session:
+        session.append([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}])
+        worker.retitle("trip", "Rome")
+        worker.tag("trip", ["work"])
+        [listed] = worker.sessions()
+        [(conversation, _)] = worker._open.values()
+        assert conversation.info == listed and (listed.title, listed.tags) == ("Rome", ("work",))
+        assert [message.content for message in worker.preview("trip")][-2:] == ["Hello", "Hi"]
+        with pytest.raises(SessionNotFound):
+            worker.retitle("trap", "x")
+        with pytest.raises(InputError):
+            worker.tag("trip", ["a b"])
+        assert worker.sessions() == [listed]
+    worker.close()
 
 
 # -- trees and hits --------------------------------------------------------------------------------------------------
