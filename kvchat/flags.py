@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvchat.completion import session_names
 from kvchat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     from kvchat.worker import Worker
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(help="The session.", show_default=False, autocompletion=session_names)]
+AnyName = Annotated[
+    str, typer.Argument(help="The session; it is created if there is none.", autocompletion=session_names)
+]
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__base__ or Exception  # typer does not export the class itself
 
 WorkerFactory = Callable[["Config", "Listener", "Key | None"], "Worker"]
 
@@ -108,6 +115,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     run.__signature__ = signature.replace(parameters=[context, *own, *options.values()])  # type: ignore[attr-defined]
     return run
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: command lines, one each, which a test runs."""
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))
 
 
 def _options(flags: type[StoreFlags]) -> dict[str, inspect.Parameter]:
