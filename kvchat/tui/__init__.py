@@ -32,5 +32,4 @@ def run(
     connect = worker if callable(worker) else lambda _: worker
     app = ChatApp(connect, config, name, system=system, model=model, rebuild=rebuild)
     app.run()
-    if callable(worker) and app.engine:
-        app.engine.close()
+    app.leave(close=callable(worker))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from textual.app import ComposeResult
 from textual.containers import Horizontal
 from textual.content import Content
@@ -10,6 +13,7 @@ from textual.widgets import Label, ProgressBar
 from kvchat.events import Phase, Progress
 from kvchat.figures import meter
 from kvchat.terminal import neutralise
+from kvchat.tui.numbers import megabytes
 from kvchat.tui.widgets import Plain
 
 PHASES: dict[Phase, str] = {
@@ -35,8 +39,9 @@ class TitleBar(Horizontal):
         yield Plain("kvchat", id="title")
         yield Label("", id="meter", markup=False)
 
-    def name_session(self, name: str, model: str) -> None:
-        self.query_one("#title", Plain).show(f"kvchat  {name} · {model}")
+    def name_session(self, name: str, model: str, title: str = "") -> None:
+        """`title` stands behind the name, where there is room."""
+        self.query_one("#title", Plain).show(" · ".join(["kvchat  " + name, model, *([title] if title else [])]))
 
     def measure(self, total: int, window: int, offset: int | None = None) -> None:
         """Draw the context meter: which part of the window a conversation of so many tokens takes.
@@ -54,7 +59,12 @@ class TitleBar(Horizontal):
 
 
 class StatusBar(Horizontal):
-    """One line that says what is going on, with a bar while work is counted, and at the right the newest notice."""
+    """One line that says what is going on, with a bar while work is counted; at the right what is held of the KV, or
+    the newest notice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._notice = self._held = ""
 
     def compose(self) -> ComposeResult:
         yield Label("", id="state", markup=False)
@@ -68,7 +78,19 @@ class StatusBar(Horizontal):
 
     def tell(self, notice: str) -> None:
         """Show a notice, or none, until there is another."""
-        self.query_one("#told", Label).update(" ".join(neutralise(notice).split()))
+        self._notice = " ".join(neutralise(notice).split())
+        self._show_right()
+
+    def measure(self, stats: Mapping[str, Any]) -> None:
+        """Show where the KV lies."""
+        memory, disk = megabytes(stats["bytes_in_memory"]), megabytes(stats["bytes_on_disk"])
+        self._held = f"keep {stats['keep_ratio']:g} · KV {memory} in memory, {disk} on disk"
+        self._show_right()
+
+    def _show_right(self) -> None:
+        told = self.query_one("#told", Label)
+        told.set_class(bool(self._notice), "-notice")
+        told.update(self._notice or self._held)
 
     def show(self, progress: Progress) -> None:
         words = PHASES[progress.phase]

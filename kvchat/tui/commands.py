@@ -1,19 +1,12 @@
-"""Slash commands: their names, what they take, and what they do."""
+"""Slash commands: their names, what they take, and how a line is read. What they do stands in acts.py and shows.py."""
 
 from __future__ import annotations
 
-from asyncio import to_thread
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
-from typing import TYPE_CHECKING
 
-from kvchat.errors import InputError, SessionExists
-from kvchat.tui.numbers import stats_table
-
-if TYPE_CHECKING:
-    from kvchat.handle import Session
-    from kvchat.tui.app import ChatApp
-    from kvchat.worker import Worker
+from kvchat.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +19,52 @@ class Command:
     anytime: bool = False
     """May run while the model is busy."""
 
+    @property
+    def needs_argument(self) -> bool:
+        """Nothing can be left out."""
+        return bool(self.argument) and not self.argument.startswith("[")
 
-COMMANDS = {
-    "help": Command("", "show this", anytime=True),
+    @property
+    def is_bare(self) -> bool:
+        """It takes nothing."""
+        return not self.argument
+
+
+COMMANDS: Mapping[str, Command] = {
+    "help": Command("", "keys and commands", anytime=True),
     "new": Command("[NAME]", "begin a session"),
-    "resume": Command("NAME", "go on with another session"),
+    "resume": Command("[NAME]", "go on with another session"),
+    "sessions": Command("", "find, open, or delete sessions", anytime=True),
+    "fork": Command("[TURN] NAME", "go on in a copy of this session, or of its turns up to TURN"),
     "rename": Command("NEW", "rename this session"),
-    "fork": Command("NAME", "go on in a copy of this session"),
+    "title": Command("[TITLE]", "show or set this session's title; - takes it away"),
+    "tag": Command("[+TAG -TAG]", "show, add, or take away tags"),
     "rewind": Command("[N]", "take back the last N turns (1)"),
+    "edit": Command("[TURN]", "say the message of a turn anew (the last)"),
     "retry": Command("", "answer the last message again"),
+    "continue": Command("", "go on with an answer that was cut"),
+    "branches": Command("", "show all branches, and go to another"),
+    "attach": Command("[FILE]", "take in a text file"),
+    "system": Command("[TEXT]", "show the system prompt, or begin a session with another"),
+    "set": Command("KEY=VALUE", "give this session a setting of its own; KEY= takes it away"),
     "keep": Command("[F]", "hold this fraction of older turns' KV"),
+    "model": Command("[NAME]", "show the model, or go on with another"),
     "stats": Command("", "what is kept, in memory and on disk"),
     "map": Command("", "show or hide the map of segments", anytime=True),
+    "inspect": Command("[TURN]", "what is kept of a turn, token by token"),
+    "copy": Command("[code]", "copy the last answer, or its last block of code", anytime=True),
+    "export": Command("FILE", "write this session to a file: .md, .json or .jsonl"),
+    "search": Command("WORDS", "find words in all sessions"),
+    "theme": Command("[NAME]", "choose the colours, for this run", anytime=True),
+    "settings": Command("", "look at settings and change them", anytime=True),
+    "clear": Command("", "empty the screen; the session stays as it is", anytime=True),
     "quit": Command("", "leave", anytime=True),
 }
 
 KEYS = """\
 Enter sends, Ctrl+J begins a new line, PageUp and PageDown scroll.
 A message that begins with // is sent with one slash.
-While an answer is being written, Enter lets one message wait for its end."""
+While an answer is being written, Enter lets messages wait for its end; Escape gives the newest back."""
 
 
 def parse(line: str) -> tuple[str, str]:
@@ -58,114 +78,62 @@ def parse(line: str) -> tuple[str, str]:
     if command is None:
         raise InputError(f"there is no command /{name}; /help lists them, and // begins a message with a slash")
     argument = argument.strip()
-    if bool(argument) != bool(command.argument) and not command.argument.startswith("["):
-        raise InputError(f"usage: /{name} {command.argument}".strip())
+    if (argument and command.is_bare) or (not argument and command.needs_argument):
+        raise usage(name)
     return name, argument
 
 
-def number(argument: str) -> int:
-    """The N of /rewind: 1 if it is left out.
+def usage(name: str, problem: str = "") -> InputError:
+    """What to tell someone who gave a command a wrong argument."""
+    return InputError(f"usage: /{name} {COMMANDS[name].argument}".strip() + (f"; {problem}" if problem else ""))
+
+
+def number(name: str, argument: str, default: int) -> int:
+    """A whole number from 1; `default` if it is left out.
 
     Raises:
-        InputError: not a whole number above 0.
+        InputError: it is something else.
     """
     if not argument:
-        return 1
+        return default
     if not argument.isdecimal() or int(argument) < 1:
-        raise InputError(f"usage: /rewind [N], N is a number of turns from 1, got {argument!r}")
+        raise usage(name, f"a whole number from 1, got {argument!r}")
     return int(argument)
+
+
+def turn_and_name(argument: str) -> tuple[int | None, str]:
+    """What /fork takes: the turn, if two words or more begin with a number, and the name."""
+    if found := re.fullmatch(r"(\d+)\s+(.+)", argument):
+        return number("fork", found[1], 1), found[2]
+    if argument.startswith("["):
+        raise usage("fork")
+    return None, argument
+
+
+def assignment(argument: str) -> tuple[str, str | None]:
+    """KEY=VALUE; None if no value is given.
+
+    Raises:
+        InputError: there is no key, or no equals sign.
+    """
+    key, sign, value = (part.strip() for part in argument.partition("="))
+    if not sign or not key:
+        raise usage("set", f"as in compress.keep_ratio=0.3, got {argument!r}")
+    return key, value or None
+
+
+def tags(argument: str, before: tuple[str, ...]) -> tuple[str, ...]:
+    """`before` with the changes that /tag was given."""
+    found = set(before)
+    for word in argument.split():
+        if word.startswith("-"):
+            found.discard(word[1:])
+        else:
+            found.add(word.removeprefix("+"))
+    return tuple(sorted(found))
 
 
 def help_text() -> str:
     """All commands, one a line, then the keys that the footer does not show."""
     rows = [(f"/{name} {command.argument}", command.help) for name, command in COMMANDS.items()]
-    return "\n".join([f"{usage:16}{text}" for usage, text in rows] + ["", KEYS])
-
-
-class Commands:
-    """What the commands do to `app`: one method for each, named after it, which takes the argument."""
-
-    def __init__(self, app: ChatApp) -> None:
-        self.app = app
-
-    def run(self, line: str) -> None:
-        """Run one line that begins with a slash.
-
-        Raises:
-            InputError: it cannot be run; the message says why.
-        """
-        name, argument = parse(line)
-        if self.app.busy and not COMMANDS[name].anytime:
-            raise InputError(f"/{name} has to wait until the model is idle; Escape stops an answer")
-        getattr(self, name)(argument)
-
-    def help(self, _: str) -> None:
-        self.app.note(f"{help_text()}\nSessions are saved in {self.app.config.store_path}.")
-
-    def quit(self, _: str) -> None:
-        self.app.call_later(self.app.action_quit)
-
-    def new(self, name: str) -> None:
-        def make(engine: Worker) -> Session:
-            fresh = name or f"{datetime.now():%Y-%m-%d-%H%M%S}"
-            if fresh in [info.name for info in engine.sessions()]:
-                raise SessionExists(f"a session named {fresh!r} is there already; /resume {fresh} goes on with it")
-            return engine.open(fresh)
-
-        self.app.begin("opening", self.app.open_session(make))
-
-    def resume(self, name: str) -> None:
-        if name != self.app.session_name:
-            self.app.begin(f"opening {name}", self.app.open_session(lambda engine: engine.open(name, create=False)))
-
-    def fork(self, name: str) -> None:
-        chat = self.app.session()
-        self.app.begin("forking", self.app.open_session(lambda _: chat.fork(name)))
-
-    def retry(self, _: str) -> None:
-        self.app.turns.retry()
-
-    def rename(self, new: str) -> None:
-        app, chat = self.app, self.app.session()
-
-        async def rename() -> None:
-            engine = await to_thread(app.connected)
-            await to_thread(engine.rename, chat.name, new)
-            app.show_name()
-            await app.turns.measure(chat)
-
-        app.begin("renaming", rename())
-
-    def rewind(self, argument: str) -> None:
-        app, chat, turns = self.app, self.app.session(), number(argument)
-
-        async def rewind() -> None:
-            text = await to_thread(chat.rewind, turns)
-            await app.show_history(chat)
-            app.prompt.give_back(text)
-            await app.turns.measure(chat)
-
-        app.begin("taking back", rewind())
-
-    def keep(self, argument: str) -> None:
-        app, chat = self.app, self.app.session()
-
-        async def keep() -> None:
-            await to_thread(chat.configure, {"compress.keep_ratio": argument or None})
-            app.note(f"older turns now hold {argument or 'what config.toml says'} of their KV pairs in memory")
-            await app.turns.measure(chat)
-
-        app.begin("fitting memory", keep())
-
-    def stats(self, _: str) -> None:
-        app, chat = self.app, self.app.session()
-
-        async def show() -> None:
-            app.note(stats_table(await to_thread(chat.stats)))
-
-        app.begin("measuring", show())
-
-    def map(self, _: str) -> None:
-        app = self.app
-        if app.segment_map.toggle() and app.chat:
-            app.beside(app.turns.measure(app.chat))
+    return "\n".join([f"{usage:20}{text}" for usage, text in rows] + ["", KEYS])

@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvchat.events import TurnDone
+from kvchat.events import Timings, TurnDone
 from kvchat.figures import recalled, tokens
+
+
+@dataclass
+class Speed:
+    """How fast an answer comes: pieces of text, which are nearly always tokens, and when."""
+
+    began: float
+    """When the turn was sent, as all times here in seconds of one clock."""
+    first: float = 0.0
+    newest: float = 0.0
+    pieces: int = 0
+
+    def count(self, now: float) -> None:
+        """A piece came."""
+        self.first = self.first if self.pieces else now
+        self.newest = now
+        self.pieces += 1
+
+    def __str__(self) -> str:
+        if not self.pieces:
+            return ""
+        return _speed(self.pieces - 1, self.newest - self.first, self.first - self.began)
+
+
+def speed_of(timings: Timings) -> str:
+    """The same of a turn that is done, by its tokens."""
+    return _speed(len(timings.itl_s), sum(timings.itl_s), timings.ttft_s)
+
+
+def _speed(tokens: int, seconds: float, ttft: float) -> str:
+    first = f"first text after {ttft:.1f} s"
+    return f"{tokens / seconds:.1f} tokens/s · {first}" if tokens > 0 and seconds > 0 else first
 
 
 def turn_line(done: TurnDone, stats: dict[str, Any] | Literal["sealing"] | None) -> str:

@@ -5,9 +5,8 @@ Text of the user, the model and the store is shown as it is: never as Textual ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import takewhile
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,16 +14,17 @@ from markdown_it import MarkdownIt
 from textual import events, on
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
-from textual.content import Content
 from textual.message import Message as Announcement
 from textual.widget import Widget
-from textual.widgets import Button, Markdown, OptionList, Static, TextArea
-from textual.widgets.option_list import Option
+from textual.widgets import Button, Markdown, Static, TextArea
 
 from kvchat.terminal import neutralise
+from kvchat.tui.session_list import SessionList, age
 
 if TYPE_CHECKING:
-    from kvchat.store import Message, SessionInfo
+    from kvchat.store import Message
+
+__all__ = ["Answer", "Note", "Plain", "Prompt", "Question", "SessionList", "Transcript", "age"]
 
 
 class Plain(Static):
@@ -133,8 +133,8 @@ class Prompt(TextArea):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "submit", "Send", show=False, id="prompt.send"),
         Binding("ctrl+j,shift+enter", "newline", "New line", show=False, id="prompt.newline"),
-        Binding("pageup", "app.scroll(-1)", show=False, id="page_up"),
-        Binding("pagedown", "app.scroll(1)", show=False, id="page_down"),
+        Binding("pageup", "screen.scroll(-1)", show=False, id="page_up"),
+        Binding("pagedown", "screen.scroll(1)", show=False, id="page_down"),
     ]
 
     @dataclass
@@ -164,36 +164,3 @@ class Prompt(TextArea):
         """Put an unsent message in front of whatever has been typed since."""
         self.text = f"{text}\n{self.text}" if self.text else text
         self.move_cursor(self.document.end)
-
-
-class SessionList(OptionList):
-    """Names, turns and age of all sessions."""
-
-    def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id, markup=False)
-        self.border_title = "sessions"
-        self.names: list[str] = []
-
-    def show(self, sessions: Iterable[SessionInfo], current: str | None) -> None:
-        infos = sorted(sessions, key=lambda info: info.updated, reverse=True)
-        self.names = [info.name for info in infos]
-        self.clear_options()
-        self.add_options([Option(_entry(info, info.name == current)) for info in infos])
-        if current in self.names:
-            self.highlighted = self.names.index(current)
-
-
-def _entry(info: SessionInfo, is_current: bool) -> Content:
-    turns = f"{info.num_turns} turn{'' if info.num_turns == 1 else 's'}"
-    name = (neutralise(info.name), "bold $accent" if is_current else "bold")
-    return Content.assemble(name, "\n", (f"{turns} · {age(info.updated)}", "$foreground-muted"))
-
-
-def age(stamp: str) -> str:
-    """The time since an ISO 8601 `stamp` (UTC if it names no zone), in its largest unit."""
-    then = datetime.fromisoformat(stamp)
-    seconds = (datetime.now(UTC) - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit}"
-    return "now"

@@ -1,0 +1,194 @@
+"""What commands show, in the transcript or on a screen of its own. Screens are read when they are opened: a chat that
+needs none of them begins sooner."""
+
+from __future__ import annotations
+
+import re
+from asyncio import to_thread
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvchat.errors import InputError
+from kvchat.terminal import neutralise
+from kvchat.tui.commands import COMMANDS, number, usage
+from kvchat.tui.numbers import stats_table
+from kvchat.tui.widgets import Answer
+
+if TYPE_CHECKING:
+    from kvchat.store import Message, SearchHit
+    from kvchat.tui.chat import ChatScreen
+
+FORMATS = {".md": "md", ".markdown": "md", ".json": "json", ".jsonl": "jsonl"}
+FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(.*?)(?:^ {0,3}\1|\Z)", re.MULTILINE | re.DOTALL)
+"""A block of code, the last one of a cut answer without its end too."""
+
+
+class Shows:
+    """One method for each command, `do_` and its name, which takes the argument."""
+
+    def __init__(self, screen: ChatScreen) -> None:
+        self.screen = screen
+
+    # -- screens of their own ----------------------------------------------------------------------------------------
+
+    def do_help(self, _: str) -> None:
+        from kvchat.tui.keys import HelpScreen
+
+        self.screen.app.push_screen(HelpScreen(self.screen.keys(), COMMANDS))
+
+    def do_sessions(self, _: str) -> None:
+        from kvchat.tui.picker import SessionPicker
+
+        screen = self.screen
+
+        async def pick() -> None:
+            picker = SessionPicker(await to_thread(screen.connected), screen.session_name, known=screen.sessions.infos)
+            picked = await screen.app.push_screen_wait(picker)
+            await screen.show_sessions()
+            if picked:
+                line = f"/{'new' if picked.action == 'new' else 'resume'} {picked.name}".strip()
+                screen.attempt(screen.commands.run, line)
+
+        screen.jobs.beside(pick())
+
+    def do_branches(self, _: str) -> None:
+        from kvchat.tui.branch_tree import BranchTree
+
+        screen, chat = self.screen, self.screen.session()
+
+        async def choose() -> None:
+            chosen = await screen.app.push_screen_wait(BranchTree(await to_thread(chat.tree)))
+            if chosen is not None:
+                screen.attempt(lambda _: screen.switch(chosen), "")
+
+        screen.jobs.beside(choose())
+
+    def do_inspect(self, argument: str) -> None:
+        from kvchat.tui.inspector import Inspector
+
+        screen, chat, turn = self.screen, self.screen.session(), number("inspect", argument, 0)
+
+        async def look() -> None:
+            turns = (await to_thread(chat.stats))["num_turns"]
+            if not turns or turn > turns:
+                raise InputError(f"there is no turn {turn or 1}; this session has {turns} turns")
+            await screen.app.push_screen_wait(Inspector(chat.inspect, turn or turns, turns))
+
+        screen.jobs.beside(look())
+
+    def do_attach(self, path: str, text: str = "") -> None:
+        from kvchat.tui.attach import AttachScreen
+
+        screen, chat = self.screen, self.screen.session()
+
+        async def ask() -> None:
+            attachment = await screen.app.push_screen_wait(AttachScreen(chat.count, path, text))
+            if attachment:
+                screen.attempt(lambda _: screen.attach(attachment.title, attachment.text), "")
+
+        screen.jobs.beside(ask())
+
+    def do_settings(self, _: str) -> None:
+        from kvchat.tui.settings import SettingsScreen
+
+        screen = self.screen
+
+        async def ask() -> None:
+            own = (await screen.info()).settings if screen.chat else {}
+            changed = await screen.app.push_screen_wait(SettingsScreen(screen.config, own))
+            if changed:
+                await screen.take_over(changed.for_file, changed.for_session)
+
+        screen.jobs.beside(ask())
+
+    def do_theme(self, name: str) -> None:
+        app = self.screen.app
+        if not name:
+            app.search_themes()
+        elif name in app.available_themes:
+            app.theme = name
+        else:
+            raise InputError(f"there is no theme {name!r}; themes: {', '.join(sorted(app.available_themes))}")
+
+    # -- in the transcript -------------------------------------------------------------------------------------------
+
+    def do_stats(self, _: str) -> None:
+        chat = self.screen.session()
+
+        async def show() -> None:
+            self.screen.note(stats_table(await to_thread(chat.stats)))
+
+        self.screen.jobs.begin("measuring", show())
+
+    def do_search(self, words: str) -> None:
+        async def show() -> None:
+            engine = await to_thread(self.screen.connected)
+            self.screen.note(_found(await to_thread(engine.search, words), words))
+
+        self.screen.jobs.begin("searching", show())
+
+    def do_map(self, _: str) -> None:
+        screen = self.screen
+        if screen.segment_map.toggle() and screen.chat:
+            screen.jobs.beside(screen.turns.measure(screen.chat))
+
+    def do_clear(self, _: str) -> None:
+        if self.screen.jobs.answering:
+            raise InputError("/clear has to wait until the answer is there; Escape stops it")
+        self.screen.transcript.remove_children()
+
+    # -- to take away ------------------------------------------------------------------------------------------------
+
+    def do_copy(self, what: str) -> None:
+        if what not in ("", "code"):
+            raise usage("copy", f"got {what!r}")
+        answers = [answer for answer in self.screen.transcript.query(Answer) if answer.display and answer.text]
+        if not answers:
+            raise InputError("there is no answer to copy")
+        text = answers[-1].text
+        if what:
+            blocks = FENCE.findall(text)
+            if not blocks:
+                raise InputError("the last answer has no block of code")
+            text = blocks[-1][1].removesuffix("\n")
+        self.screen.app.copy_to_clipboard(text)
+        lines = len(text.splitlines())
+        self.screen.status.tell(f"copied {lines} line{'' if lines == 1 else 's'}")
+
+    def do_export(self, argument: str) -> None:
+        chat, path = self.screen.session(), Path(argument).expanduser()
+        if path.suffix.lower() not in FORMATS:
+            raise usage("export", f"the name ends in {', '.join(FORMATS)}, got {path.name!r}")
+
+        async def export() -> None:
+            await to_thread(_write, path, await to_thread(chat.messages), chat.name)
+            self.screen.note(f"written to {path}")
+
+        self.screen.jobs.begin("writing", export())
+
+    def do_quit(self, _: str) -> None:
+        self.screen.call_later(self.screen.app.action_quit)
+
+
+def _write(path: Path, messages: Sequence[Message], name: str) -> None:
+    from kvchat import transcript
+    from kvchat.files import written
+
+    if path.exists():
+        raise InputError(f"{path} is there already; give another name")
+    # A system message without text is the template's own opening.
+    spoken: list[dict[str, str]] = [
+        {"role": one.role, "content": one.content} for one in messages if one.content or one.role != "system"
+    ]
+    with written(path) as stream:
+        stream.write(transcript.write(spoken, FORMATS[path.suffix.lower()], name).encode())
+
+
+def _found(hits: Sequence[SearchHit], words: str) -> str:
+    lines = [f"{hit.session}{_turn(hit)}: {' '.join(hit.snippet.split())}" for hit in hits]
+    return neutralise("\n".join(lines) if lines else f"nothing found for {words}")
+
+
+def _turn(hit: Any) -> str:
+    return "" if hit.turn is None else f", turn {hit.turn}"
