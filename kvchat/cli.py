@@ -1,4 +1,4 @@
-"""The command line. Commands that run the model stand here; those that only read the store are in cli_store.py.
+"""The command line: all commands, what the program does with none, and its exit codes.
 
 Text goes to stdout, progress and notices to stderr. A user's mistake is one line on stderr and exit code 1.
 torch and Textual are imported by the commands that need them, never to print help.
@@ -6,10 +6,8 @@ torch and Textual are imported by the commands that need them, never to print he
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +16,8 @@ import typer
 from kvchat import (
     cli_archive,
     cli_attach,
+    cli_chat,
+    cli_config,
     cli_crypt,
     cli_episodes,
     cli_eval,
@@ -28,20 +28,42 @@ from kvchat import (
     cli_notes,
     cli_select,
     cli_settings,
+    cli_show,
     cli_stats,
     cli_store,
     cli_tune,
     cli_verify,
 )
 from kvchat.cipher import database_errors
-from kvchat.errors import InputError, KVChatError, SessionExists
-from kvchat.flags import Json, ModelFlags, WorkerFactory, command
+from kvchat.errors import KVChatError
+from kvchat.flags import USAGE_ERROR, Json, ModelFlags, WorkerFactory, command, examples
+from kvchat.groups import Sections
 
-USAGE_ERROR: type[Exception] = typer.BadParameter.__base__ or Exception  # typer does not export the class itself
-Name = Annotated[str, typer.Argument(help="The session.", show_default=False)]
+EXIT_CODES = {
+    0: "done",
+    1: "it could not be done, or `verify` or `doctor` found something wrong",
+    2: "the command line is wrong",
+    130: "stopped with Ctrl+C; what was said until then is kept",
+    143: "ended by SIGTERM; 129 by SIGHUP: the terminal went away",
+}
+ABOUT = "\n\n".join(
+    (
+        examples(
+            "kvchat",
+            "kvchat -c",
+            'kvchat ask trip "Where did we stay in Rome?"',
+            "git diff | kvchat ask review -",
+            "kvchat search Rome --json",
+        ),
+        "\n".join(("\b", "Exit codes:", *(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items()))),
+        "Without a command the chat screen opens, on the session used last. `kvchat COMMAND --help` says more.",
+    )
+)
 
 app = typer.Typer(
     help="Long conversations with a local language model, resumed without computing them again.",
+    epilog=ABOUT,
+    cls=Sections,
     invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -102,95 +124,20 @@ def _print_version(wanted: bool) -> None:
 def start(
     context: typer.Context,
     flags: ModelFlags,
+    last: cli_chat.Last = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        _chat(flags)
+        cli_chat.begin(flags)
+    elif last:
+        raise USAGE_ERROR(f"--continue stands after the command: kvchat {context.invoked_subcommand} --continue")
     else:
         context.obj.update(vars(flags))
 
 
-@app.command()
-@command
-def chat(
-    flags: ModelFlags,
-    name: Annotated[str | None, typer.Argument(help="The session; without it the last one.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Read lines and print answers, without a screen.")] = False,
-    system: Annotated[str | None, typer.Option(help="System prompt of a new session.")] = None,
-    new: Annotated[bool, typer.Option("--new", help="Begin a new session.")] = False,
-    keep: Annotated[
-        float | None, typer.Option(help="Fraction of older turns' KV to hold in memory, for this run.")
-    ] = None,
-) -> None:
-    """Chat on the screen: resume a session or begin one."""
-    if keep is not None:
-        flags = replace(flags, set=[*(flags.set or ()), f"compress.keep_ratio={keep}"])
-    _chat(flags, name, plain=plain, system=system, new=new)
-
-
-def _chat(
-    flags: ModelFlags, name: str | None = None, *, plain: bool = False, system: str | None = None, new: bool = False
-) -> None:
-    if new:
-        name = _new_name(flags, name)
-    if plain or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        from kvchat import plain as terminal
-
-        with terminal.opened(flags, name, system=system) as (_, session, status):
-            terminal.chat(session, status)
-            session.settle()
-        return
-    from kvchat import tui
-
-    tui.run(flags.connect(), flags.settings(), name, system=system, model=flags.model, rebuild=flags.rebuild)
-
-
-def _new_name(flags: ModelFlags, name: str | None) -> str:
-    """`name` or one made from the time, known to be free."""
-    from datetime import datetime
-
-    taken = cli_store.names(flags)
-    if name in taken:
-        raise SessionExists(f"a session named {name!r} is there already; leave --new out to go on with it")
-    return name or datetime.now().strftime("%Y-%m-%d %H.%M.%S")
-
-
-@app.command()
-@command
-def ask(
-    flags: ModelFlags,
-    name: Annotated[str, typer.Argument(help="The session; it is created if there is none.")],
-    text: Annotated[str, typer.Argument(help="The message; - reads it from stdin.")],
-    as_json: Json = False,
-) -> None:
-    """Ask one question and print the answer."""
-    from kvchat import plain
-    from kvchat.transcript import check_text
-
-    message = check_text(_stdin() if text == "-" else text)
-    with plain.opened(flags, name) as (_, session, status):
-        with plain.interruptible(session):
-            done = plain.show_turn(session.send(message), status, quiet=as_json)
-        reply = done.to_dict() | {"session": session.name}
-        reply["timings"]["seal_s"] = session.settle()
-    if as_json:
-        print(json.dumps(reply, ensure_ascii=False))
-    else:
-        plain.say(plain.summary(done))
-    if done.finish_reason == "interrupted":
-        raise typer.Exit(130)
-
-
-def _stdin() -> str:
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"stdin is not UTF-8 text: byte {error.start} cannot be read") from None
-
-
-@app.command()
+@app.command(epilog=examples("kvchat bench resume", "kvchat bench decode --tokens 2000 --rounds 3 --json"))
 @command
 def bench(
     flags: ModelFlags,
@@ -209,6 +156,7 @@ def bench(
     from kvchat import bench as benchmark
     from kvchat import transcript
     from kvchat.plain import Status
+    from kvchat.terminal import to_json
 
     histories = [transcript.read(file) for file in messages or ()]
     status = Status()
@@ -218,10 +166,10 @@ def bench(
         status.clear()
     if not as_json:
         cli_store.print_table(list(benchmark.rows(figures)), sys.stderr)
-    print(json.dumps(figures, ensure_ascii=False))
+    print(to_json(figures))
 
 
-@app.command()
+@app.command(epilog=examples("kvchat models", "kvchat models --json"))
 @command
 def models(flags: ModelFlags, as_json: Json = False) -> None:
     """Models that are ready without a network, and the built-in one."""
@@ -234,7 +182,7 @@ def models(flags: ModelFlags, as_json: Json = False) -> None:
         cli_store.print_table(rows)
 
 
-@app.command("doctor")
+@app.command("doctor", epilog=examples("kvchat doctor", "kvchat doctor --json"))
 @command
 def doctor_(flags: ModelFlags, as_json: Json = False) -> None:
     """Check versions, device, attention, store and disk."""
@@ -249,13 +197,16 @@ def doctor_(flags: ModelFlags, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+app.add_typer(cli_chat.app)
 app.add_typer(cli_attach.app)
 app.add_typer(cli_import.app)
 app.add_typer(cli_list.app)
 app.add_typer(cli_store.app)
 app.add_typer(cli_notes.app)
+app.add_typer(cli_show.app)
 app.add_typer(cli_stats.app)
 app.add_typer(cli_settings.app)
+app.add_typer(cli_config.app)
 app.add_typer(cli_verify.app)
 app.add_typer(cli_archive.app)
 app.add_typer(cli_crypt.app)

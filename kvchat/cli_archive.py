@@ -10,7 +10,7 @@ import typer
 
 from kvchat import cli_store
 from kvchat.errors import InputError, SessionBusy
-from kvchat.flags import Json, StoreFlags, command
+from kvchat.flags import Json, StoreFlags, command, examples
 
 if TYPE_CHECKING:
     from kvchat.store import SegmentRecord, SessionInfo, Store
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    short_help="Write a session's saved KV with fewer bits.",
+    epilog=examples("kvchat archive trip", "kvchat archive trip --codec k8v8,k4v4 --json"),
+)
 @command
 def archive(
     flags: StoreFlags,
@@ -30,6 +33,7 @@ def archive(
 ) -> None:
     """Write a session's saved KV anew with fewer bits, that of its branches too."""
     from kvchat.locks import SessionLock
+    from kvchat.plain import write
 
     codecs = _codecs(codec)
     with cli_store.open_store(flags) as store:
@@ -39,7 +43,7 @@ def archive(
     if as_json:
         cli_store.print_json(figures)
     else:
-        print("\n".join(_told(figures)))
+        write("".join(f"{line}\n" for line in _told(figures)))
 
 
 def _codecs(text: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import typer
 
 from kvchat.cli_store import print_json
 from kvchat.documents import read_document
-from kvchat.flags import Json, ModelFlags, command
+from kvchat.flags import Json, ModelFlags, command, examples
 
 if TYPE_CHECKING:
     from kvchat.attaching import Attached
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    short_help="Take text files into a session.",
+    epilog=examples("kvchat attach trip notes.txt", "kvchat attach review report.md notes.txt --json"),
+)
 @command
 def attach(
     flags: ModelFlags,

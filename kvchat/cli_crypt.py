@@ -7,20 +7,22 @@ from typing import Annotated
 
 import typer
 
+from kvchat.cli_store import print_json
 from kvchat.errors import InputError
-from kvchat.flags import StoreFlags, command
-from kvchat.plain import say
+from kvchat.flags import Json, StoreFlags, command, examples
+from kvchat.plain import say, write
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(short_help="Encrypt the store.", epilog=examples("kvchat encrypt", "kvchat encrypt --passphrase"))
 @command
 def encrypt(
     flags: StoreFlags,
     passphrase: Annotated[
         bool, typer.Option("--passphrase", help="Ask for a passphrase, or take KVCHAT_PASSPHRASE; no keyring.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Encrypt the store with a new key in the system's keyring, or with a passphrase. Without the key all is lost.
 
@@ -37,17 +39,20 @@ def encrypt(
     if not passphrase and os.environ.get(keys.VARIABLE):
         raise InputError(f"{keys.VARIABLE} is set, and would be tried before the keyring; unset it or add --passphrase")
     key = keys.new_passphrase() if passphrase else keys.new_key()
-    undone = recrypt(path, None, key)
-    print(f"{path} is encrypted with {key.source}")
-    if copied := keys.keep_elsewhere(key):
-        print(f"back the key up: `{copied}` shows it, the same with `set` keeps it on another machine")
+    undone, copied = recrypt(path, None, key), keys.keep_elsewhere(key)
+    if as_json:
+        print_json({"store": str(path), "encrypted": True, "key": key.source, "back_up": copied})
+    else:
+        write(f"{path} is encrypted with {key.source}\n")
+        if copied:
+            write(f"back the key up: `{copied}` shows it, the same with `set` keeps it on another machine\n")
     if undone:
         say(f"encrypted; the old bytes could not be overwritten: {undone}")
 
 
-@app.command()
+@app.command(epilog=examples("kvchat decrypt"))
 @command
-def decrypt(flags: StoreFlags) -> None:
+def decrypt(flags: StoreFlags, as_json: Json = False) -> None:
     """Take the store's encryption away. A key in the keyring stays there, for copies of the store."""
     from kvchat.cipher import salt
     from kvchat.recrypt import recrypt
@@ -56,6 +61,9 @@ def decrypt(flags: StoreFlags) -> None:
     if salt(path) is None:
         raise InputError(f"{path} is not encrypted")
     undone = recrypt(path, flags.key, None)
-    print(f"{path} is not encrypted any more")
+    if as_json:
+        print_json({"store": str(path), "encrypted": False})
+    else:
+        write(f"{path} is not encrypted any more\n")
     if undone:
         say(f"decrypted; a power cut now may bring the encrypted file back: {undone}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvchat.cli_store import open_store, print_json, print_table
-from kvchat.flags import Json, ModelFlags, command
+from kvchat.flags import Json, ModelFlags, command, examples
 
 if TYPE_CHECKING:
     from kvchat.episodes.embedder import Embedder
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    short_help="What a session is about, part by part.",
+    epilog=examples("kvchat episodes trip", "kvchat episodes trip --json"),
+)
 @command
 def episodes(
     flags: ModelFlags,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from kvchat.errors import InputError
-from kvchat.flags import ModelFlags, StoreFlags, command
+from kvchat.flags import Json, ModelFlags, StoreFlags, command, examples
 
 if TYPE_CHECKING:
     from kvchat.config import Config
@@ -41,6 +40,7 @@ class RunFlags(ModelFlags):
     step: Annotated[int, typer.Option(min=1, help="Turns fed at once; more is faster.")] = 1
     out: Annotated[Path | None, typer.Option(help="Results, without suffix: OUT.jsonl, OUT.md, OUT.png.")] = None
     plot: Annotated[bool, typer.Option("--plot", help="Draw quality against bytes; needs matplotlib.")] = False
+    as_json: Json = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,12 @@ class ChoiceFlags(RunFlags):
         return cells(parts(self.scorers), parts(self.allocate), keeps, coverages, config)
 
 
-@app.command()
+@app.command(
+    short_help="Distance from the full cache.",
+    epilog=examples(
+        "kvchat eval fidelity chat.json", "kvchat eval fidelity chat.json --keep 1,0.5,0.3 --codecs raw,k8v8 --plot"
+    ),
+)
 @command
 def fidelity(
     flags: GridFlags,
@@ -118,7 +123,10 @@ def fidelity(
     run_grid("fidelity", flags, files, lambda _, case: spread(case, where, questions, seed))
 
 
-@app.command()
+@app.command(
+    short_help="As fidelity, of ways to choose what is kept.",
+    epilog=examples("kvchat eval choice chat.json --scorers kvzip,snapkv.defensive --keep 0.3,0.2"),
+)
 @command
 def choice(
     flags: ChoiceFlags,
@@ -133,7 +141,10 @@ def choice(
     run_grid("choice", flags, files, lambda _, case: spread(case, [1.0], questions, seed), Choice)
 
 
-@app.command()
+@app.command(
+    short_help="Planted facts, asked many turns later.",
+    epilog=examples("kvchat eval recall chat.json --distances 5,20 --facts 8"),
+)
 @command
 def recall(
     flags: GridFlags,
@@ -149,7 +160,10 @@ def recall(
     run_grid("recall", flags, files, lambda _, case: plant(case, far, facts, seed))
 
 
-@app.command()
+@app.command(
+    short_help="LoCoMo's questions after the whole conversation.",
+    epilog=examples("kvchat eval locomo locomo.json --questions 12"),
+)
 @command
 def locomo(
     flags: GridFlags,
@@ -168,12 +182,18 @@ def locomo(
     run_grid("locomo", flags, files, asked)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "kvchat eval report eval-fidelity.jsonl",
+        "kvchat eval report eval-fidelity.jsonl eval-recall.jsonl --plot plot.png",
+    )
+)
 @command
 def report(
     flags: StoreFlags,
     files: Annotated[list[Path], typer.Argument(help="Files of results, OUT.jsonl of earlier runs.")],
     plot: Annotated[Path | None, typer.Option(help="Draw to this file, as in plot.png or plot.svg.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Print the table of earlier results, several files together."""
     from kvchat.evals.grid import read_lines
@@ -183,9 +203,20 @@ def report(
     lines = read_lines(files)
     if not lines:
         raise InputError("there are no results in these files")
-    sys.stdout.write(markdown(lines))
+    show_lines(lines, markdown(lines), as_json)
     if plot:
         draw(lines, plot)
+
+
+def show_lines(lines: Sequence[Line], table: str, as_json: bool) -> None:
+    """Results on stdout, as JSON or as their table."""
+    from kvchat.cli_store import print_json
+    from kvchat.plain import write
+
+    if as_json:
+        print_json(list(lines))
+    else:
+        write(table)
 
 
 def parts(text: str) -> list[str]:
@@ -256,6 +287,6 @@ def run_grid(
         lines = runner.run([prepare(engine, case) for case in cases], settings)
     table = (show or markdown)(lines)
     Path(f"{out}.md").write_text(table, "utf-8")
-    sys.stdout.write(table)
+    show_lines(lines, table, flags.as_json)
     if flags.plot:
         draw(lines, Path(f"{out}.png"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvchat.cli_eval import Files, GridFlags, RunFlags, Seed, loaded, number, parts, run_grid
-from kvchat.flags import command
+from kvchat.cli_eval import Files, GridFlags, RunFlags, Seed, loaded, number, parts, run_grid, show_lines
+from kvchat.flags import command, examples
 
 if TYPE_CHECKING:
     from kvchat.evals.steady import Span
@@ -27,7 +28,10 @@ class FarFlags(GridFlags):
     keep: Annotated[str, typer.Option(help="Fractions of the pairs kept, as far as the cap has room.")] = "1"
 
 
-@app.command()
+@app.command(
+    short_help="Facts planted thousands of tokens back.",
+    epilog=examples("kvchat eval far chat.json --cap 4096 --distances 5000,20000"),
+)
 @command
 def far(
     flags: FarFlags,
@@ -44,13 +48,13 @@ def far(
     places = [number(text, int) for text in parts(distances)]
 
     def tell(span: Span) -> None:
-        print(json.dumps(asdict(span)), flush=True)
+        print(json.dumps(asdict(span)), file=sys.stderr if flags.as_json else sys.stdout, flush=True)
 
     make = partial(Far, plan=Plan(every, seed), tell=tell)
     run_grid("far", flags, files, lambda engine, case: plant(engine, case, places, facts, seed), make, markdown, joined)
 
 
-@app.command()
+@app.command(short_help="What a turn more costs.", epilog=examples("kvchat eval work chat.json --at 0.5,1"))
 @command
 def work(
     flags: GridFlags,
@@ -75,10 +79,13 @@ def work(
                 rows += [{**named, **asdict(one), "in all": one.all} for one in found]
     out = str(flags.out or "eval-work")
     Path(f"{out}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    print(table(rows))
+    show_lines(rows, f"{table(rows)}\n", flags.as_json)
 
 
-@app.command()
+@app.command(
+    short_help="Perplexity with re-bases against that without.",
+    epilog=examples("kvchat eval rebase chat.json --window 4096 --cap 1024"),
+)
 @command
 def rebase(
     flags: RunFlags,
@@ -100,4 +107,4 @@ def rebase(
             found += [{"case": case.name, **asdict(cost)} for cost in costs(engine, config, fitted, window)]
     out = str(flags.out or "eval-rebase")
     Path(f"{out}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), "utf-8")
-    print(table(found))
+    show_lines(found, f"{table(found)}\n", flags.as_json)

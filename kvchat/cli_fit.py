@@ -12,7 +12,7 @@ import typer
 
 from kvchat.cli_store import open_store, print_json, print_table, spoken
 from kvchat.errors import InputError
-from kvchat.flags import ModelFlags, command
+from kvchat.flags import ModelFlags, command, examples
 
 if TYPE_CHECKING:
     from kvchat.evals.cases import Case
@@ -44,7 +44,10 @@ class FitFlags(ModelFlags):
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
 
 
-@app.command()
+@app.command(
+    short_help="Fit the scorer `gate`: KVzip's scores without a pass.",
+    epilog=examples("kvchat fit gate chat.json", "kvchat fit gate --session trip --form best --json"),
+)
 @command
 def gate(
     flags: FitFlags,
@@ -60,7 +63,10 @@ def gate(
     _run(flags, files or [], lambda fitting, cases: fitting.gate(cases, flags.held_out, form, steps, seed))
 
 
-@app.command()
+@app.command(
+    short_help="Fit the scorer `kvp`: what later turns will read.",
+    epilog=examples("kvchat fit kvp chat.json --steps 100 --plot kvp.png"),
+)
 @command
 def kvp(
     flags: FitFlags,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from kvchat import cli_store
 from kvchat.errors import SessionExists
-from kvchat.flags import ModelFlags, command
+from kvchat.flags import Json, ModelFlags, command, examples
+
+if TYPE_CHECKING:
+    from kvchat.events import Usage
 
 app = typer.Typer()
 
 
-@app.command("import")
+@app.command("import", epilog=examples("kvchat import chat.json --name rome", "kvchat import trip.kvchat"))
 @command
 def import_(
     flags: ModelFlags,
@@ -23,17 +27,33 @@ def import_(
     format: Annotated[
         Literal["auto", "json", "jsonl", "sharegpt", "md", "kvchat"], typer.Option(help="The file's format.")
     ] = "auto",
+    as_json: Json = False,
 ) -> None:
     """Take a conversation from a file into a new session."""
-    from kvchat import portable
+    from kvchat import plain, portable
 
     if format == "kvchat" or (format == "auto" and portable.is_portable(file)):
-        _import_session(flags, file, name)
+        taken = _import_session(flags, file, name)
     else:
-        _import_text(flags, file, name or file.stem, format)
+        taken = _import_text(flags, file, name or file.stem, format)
+    if as_json:
+        cli_store.print_json({"session": taken.session, "messages": taken.messages, "usage": asdict(taken.usage)})
+    else:
+        plain.say(f"{taken.session}: {taken.messages} messages, {taken.told}")
 
 
-def _import_text(flags: ModelFlags, file: Path, name: str, format: str) -> None:
+@dataclass(frozen=True)
+class Taken:
+    """What was taken in: into which session, how many messages, and where their tokens come from."""
+
+    session: str
+    messages: int
+    usage: Usage
+    told: str
+    """The same in words."""
+
+
+def _import_text(flags: ModelFlags, file: Path, name: str, format: str) -> Taken:
     from kvchat import plain, transcript
 
     messages = transcript.read(file, format)
@@ -48,10 +68,10 @@ def _import_text(flags: ModelFlags, file: Path, name: str, format: str) -> None:
             worker.delete(name)
             raise
         session.settle()
-    plain.say(f"{name}: {len(messages)} messages, {usage.prefilled_tokens} tokens")
+    return Taken(name, len(messages), usage, f"{usage.prefilled_tokens} tokens")
 
 
-def _import_session(flags: ModelFlags, file: Path, name: str | None) -> None:
+def _import_session(flags: ModelFlags, file: Path, name: str | None) -> Taken:
     from kvchat import plain, portable
 
     manifest = portable.read_manifest(file)
@@ -61,11 +81,11 @@ def _import_session(flags: ModelFlags, file: Path, name: str | None) -> None:
         # Nothing is new: what the file's KV leaves out is computed, and counted.
         usage = session.append([])
         session.settle()
-    told = f"{name}: {manifest.messages} messages, {usage.prompt_tokens} tokens"
     if usage.prefilled_tokens:
-        plain.say(f"{told}: {usage.cached_tokens} from the file, {usage.prefilled_tokens} read again")
+        told = f"{usage.prompt_tokens} tokens: {usage.cached_tokens} from the file, {usage.prefilled_tokens} read again"
     else:
-        plain.say(f"{told}, all from the file")
+        told = f"{usage.prompt_tokens} tokens, all from the file"
+    return Taken(name, manifest.messages, usage, told)
 
 
 def _check_free(flags: ModelFlags, name: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvchat.cli_store import open_store, print_json, print_table
-from kvchat.flags import Json, StoreFlags, command
+from kvchat.flags import Json, StoreFlags, command, examples
 
 if TYPE_CHECKING:
     from kvchat.store import SessionInfo
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(epilog=examples("kvchat ls", "kvchat ls --json"))
 @command
 def ls(
     flags: StoreFlags,
@@ -64,7 +64,7 @@ def _row(session: SessionInfo) -> dict[str, Any]:
     }
 
 
-@app.command()
+@app.command(epilog=examples("kvchat search Rome", 'kvchat search "blue bicycle" --limit 5 --json'))
 @command
 def search(
     flags: StoreFlags,

@@ -9,7 +9,7 @@ import typer
 
 from kvchat.cli_store import Name, open_store, print_json
 from kvchat.errors import InputError
-from kvchat.flags import Json, StoreFlags, command
+from kvchat.flags import Json, StoreFlags, command, examples
 
 app = typer.Typer()
 
@@ -17,7 +17,10 @@ SIGNED = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
 """So that -old is no group of options."""
 
 
-@app.command()
+@app.command(
+    short_help="Show or change a session's title.",
+    epilog=examples("kvchat title trip", 'kvchat title trip "Three days in Rome"'),
+)
 @command
 def title(
     flags: StoreFlags,
@@ -39,7 +42,7 @@ def title(
         write(f"{info.title}\n")
 
 
-@app.command(context_settings=SIGNED)
+@app.command(context_settings=SIGNED, epilog=examples("kvchat tag trip", "kvchat tag trip +italy -draft"))
 @command
 def tag(
     flags: StoreFlags,

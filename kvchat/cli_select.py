@@ -8,12 +8,15 @@ from typing import Annotated
 import typer
 
 from kvchat.cli_store import print_json, print_table
-from kvchat.flags import Json, ModelFlags, command
+from kvchat.flags import Json, ModelFlags, command, examples
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    short_help="How often the turns with the evidence are found.",
+    epilog=examples("kvchat eval select locomo.json --by recency,text --json"),
+)
 @command
 def select(
     flags: ModelFlags,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvchat.cli_store import Name, open_store, print_json
-from kvchat.flags import Json, StoreFlags, assignment, command
+from kvchat.flags import Json, StoreFlags, assignment, command, examples
 
 if TYPE_CHECKING:
     from kvchat.store import SessionInfo, Store
@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command("set")
+@app.command(
+    "set",
+    short_help="Show or change a session's own settings.",
+    epilog=examples(
+        "kvchat set trip",
+        "kvchat set trip compress.keep_ratio=0.2 generate.temperature=0.7",
+        "kvchat set trip compress.keep_ratio=",
+    ),
+)
 @command
 def change(
     flags: StoreFlags,
@@ -30,6 +38,8 @@ def change(
 
     New turns are kept as they say; what is held of older ones follows when the session is opened.
     """
+    from kvchat.plain import write
+
     given = dict(assignment(text) for text in values or ())
     with open_store(flags) as store:
         info = store.session(name)
@@ -37,7 +47,8 @@ def change(
     if as_json:
         print_json(own)
     else:
-        print("\n".join(f"{key}={value}" for key, value in sorted(own.items())) or f"{name} has no settings of its own")
+        lines = [f"{key}={value}" for key, value in sorted(own.items())] or [f"{name} has no settings of its own"]
+        write("".join(f"{line}\n" for line in lines))
 
 
 def _changed(flags: StoreFlags, store: Store, info: SessionInfo, given: Mapping[str, Any]) -> dict[str, Any]:

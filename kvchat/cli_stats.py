@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvchat.cli_store import decisions, open_store, print_json, stored_stats
+from kvchat.completion import session_names
 from kvchat.errors import InputError, SessionBusy
-from kvchat.flags import Json, ModelFlags, command
+from kvchat.flags import Json, ModelFlags, command, examples
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,16 +21,32 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Episodes = list[dict[str, Any]]
+AsMap = Annotated[
+    bool, typer.Option("--map", "--plot", help="Draw the segments: how much of each is held, and where the rest lies.")
+]
+Html = Annotated[Path | None, typer.Option(help="Write the map to this file, as a page of its own.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the file.")]
 
 
-@app.command()
+@app.command(
+    short_help="What a session holds, in memory and on disk.",
+    epilog=examples(
+        "kvchat stats trip",
+        "kvchat stats trip --map",
+        "kvchat stats trip --html map.html --json",
+        "kvchat stats --why",
+    ),
+)
 @command
 def stats(
     flags: ModelFlags,
-    name: Annotated[str | None, typer.Argument(help="The session; with --why all.", show_default=False)] = None,
-    as_map: Annotated[bool, typer.Option("--map", help="Draw its segments: how much is held, and where.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write the map to this file, as a page of its own.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="The session; with --why all.", show_default=False, autocompletion=session_names),
+    ] = None,
+    as_map: AsMap = False,
+    html: Html = None,
+    force: Force = False,
     why: Annotated[bool, typer.Option("--why", help="What would give way to the limits now, and why.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -45,15 +62,25 @@ def stats(
         return
     if name is None:
         raise InputError("name a session, or ask --why")
-    figures, episodes = _figures(flags, name, named=as_map or html is not None)
+    if as_map or html:
+        show_map(flags, name, html, force, drawn=as_map, as_json=as_json)
+        return
+    figures, _ = _figures(flags, name, named=False)
+    if as_json:
+        print_json(figures)
+    else:
+        plain.write(plain.format_stats(figures) + "\n")
+
+
+def show_map(flags: ModelFlags, name: str, html: Path | None, force: bool, *, drawn: bool, as_json: bool) -> None:
+    """A session's map: as a page in the file `html`, and `drawn` on the terminal or its figures as JSON."""
+    figures, episodes = _figures(flags, name, named=True)
     if html:
         _write_page(flags, (figures, episodes), html, force)
     if as_json:
         print_json(figures)
-    elif as_map:
+    elif drawn:
         print(_map(figures, episodes), flush=True)
-    elif not html:
-        plain.write(plain.format_stats(figures) + "\n")
 
 
 def _figures(flags: ModelFlags, name: str, named: bool) -> tuple[dict[str, Any], Episodes]:

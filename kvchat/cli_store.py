@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 import typer
 
 from kvchat.errors import InputError, StoreError
-from kvchat.flags import Json, StoreFlags, command
+from kvchat.flags import Json, StoreFlags, command, examples
+from kvchat.flags import Name as Name
 
 if TYPE_CHECKING:
     from kvchat.store import Message, Store
 
-Name = Annotated[str, typer.Argument(help="The session.", show_default=False)]
 New = Annotated[str, typer.Argument(help="The new name.", show_default=False)]
 
 Spans = Sequence[tuple[int, int]]
@@ -71,7 +70,9 @@ def decisions(flags: StoreFlags, name: str | None) -> list[str]:
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    from kvchat.terminal import to_json
+
+    print(to_json(value, indent=2))
 
 
 def print_table(
@@ -127,31 +128,7 @@ def turn_numbers(messages: Sequence[Message]) -> list[int]:
     return turns
 
 
-@app.command()
-@command
-def show(
-    flags: StoreFlags,
-    name: Name,
-    turn: Annotated[int | None, typer.Option(min=0, help="Only this turn; 0 is the system prompt.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Print a conversation."""
-    from kvchat.plain import write
-
-    with open_store(flags) as store:
-        messages = spoken(store.path(store.session(name).tip))
-    turns = turn_numbers(messages)
-    shown = [pair for pair in zip(turns, messages, strict=True) if turn in (None, pair[0])]
-    if turn is not None and not shown:
-        raise InputError(f"{name} has no turn {turn}; it has turns 1 to {max(turns, default=0)}")
-    if as_json:
-        print_json([{"turn": number, "role": message.role, "content": message.content} for number, message in shown])
-        return
-    for number, message in shown:
-        write(f"[{number}] {message.role}:\n{message.content}\n\n")
-
-
-@app.command()
+@app.command(epilog=examples("kvchat rename trip rome-2026"))
 @command
 def rename(flags: StoreFlags, old: Name, new: New) -> None:
     """Give a session another name."""
@@ -159,7 +136,7 @@ def rename(flags: StoreFlags, old: Name, new: New) -> None:
         store.rename(old, new)
 
 
-@app.command()
+@app.command(epilog=examples("kvchat rm trip", "kvchat rm trip --yes"))
 @command
 def rm(
     flags: StoreFlags,
@@ -178,7 +155,10 @@ def rm(
                 store.delete(name, session.id)
 
 
-@app.command()
+@app.command(
+    short_help="Copy a session, or its first turns.",
+    epilog=examples("kvchat fork trip trip-2", "kvchat fork trip trip-3 --at 2"),
+)
 @command
 def fork(
     flags: StoreFlags,
@@ -200,7 +180,14 @@ def _end_of_turn(messages: Sequence[Message], name: str, turn: int) -> str:
     return ends[turn].id
 
 
-@app.command()
+@app.command(
+    short_help="Write a conversation as text, or as a file with its KV.",
+    epilog=examples(
+        "kvchat export trip",
+        "kvchat export trip --format json --output trip.json",
+        "kvchat export trip --format kvchat --output trip.kvchat",
+    ),
+)
 @command
 def export(
     flags: StoreFlags,
@@ -252,7 +239,10 @@ def _export_session(flags: StoreFlags, name: str, output: Path | None, force: bo
     plain.say(f"{name}: {counts}, {plain.size(manifest.kv_bytes)} of KV")
 
 
-@app.command()
+@app.command(
+    short_help="Give free space of the store back to the disk.",
+    epilog=examples("kvchat vacuum", "kvchat vacuum --json"),
+)
 @command
 def vacuum(flags: StoreFlags, as_json: Json = False) -> None:
     """Give free space back to the file system: of deleted sessions, and of KV that was archived or given up."""

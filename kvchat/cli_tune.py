@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kvchat.cli_store import print_json, print_table
-from kvchat.flags import Json, ModelFlags, command
+from kvchat.flags import Json, ModelFlags, command, examples
 
 app = typer.Typer()
 
@@ -32,7 +32,10 @@ class TuneFlags(ModelFlags):
         return super()._overrides() | given
 
 
-@app.command()
+@app.command(
+    short_help="Search how much of the budget each layer gets.",
+    epilog=examples("kvchat tune chat.json other.json --keep 0.2", "kvchat tune chat.json --sensitivity --json"),
+)
 @command
 def tune(
     flags: TuneFlags,

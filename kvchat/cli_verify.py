@@ -8,7 +8,7 @@ import typer
 
 from kvchat import cli_store
 from kvchat.errors import KVChatError
-from kvchat.flags import Json, ModelFlags, command
+from kvchat.flags import Json, ModelFlags, command, examples
 
 if TYPE_CHECKING:
     from kvchat.store import SessionInfo
@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 app = typer.Typer()
 
 
-@app.command()
+@app.command(epilog=examples("kvchat verify", "kvchat verify trip --deep", "kvchat verify --repair --json"))
 @command
 def verify(
     flags: ModelFlags,
@@ -37,6 +37,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check all that is saved; exit code 1 if damaged."""
+    from kvchat.plain import write
+
     with cli_store.open_store(flags) as store:
         repaired = store.repair(name) if repair else []
         problems = store.verify(name)
@@ -50,7 +52,7 @@ def verify(
         cli_store.print_json(problems)
     else:
         answers = [f"{row['name']}: {OUTCOMES[row['outcome']]}{row['why']}" for row in asked]
-        print("\n".join([*repaired, *answers, *(problems or ["no problems"])]))
+        write("".join(f"{line}\n" for line in [*repaired, *answers, *(problems or ["no problems"])]))
     if problems:
         raise typer.Exit(1)
 

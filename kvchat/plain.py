@@ -1,23 +1,23 @@
-"""Chat and progress on a plain terminal: answers go to stdout, everything else to stderr."""
+"""Answers and progress on a plain terminal: answers go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kvchat.errors import InputError, KVChatError
 from kvchat.events import Delta, Event, Notice, Progress, TurnDone
 from kvchat.figures import format_room as format_room
 from kvchat.figures import format_stats as format_stats
 from kvchat.figures import part as part
 from kvchat.figures import recalled
 from kvchat.figures import size as size
-from kvchat.terminal import neutralise
+from kvchat.terminal import Stream, neutralise
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -39,14 +39,9 @@ LABELS = {
     "evaluate": "Measuring",
     "fit": "Fitting",
 }
-HELP = """\
-/retry        answer the last message again
-/rewind [N]   take back the last N turns (1)
-/keep [F]     hold this fraction of older turns' KV, from now on
-/fork NAME    go on in a copy of this session
-/attach FILE  take a text file in
-/stats        what is kept, in memory and on disk
-/quit         leave (or Ctrl+D); Ctrl+C stops an answer"""
+
+EVERY_S = 5.0
+"""Seconds between two lines of progress, and until the first."""
 
 
 def say(text: str) -> None:
@@ -61,32 +56,68 @@ def write(text: str) -> None:
 
 
 class Status:
-    """A listener: progress is a bar, if stderr is a terminal, and a notice is a line. Any thread may call it."""
+    """A listener: progress is a bar, if stderr is a terminal, and a notice is a line. Any thread may call it.
 
-    def __init__(self) -> None:
-        self.hidden = False
-        """Set while the user types: background work must not draw over the line."""
+    Args:
+        lines: no bar: of what takes long there is a line now and then, as screen readers and simple terminals want it.
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, lines: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self._stderr = sys.stderr  # the libraries that load models take the name away for a while
+        self._lines = lines or os.environ.get("TERM") == "dumb"
+        self._clock = clock
         self._lock = threading.Lock()
         self._bars: Bars | None = None
         self._task: tuple[str, TaskID] | None = None
+        self._told: tuple[str, float] | None = None
+        self._waiting: list[str] | None = None
 
     def __call__(self, event: Progress | Notice) -> None:
         if isinstance(event, Notice):
             self.clear()
-            say(event.text)
+            self._say(event.text)
         elif event.total and event.done >= event.total:
             self.clear()
-        elif self._stderr.isatty() and not self.hidden:
+        elif self._stderr.isatty() and self._waiting is None:
             with self._lock:
-                self._show(event)
+                (self._tell if self._lines else self._show)(event)
+
+    @contextmanager
+    def typing(self) -> Iterator[None]:
+        """Inside, the user types: nothing is written over the line, and notices wait for its end."""
+        self.clear()
+        with self._lock:
+            self._waiting = []
+        try:
+            yield
+        finally:
+            with self._lock:
+                waiting, self._waiting = self._waiting, None
+            for text in waiting or ():
+                say(text)
 
     def clear(self) -> None:
         """Remove the bar, so that text can follow."""
         with self._lock:
             if self._bars:
                 self._bars.stop()
-            self._bars = self._task = None
+            self._bars = self._task = self._told = None
+
+    def _say(self, text: str) -> None:
+        with self._lock:
+            if self._waiting is not None and self._stderr.isatty():
+                self._waiting.append(text)
+                return
+        say(text)
+
+    def _tell(self, event: Progress) -> None:
+        now = self._clock()
+        if self._told is None or self._told[0] != event.phase:
+            self._told = event.phase, now
+        elif now - self._told[1] >= EVERY_S:
+            self._told = event.phase, now
+            say(f"{LABELS[event.phase]}: {_amount(event)}".removesuffix(": "))
 
     def _show(self, event: Progress) -> None:
         if self._bars is None:
@@ -100,9 +131,9 @@ class Status:
 
 
 @contextmanager
-def working(flags: ModelFlags) -> Iterator[tuple[Worker, Status]]:
-    """A worker and the display of its progress; closed at the end."""
-    status = Status()
+def working(flags: ModelFlags, lines: bool = False) -> Iterator[tuple[Worker, Status]]:
+    """A worker and the display of its progress, as `lines` or bars; closed at the end."""
+    status = Status(lines)
     worker = flags.connect()(status)
     try:
         yield worker, status
@@ -112,10 +143,12 @@ def working(flags: ModelFlags) -> Iterator[tuple[Worker, Status]]:
 
 
 @contextmanager
-def opened(flags: ModelFlags, name: str | None, **how: Any) -> Iterator[tuple[Worker, Session, Status]]:
+def opened(
+    flags: ModelFlags, name: str | None, *, lines: bool = False, **how: Any
+) -> Iterator[tuple[Worker, Session, Status]]:
     """A worker and its progress display, and the session `name` opened; all closed at the end."""
     with (
-        working(flags) as (worker, status),
+        working(flags, lines) as (worker, status),
         worker.open(name, model=flags.model, rebuild=flags.rebuild, **how) as session,
     ):
         status.clear()
@@ -160,12 +193,13 @@ def interruptible(session: Session) -> Iterator[None]:
 def show_turn(events: Iterable[Event], status: Status, quiet: bool = False) -> TurnDone:
     """Stream one turn to the terminal (`quiet`: only its progress) and give back its end."""
     done: TurnDone | None = None
+    typed, harmless = sys.stdout.isatty(), Stream()
     for event in events:
         match event:
             case Delta(text):
                 status.clear()
                 if not quiet:
-                    write(text)
+                    write(harmless.step(text) if typed else text)
             case TurnDone():
                 done = event
             case _:
@@ -188,81 +222,3 @@ def summary(done: TurnDone) -> str:
     endings = {"length": "cut at max_new_tokens", "interrupted": "stopped", "context": "the context window is full"}
     parts.extend([endings[done.finish_reason]] if done.finish_reason in endings else [])
     return f"[{'; '.join(parts)}]"
-
-
-def chat(session: Session, status: Status) -> None:
-    """Read lines and answer them until /quit or the end of input. Typed lines survive an error, piped ones do not."""
-    say(f"{session.name}: {session.model}. /help lists commands, /quit leaves.")
-    while True:
-        try:
-            line = _ask_line(status)
-            session = _answer(session, line, status)
-        except EOFError:
-            return
-        except KVChatError as error:
-            status.clear()
-            if not sys.stdin.isatty():
-                raise
-            say(f"kvchat: {error}")
-
-
-def _ask_line(status: Status) -> str:
-    """The next line that is not blank; the prompt appears only if someone types."""
-    typed = sys.stdin.isatty() and sys.stdout.isatty()
-    if typed:
-        with suppress(ImportError):  # there is none on Windows
-            import readline  # noqa: F401  (gives input() a history and editing)
-    status.hidden = True
-    status.clear()
-    try:
-        while not (line := input("> " if typed else "").strip()):
-            pass
-    finally:
-        status.hidden = False
-    return line
-
-
-def _answer(session: Session, line: str, status: Status) -> Session:
-    """Do what `line` says; the session to go on with. /quit is an EOFError."""
-    name, _, argument = line.partition(" ")
-    match name:
-        case "/quit" | "/exit":
-            raise EOFError
-        case "/help":
-            say(HELP)
-        case "/stats":
-            say(format_stats(session.stats()))
-        case "/retry":
-            _turn(session, session.resend(), status)
-        case "/rewind":
-            say(f"took back: {session.rewind(_count(argument))}")
-        case "/keep":
-            session.configure({"compress.keep_ratio": argument.strip() or None})
-            say(format_stats(session.stats()).splitlines()[2])
-        case "/fork":
-            session = session.fork(argument.strip())
-            say(f"now in {session.name}")
-        case "/attach":
-            from kvchat.documents import read_document
-
-            file = Path(argument.strip()).expanduser()
-            attached = session.attach(file.name, read_document(file))
-            status.clear()
-            say(f"attached, {attached.tokens} tokens, {attached.computed} computed")
-        case _ if name.startswith("/") and name.removeprefix("/").isalpha():
-            raise InputError(f"unknown command {name}; /help lists commands")
-        case _:
-            _turn(session, session.send(line), status)
-    return session
-
-
-def _turn(session: Session, events: Iterable[Event], status: Status) -> None:
-    with interruptible(session):
-        done = show_turn(events, status)
-    say(summary(done))
-
-
-def _count(argument: str) -> int:
-    if argument and not (argument.isdecimal() and int(argument) > 0):
-        raise InputError(f"/rewind takes a number of turns, got {argument!r}")
-    return int(argument or 1)

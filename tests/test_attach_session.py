@@ -18,6 +18,7 @@ from kvchat.cli import main
 from kvchat.config import Config
 from kvchat.errors import CapacityError, InputError
 from kvchat.events import Notice, Progress
+from kvchat.line_chat import LineChat
 from kvchat.worker import Worker
 from tests.fake_worker import FakeWorker
 from tests.test_attach import LONG, TEXT
@@ -172,12 +173,12 @@ def test_a_file_that_cannot_be_attached_is_one_line(
 
 def test_the_plain_chat_attaches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my file.txt").write_text("text")
-    worker = FakeWorker()
-    session: Any = worker.open("trip")
-    plain._answer(session, f"/attach {tmp_path / 'my file.txt'}", plain.Status())
+    worker: Any = FakeWorker()
+    lines = LineChat(worker, worker.open("trip"), plain.Status())
+    lines.answer(f"/attach {tmp_path / 'my file.txt'}")
     assert worker.heard == ["text"] and "attached, 12 tokens, 4 computed" in capsys.readouterr().err
     with pytest.raises(InputError, match="none"):
-        plain._answer(session, f"/attach {tmp_path / 'none'}", plain.Status())
+        lines.answer(f"/attach {tmp_path / 'none'}")
 
 
 def test_notices_of_a_document_reach_the_listener(opener: Open) -> None:
