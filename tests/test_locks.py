@@ -198,7 +198,8 @@ def test_another_session_that_got_the_name_meanwhile_is_neither_opened_nor_delet
             converse(other, "trip", "another", "session")
             other.close()
 
-    monkeypatch.setattr("kvchat.worker.SessionLock", Late)
+    for part in ("worker", "shelf"):
+        monkeypatch.setattr(f"kvchat.{part}.SessionLock", Late)
     worker = start(store)
     for harm in (lambda: worker.open("trip"), lambda: worker.delete("trip")):
         with pytest.raises(StoreError, match="another session was named 'trip' meanwhile"):

@@ -28,8 +28,10 @@ SECRET = "xyzzy-plugh"
 
 @pytest.fixture(params=[None, Key(f"x'{bytes(range(48)).hex()}'", "a test")], ids=["plain", "encrypted"])
 def key(request: pytest.FixtureRequest) -> Key | None:
-    if request.param is not None:
-        pytest.importorskip("sqlcipher3")
+    if request.param is None:
+        return None
+    pytest.importorskip("sqlcipher3")
+    assert isinstance(request.param, Key)
     return request.param
 
 
@@ -129,12 +131,12 @@ def test_an_unfinished_answer_is_kept_until_it_is_cleared(store: Store) -> None:
     assert store.unfinished(info.id) is None and store.verify() == []
 
 
-@pytest.mark.parametrize("write", ["set_draft", "set_unfinished"])
-def test_what_is_written_often_is_one_short_statement(store: Store, write: str) -> None:
+@pytest.mark.parametrize("draft", [True, False])
+def test_what_is_written_often_is_one_short_statement(store: Store, draft: bool) -> None:
     info, chain = converse(store, "trip", "Hello")
     said: list[str] = []
     store._db.conn.set_trace_callback(said.append)
-    getattr(store, write)(info.id, *{"set_draft": ["typing"], "set_unfinished": [chain[0].id, [1]]}[write])
+    store.set_draft(info.id, "typing") if draft else store.set_unfinished(info.id, chain[0].id, [1])
     store._db.conn.set_trace_callback(None)
     begin, change, commit = [sql.split()[0] for sql in said if not sql.startswith("PRAGMA synchronous")]
     assert (begin, commit) == ("BEGIN", "COMMIT") and change in ("UPDATE", "INSERT")
