@@ -21,8 +21,8 @@ class Command:
 
     @property
     def needs_argument(self) -> bool:
-        """Nothing can be left out."""
-        return bool(self.argument) and not self.argument.startswith("[")
+        """Something cannot be left out."""
+        return bool(self.argument) and not re.fullmatch(r"\[[^\]]*\]", self.argument)
 
     @property
     def is_bare(self) -> bool:

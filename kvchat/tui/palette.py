@@ -13,7 +13,7 @@ def commands(run: Callable[[str], None], ask: Callable[[str], None]) -> Iterator
     """All of them: `run` is called with the line, `ask` with the beginning of one that lacks its argument."""
     for name, command in COMMANDS.items():
         title = f"/{name} {command.argument}".strip()
-        yield SystemCommand(title, command.help, _act(command.needs_argument or name == "fork", name, run, ask))
+        yield SystemCommand(title, command.help, _act(command.needs_argument, name, run, ask))
 
 
 def _act(asks: bool, name: str, run: Callable[[str], None], ask: Callable[[str], None]) -> Callable[[], None]:

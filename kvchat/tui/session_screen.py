@@ -143,14 +143,14 @@ class SessionScreen(Screen[None]):
         """Of the open session; empty if there is none."""
         return self.chat.name if self.chat else ""
 
-    async def open_session(self, make: Callable[[Worker], Session]) -> None:
-        """Go over to the session that `make` opens; if that fails, the present one stays.
+    async def open_session(self, make: Callable[[Worker], Session], same: bool = False) -> None:
+        """Go over to the session that `make` opens; if that fails, the present one stays. `same`: it is the present one.
 
         What is in the input stays behind as the draft of the session it was written in.
         """
         engine = await to_thread(self.connected)
         await self.show_sessions()
-        before = self.chat
+        before = None if same else self.chat
         left = self.prompt.text if before else ""
         if left:
             self.prompt.clear()
@@ -165,7 +165,8 @@ class SessionScreen(Screen[None]):
         self.title_bar.measure(0, chat.context_window, 0)
         await self.show_sessions()
         await self.show_history(chat)
-        await self.drafts.bring_back(chat)
+        if not same:
+            await self.drafts.bring_back(chat)
         self.jobs.beside(self.turns.measure(chat))
         if before is not None:
             await to_thread(before.close)

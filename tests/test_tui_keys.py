@@ -1,0 +1,186 @@
+"""Keys of the chat screen, drafts, themes and the list of sessions, over a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from textual.color import Color
+from textual.filter import Monochrome
+from textual.theme import Theme
+
+from kvchat.config import Config
+from kvchat.errors import ConfigError
+from kvchat.sections import TuiConfig
+from kvchat.tui.app import ChatApp
+from kvchat.tui.chat import ChatScreen
+from kvchat.tui.drafts import Drafts
+from kvchat.tui.session_list import age
+from kvchat.tui.themes import THEMES
+from kvchat.tui.widgets import Note, Question
+from tests.tui_parts import NARROW, WIDE, FakeWorker, chat, enter, idle, screen, texts, wait_until
+
+
+async def test_page_keys_scroll_the_transcript_while_the_input_has_the_focus() -> None:
+    worker = FakeWorker("trip")
+    worker.all["trip"].say("user", "line\n" * 200)
+    async with chat(worker) as (app, pilot):
+        await wait_until(lambda: app.transcript.scroll_y > 0 and app.transcript.is_vertical_scroll_end)
+        await pilot.press("pageup")
+        await wait_until(lambda: not app.transcript.is_vertical_scroll_end)
+        await pilot.press("pagedown")
+        await wait_until(lambda: app.transcript.is_vertical_scroll_end)
+
+
+async def test_a_narrow_terminal_hides_the_session_list_until_it_is_asked_for() -> None:
+    worker = FakeWorker("trip", "work")
+    async with chat(worker, size=NARROW) as (app, pilot):
+        assert not app.sessions.display
+        await enter(app, pilot, "hello " * 40)
+        await pilot.press("ctrl+l")
+        assert app.sessions.display and app.sessions.has_focus
+        await pilot.press("down", "enter")
+        await wait_until(lambda: not app.jobs.busy and app.session_name == "work")
+        assert not app.sessions.display
+        await pilot.resize_terminal(*WIDE)
+        await wait_until(lambda: app.sessions.display)
+
+
+def test_age_is_told_in_its_largest_unit() -> None:
+    now = datetime.now(UTC)
+    spans = {"now": 5, "4 min": 250, "2 h": 7300, "3 d": 3 * 86400 + 5}
+    assert {age((now - timedelta(seconds=s)).isoformat()) for s in spans.values()} == set(spans)
+
+
+async def test_keys_change_what_is_kept_step_by_step_and_the_map_follows() -> None:
+    worker = FakeWorker("trip")
+    async with chat(worker) as (app, pilot):
+        await wait_until(lambda: "keep 0.5 · KV" in screen(app))
+        await pilot.press("ctrl+down")
+        await wait_until(lambda: "keep 0.3 · KV" in screen(app))
+        await pilot.press("ctrl+up")
+        await wait_until(lambda: "keep 0.5 · KV" in screen(app))
+        for _ in range(4):
+            await pilot.press("ctrl+up")
+        await wait_until(lambda: "keep 1 · KV" in screen(app))
+        ratios = [settings["compress.keep_ratio"] for _, settings in worker.all["trip"].asked]
+        assert ratios[:2] == [0.3, 0.5] and ratios[-1] == 1.0
+
+
+async def test_keeping_less_waits_for_the_answer() -> None:
+    worker = FakeWorker("trip")
+    worker.all["trip"].gate.clear()
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "hello", wait=False)
+        await pilot.press("ctrl+down")
+        assert "when the model is idle" in texts(app, Note)[-1] and worker.all["trip"].asked == []
+
+
+@pytest.fixture
+def quick_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drafts, "AFTER_S", 0.01)
+
+
+@pytest.mark.usefixtures("quick_drafts")
+async def test_what_is_typed_is_saved_and_is_back_on_return() -> None:
+    worker = FakeWorker("trip", "work")
+    async with chat(worker) as (app, pilot):
+        await pilot.press(*"half a")
+        await wait_until(lambda: worker.all["trip"].draft == "half a")
+        app.action_command("/resume work")
+        await idle(app)
+        assert app.prompt.text == ""
+        await pilot.press(*"other")
+        app.action_command("/resume trip")
+        await idle(app)
+        assert app.prompt.text == "half a" and worker.all["work"].draft == "other"
+        await pilot.press("enter")
+        await wait_until(lambda: texts(app, Question) == ["half a"] and worker.all["trip"].draft == "")
+
+
+@pytest.mark.usefixtures("quick_drafts")
+async def test_an_edited_message_is_no_draft() -> None:
+    worker = FakeWorker("trip")
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "one")
+        await pilot.press(*"unsent", "ctrl+e")
+        await wait_until(lambda: app.prompt.text == "one")
+        await pilot.press("x")
+        await wait_until(lambda: worker.all["trip"].draft == "unsent")
+
+
+async def test_what_was_typed_last_is_saved_on_quit_and_the_worker_closed() -> None:
+    worker = FakeWorker("trip")
+    async with chat(worker) as (app, pilot):
+        await pilot.press(*"half a", "ctrl+q")
+        chatting = app.app
+        assert isinstance(chatting, ChatApp)
+        await wait_until(lambda: not chatting.is_running)
+    await asyncio.to_thread(chatting.leave, True)
+    assert worker.all["trip"].draft == "half a" and worker.closed
+
+
+async def test_a_session_that_cannot_be_opened_leaves_the_input_as_it_is() -> None:
+    async with chat(FakeWorker("trip")) as (app, pilot):
+        await pilot.press(*"half a")
+        app.action_command("/resume nowhere")
+        await idle(app)
+        assert app.prompt.text == "half a" and app.session_name == "trip"
+
+
+def keyed(**keys: str) -> Config:
+    return Config(tui=TuiConfig(keys=keys))
+
+
+async def test_a_keymap_gives_an_action_other_keys() -> None:
+    worker = FakeWorker("trip")
+    async with chat(worker, config=keyed(map="f12", stop="ctrl+x")) as (app, pilot):
+        await pilot.press("f3")
+        assert not app.segment_map.display
+        await pilot.press("f12")
+        assert app.segment_map.display
+        assert "f12 Map" in screen(app)
+
+
+def test_an_unknown_binding_is_one_line_at_the_start() -> None:
+    with pytest.raises(ConfigError, match="tui.keys: there is no binding 'fly'; known: .*map.*prompt.send") as raised:
+        ChatApp(FakeWorker("trip").connect, keyed(fly="f12"))  # type: ignore[arg-type]
+    assert "\n" not in str(raised.value)
+
+
+def test_every_binding_has_an_id_of_its_own() -> None:
+    bindings = [*ChatScreen.BINDINGS, *ChatApp.BINDINGS]
+    ids = [binding.id for binding in bindings]  # type: ignore[union-attr]
+    assert all(ids) and len({*ids}) == len(ids)
+
+
+async def test_a_theme_that_is_not_there_counts_as_the_default() -> None:
+    async with chat(FakeWorker("trip"), config=Config(tui=TuiConfig(theme="mauve"))) as (app, _):
+        assert app.app.theme == "kvchat-dark"
+
+
+async def test_no_color_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    async with chat(FakeWorker("trip")) as (app, pilot):
+        await enter(app, pilot, "hello")
+        assert app.app.no_color and any(isinstance(one, Monochrome) for one in app.app.get_line_filters())
+
+
+def contrast(one: str, other: str) -> float:
+    """Of WCAG, from 1 to 21."""
+    light, dark = sorted((luminance(Color.parse(one)), luminance(Color.parse(other))), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(color: Color) -> float:
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color.normalized]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+@pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.name)
+def test_text_in_every_theme_can_be_read(theme: Theme) -> None:
+    least = 7.0 if theme.name == "kvchat-contrast" else 4.5
+    for ground in (theme.background, theme.surface, theme.panel):
+        for ink in (theme.foreground, theme.accent, theme.success, theme.warning, theme.error):
+            assert ground and ink and contrast(ink, ground) >= least, (ink, ground)
