@@ -174,9 +174,9 @@ class Balance:
         return uses * (RESIDENT if chunk < resident else 1.0)
 
     def stats(self) -> dict[str, Any]:
-        """What was decided lately, what is measured, and what host memory served."""
+        """What was decided lately, what is measured, what host memory served, and the chunks it has of segments."""
         told = {"why": [*self.why], "bandwidths": self.bandwidths.figures(), "memory_budget": self._budget}
-        return told | {"host": self.host.stats() if self.host else None}
+        return told | {"host": self.host and self.host.stats(), "in_host": self.host.chunks() if self.host else {}}
 
     # -- making room -------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
@@ -121,6 +122,12 @@ class HostCache:
         """Frames served from here and from below, their bytes, and what is here."""
         with self._lock:
             return {**self._counts, "frames": len(self._frames), "nbytes": self._nbytes, "cap": self.cap}
+
+    def chunks(self) -> dict[str, int]:
+        """How many chunks of each segment have a frame here."""
+        with self._lock:
+            there = {(segment_id, chunk) for segment_id, chunk, _ in self._frames}
+        return dict(Counter(segment_id for segment_id, _ in there))
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ from typing import Any, Literal
 from unicodedata import combining, east_asian_width
 
 from kvchat.figures import summary
+from kvchat.segment_cells import Cell, cells
 from kvchat.terminal import neutralise
 
-Style = Literal["memory", "part", "disk", "text", "tail", "mark", "episode", "dim", "plain"]
+Style = Literal["memory", "part", "host", "disk", "text", "tail", "mark", "episode", "chosen", "dim", "plain"]
 
 NARROWEST, WIDEST = 40, 240
 """Columns that a map is drawn for, whatever there are."""
@@ -26,21 +27,24 @@ GLYPHS: dict[str, tuple[str, Style, str]] = {
     "whole": ("█", "memory", "all in memory"),
     "most": ("▓", "part", "half or more in memory"),
     "least": ("▒", "part", "less in memory"),
+    "host": ("◦", "host", "in host memory"),
     "disk": ("·", "disk", "on disk only"),
     "rest": ("░", "disk", "on disk"),
     "text": ("×", "text", "text only"),
     "tail": ("+", "tail", "newest, not sealed yet"),
 }
-ASCII = str.maketrans({"█": "#", "▓": "%", "▒": "=", "░": "-", "×": "x", "·": ".", "…": "~"})
+ASCII = str.maketrans({"█": "#", "▓": "%", "▒": "=", "░": "-", "×": "x", "·": ".", "◦": "o", "…": "~"})
 """For terminals that know no other characters."""
 COLOURS: dict[Style, str] = {
     "memory": "32",
     "part": "36",
+    "host": "33",
     "disk": "34",
     "text": "31",
     "tail": "35",
     "mark": "1;33",
     "episode": "1",
+    "chosen": "1;35",
     "dim": "2",
     "plain": "",
 }
@@ -58,89 +62,6 @@ class Span:
 Line = tuple[Span, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A segment, or tokens of which there is none.
-
-    start, end   its tokens
-    first, last  its turns
-    tier         memory, part, disk or text, as figures have it, or tail: exact in memory, not sealed yet
-    held         part of its KV that is in memory, 0 to 1
-    stored       part that is in the store
-    position     where the network sees it now, None if it does not
-    episode      number of the episode that most of its turns are of, None if that is not known
-    """
-
-    start: int
-    end: int
-    first: int
-    last: int
-    tier: str
-    held: float
-    stored: float
-    position: int | None
-    recalled: bool
-    nbytes: int = 0
-    disk: int = 0
-    episode: int | None = None
-
-    @property
-    def kind(self) -> str:
-        """Its key in GLYPHS."""
-        if self.tier != "part":
-            return {"memory": "whole"}.get(self.tier, self.tier)
-        return "most" if self.held >= 0.5 else "least"
-
-    @property
-    def turns(self) -> str:
-        """Their numbers."""
-        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
-
-
-def cells(stats: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]] = ()) -> list[Cell]:
-    """All tokens of a conversation, from its figures and episodes, in their order."""
-    about = {turn: number for number, episode in enumerate(episodes) for turn in episode["turns"]}
-    found, total = [_cell(segment, about) for segment in stats["segments"]], stats["num_tokens"]
-    seen, newest = stats.get("num_seen", 0), max(1, stats["num_turns"])
-    end = found[-1].end if found else 0
-    if seen > end:
-        first = min(newest, found[-1].last + 1) if found else 1
-        about_it = _most(about, first, newest)
-        found.append(Cell(end, seen, first, newest, "tail", 1.0, 0.0, end - stats["offset"], False, episode=about_it))
-    end = max(end, seen)
-    if total > end:
-        found.append(Cell(end, total, newest, newest, "text", 0.0, 0.0, None, False))
-    return found
-
-
-def _cell(segment: Mapping[str, Any], about: Mapping[int, int]) -> Cell:
-    (first, last), there = segment["turns"], segment["tier"] in ("memory", "part")
-    tier = "tail" if segment["kind"] == "open" and there else segment["tier"]
-    total = segment.get("rows_total", 0)
-    held = 1.0 if segment["tier"] == "memory" else segment["rows"] / total if total else 0.0
-    whole = segment["stored_chunks"] / max(1, segment["num_chunks"])
-    return Cell(
-        segment["start"],
-        segment["end"],
-        first,
-        last,
-        tier,
-        held,
-        segment["rows_stored"] / total if total else whole,
-        segment["position"],
-        segment["recalled"],
-        segment.get("bytes_in_memory", 0),
-        segment["bytes_on_disk"],
-        _most(about, first, last),
-    )
-
-
-def _most(about: Mapping[int, int], first: int, last: int) -> int | None:
-    """The episode of most of these turns; the earliest of several."""
-    found = [about[turn] for turn in range(first, last + 1) if turn in about]
-    return max(dict.fromkeys(found), key=found.count) if found else None
-
-
 def heading(stats: Mapping[str, Any], width: int = 80) -> list[Line]:
     """What a map stands below: whose it is, and the whole in figures."""
     name: Line = (Span(clip(one_line(str(stats["name"])), width), "episode"),)
@@ -148,15 +69,28 @@ def heading(stats: Mapping[str, Any], width: int = 80) -> list[Line]:
     return [name, *_flow([(Span(part, "dim"),) for part in parts], width, " · ")]
 
 
-def draw(stats: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]] = (), width: int = 80) -> list[Line]:
-    """The map for so many columns, and what its signs mean."""
+def draw(
+    stats: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]] = (), width: int = 80, chosen: int = 0
+) -> list[Line]:
+    """The map for so many columns, what its signs mean, and where turn `chosen` is, if that is one."""
     found, width = cells(stats, episodes), min(max(width, NARROWEST), WIDEST)
     if not found:
         return [(Span("nothing is there yet", "dim"),)]
-    label = len(f"turn {found[-1].first}") + 1
+    label = _label(found)
     rows = _rows(found, width - label)
-    lines = [line for row in rows for line in _drawn(row, label)]
-    return [*lines, *_legend(rows, width), *_names(found, episodes, width)]
+    lines = [line for row in rows for line in _drawn(row, label, chosen)]
+    memory = "GPU memory" if stats.get("device") == "cuda" else "memory"
+    return [*lines, *_legend(rows, width, memory), *_names(found, episodes, width)]
+
+
+def turns_across(stats: Mapping[str, Any], width: int = 80) -> list[list[int]]:
+    """The turns that each row of the map for so many columns shows, by the first of each cell."""
+    found, width = cells(stats), min(max(width, NARROWEST), WIDEST)
+    return [[cell.first for cell, _ in row] for row in _rows(found, width - _label(found))] if found else []
+
+
+def _label(found: Sequence[Cell]) -> int:
+    return len(f"turn {found[-1].first}") + 1
 
 
 Bar = tuple[Cell, int]
@@ -175,8 +109,8 @@ def _rows(found: Sequence[Cell], room: int) -> list[list[Bar]]:
     return [[(cell, 1) for cell in found[low : low + room]] for low in range(0, len(found), room)]
 
 
-def _drawn(row: Sequence[Bar], label: int) -> list[Line]:
-    """A row, and below it which turns the bars have, what was recalled, and where another episode begins."""
+def _drawn(row: Sequence[Bar], label: int, chosen: int) -> list[Line]:
+    """A row, and below it which turns the bars have, what is chosen or recalled, and where another episode begins."""
     gap = " " if _is_bars(row) else ""
     begin = Span(f"turn {row[0][0].first}".ljust(label), "dim")
     lines: list[Line] = [(begin, *(span for cell, columns in row for span in (*_shaded(cell, columns), Span(gap))))]
@@ -186,12 +120,18 @@ def _drawn(row: Sequence[Bar], label: int) -> list[Line]:
         before = cell.episode
     turns = [_fitting((cell.turns, str(cell.first)), columns) if gap else "" for cell, columns in row]
     marks = ["^" if cell.recalled else "" for cell, _ in row]
-    below: list[tuple[list[str], Style]] = [(turns, "dim"), (marks, "mark"), (letters, "episode")]
+    picks = ["▲".center(columns) if cell is _first(row, chosen) else "" for cell, columns in row]
+    below: list[tuple[list[str], Style]] = [(picks, "chosen"), (turns, "dim"), (marks, "mark"), (letters, "episode")]
     for words, style in below:
         text = "".join(word.ljust(columns + len(gap)) for word, (_, columns) in zip(words, row, strict=True))
         if text.strip():
             lines.append((Span(" " * label), Span(text.rstrip(), style)))
     return lines
+
+
+def _first(row: Sequence[Bar], turn: int) -> Cell | None:
+    """The first cell of a turn."""
+    return next((cell for cell, _ in row if cell.first <= turn <= cell.last), None)
 
 
 def _fitting(words: Iterable[str], columns: int) -> str:
@@ -206,8 +146,9 @@ def _shaded(cell: Cell, columns: int) -> Iterable[Span]:
         return [Span(glyph * columns, style)]
     held = round(columns * cell.held)
     held = min(max(held, cell.held > 0), columns - (cell.held < 1))
-    stored = max(held, min(columns, round(columns * cell.stored)))
-    kinds = [("whole", held), ("rest", stored - held), ("text", columns - stored)]
+    host = max(held, min(columns, round(columns * cell.host)))
+    stored = max(host, min(columns, round(columns * cell.stored)))
+    kinds = [("whole", held), ("host", host - held), ("rest", stored - host), ("text", columns - stored)]
     return [Span(GLYPHS[kind][0] * count, GLYPHS[kind][1]) for kind, count in kinds if count]
 
 
@@ -221,12 +162,13 @@ def _is_bars(row: Sequence[Bar]) -> bool:
     return any(columns > 1 for _, columns in row)
 
 
-def _legend(rows: Sequence[Sequence[Bar]], width: int) -> list[Line]:
-    """What the signs in use mean."""
+def _legend(rows: Sequence[Sequence[Bar]], width: int, memory: str) -> list[Line]:
+    """What the signs in use mean; `memory` is what the network reads."""
     used = {span.text[:1] for row in rows for cell, columns in row for span in _shaded(cell, columns)}
     items: list[Line] = [
-        (Span(glyph, style), Span(f" {'in memory' if glyph == '█' and _is_bars(rows[0]) else meaning}", "dim"))
+        (Span(glyph, style), Span(f" {told.replace('in memory', f'in {memory}')}", "dim"))
         for glyph, style, meaning in GLYPHS.values()
+        for told in ["in memory" if glyph == "█" and _is_bars(rows[0]) else meaning]
         if glyph in used
     ]
     if any(cell.recalled for row in rows for cell, _ in row):
@@ -290,6 +232,9 @@ def clip(text: str, width: int) -> str:
     """`text` if it fits, else its beginning."""
     if columns_of(text) <= width:
         return text
-    while text and columns_of(text) > width - 1:
-        text = text[:-1]
-    return f"{text}…"
+    used = 0
+    for end, char in enumerate(text):
+        used += columns_of(char)
+        if used >= width:
+            break
+    return f"{text[:end]}…"

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from kvchat.figures import size, summary
-from kvchat.segment_map import GLYPHS, Cell, cells, one_line
+from kvchat.segment_cells import Cell, cells
+from kvchat.segment_map import GLYPHS, one_line
 
 STYLE = """\
 :root { color-scheme: light dark; --page: #fff; --ink: #1d2125; --muted: #667080; --line: #d8dde3; --disk: #c9d3de;

@@ -38,6 +38,7 @@ def describe(conversation: Conversation) -> dict[str, Any]:
     return {
         "name": conversation.info.name,
         "model": model.name,
+        "device": model.device.type,
         "context_window": model.context_window,
         "num_turns": sum(message.role == "user" for message in path),
         "num_seen": residence.cache.num_seen,

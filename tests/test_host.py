@@ -80,6 +80,7 @@ def test_what_was_read_is_served_again_in_order_without_reading(below: Below, po
     assert read(host, "a", range(3)) == plain and below.reads == []
     stats = host.stats()
     assert (stats["hits"], stats["misses"], stats["frames"], stats["nbytes"]) == (2 + 6, 2 + 4, 6, 6 * SIZE)
+    assert host.chunks() == {"a": 3}
     assert stats["hit_bytes"] == 8 * SIZE and stats["miss_bytes"] == 6 * SIZE
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvchat.figures import count, format_stats, meter, recalled
-from kvchat.segment_map import COLOURS, GLYPHS, Line, cells, clip, columns_of, draw, heading, to_text
+from kvchat.segment_map import COLOURS, GLYPHS, Line, cells, clip, columns_of, draw, heading, to_text, turns_across
 from kvchat.segment_page import page
 
 HELD = {"memory": 1.0, "disk": 0.0, "text": 0.0}
@@ -90,11 +90,28 @@ def test_a_few_segments_are_bars_as_long_as_their_part_of_the_tokens() -> None:
 
 def test_many_segments_are_cells_that_say_by_shading_how_much_is_held() -> None:
     crowd = [*MIXED, *(segment(number, "disk") for number in range(5, 40))]
-    lines = told(draw(figures(*crowd, tail=9), width=80)).splitlines()
-    assert lines[0] == "turn 1  █▓▒·×" + 35 * "·" + "+"
+    lines = told(draw(figures(*crowd, tail=9, in_host={"39": 6, "38": 2}), width=80)).splitlines()
+    assert lines[0] == "turn 1  █▓▒·×" + 34 * "·" + "◦+"
     legend = " ".join(lines[1:])
     for glyph, _, meaning in GLYPHS.values():
         assert (f"{glyph} {meaning}" in legend) == (glyph != "░")
+
+
+def test_a_bar_says_what_comes_back_from_host_memory() -> None:
+    lines = told(draw(figures(segment(0, "part", 0.25), in_host={"0": 5}, device="cuda"), width=80)).splitlines()
+    assert lines[0] == f"turn 1 {18 * '█'}{33 * '◦'}{21 * '░'}"
+    assert lines[2] == "█ in GPU memory  ◦ in host memory  ░ on disk"
+
+
+def test_a_chosen_turn_is_marked_in_its_row() -> None:
+    stats = figures(*many(200))
+    lines = told(draw(stats, width=80, chosen=146)).splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("turn 143"))
+    assert lines[at + 1] == " " * 9 + " ▲"
+    assert sum("▲" in line for line in lines) == 1
+    rows = turns_across(stats, 80)
+    assert [row[0] for row in rows] == [1, 143, 285] and sum(map(len, rows)) == 200
+    assert turns_across(figures()) == []
 
 
 def test_cells_go_on_in_rows_that_begin_with_their_first_turn() -> None:
