@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command(epilog=examples("kvchat ls", "kvchat ls --json"))
+@app.command(epilog=examples("kvchat ls", "kvchat ls --tag italy", "kvchat ls --json"))
 @command
 def ls(
     flags: StoreFlags,

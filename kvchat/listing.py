@@ -18,6 +18,7 @@ Query = Callable[..., list[Row]]
 
 # A hit in a prompt that a thousand sessions share has all their messages below it; then all edges are read instead.
 MOST_STEPS = 5000
+LONGEST_SNIPPET = 400
 
 
 def list_sessions(query: Query) -> list[SessionInfo]:
@@ -104,4 +105,13 @@ def _line(snippet: bytes) -> tuple[str, tuple[tuple[int, int], ...]]:
         hit, _, rest = piece.partition("\udcff")
         spans.append((len(text), len(text) + len(hit)))
         text += hit + rest
-    return text, tuple(spans)
+    return (text, tuple(spans)) if len(text) <= LONGEST_SNIPPET else _cut(text, spans)
+
+
+def _cut(text: str, spans: Sequence[tuple[int, int]]) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """The part of a snippet around its first hit: a word of a snippet may be as long as its message."""
+    start = max(0, min((first for first, _ in spans), default=0) - LONGEST_SNIPPET // 4)
+    end = start + LONGEST_SNIPPET
+    lead, trail = "…" * (start > 0), "…" * (end < len(text))
+    moved = [(first - start + len(lead), min(last, end) - start + len(lead)) for first, last in spans if first < end]
+    return f"{lead}{text[start:end]}{trail}", tuple(moved)

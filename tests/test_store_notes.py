@@ -306,6 +306,14 @@ def test_hits_are_told_in_characters_whatever_the_text_holds(
     assert hit.snippet == " ".join(content.split())
 
 
+@pytest.mark.parametrize("content", ["hotel " + "x" * 1_000_000, "x" * 1_000_000 + " hotel", "hotel" * 200_000])
+def test_a_word_as_long_as_its_message_is_cut(store: Store, content: str) -> None:
+    converse(store, "trip", content)
+    [hit] = store.search("hotel")
+    [(first, last)] = hit.spans
+    assert hit.snippet[first:last].startswith("hotel") and len(hit.snippet) <= 402 and "…" in hit.snippet
+
+
 def test_a_snippet_of_a_long_message_shows_its_hits(store: Store) -> None:
     converse(store, "trip", "word " * 500 + "the harbour " + "word " * 500)
     [hit] = store.search("harbour")
