@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
+
+from kvchat.inspecting import Bin, Inspection, Token
 
 SAID = (
     ("user", "What did we decide about the dogs [b]park[/b] near the river, and who was there?"),
@@ -17,15 +19,13 @@ SAID = (
 )
 
 
-def token(text: str, role: str = "user", kept: float = 1.0, score: float | None = 1.0, protected: bool = False) -> Any:
-    return SimpleNamespace(text=text, role=role, kept=kept, score=score, protected=protected)
+def token(
+    text: str, role: str = "user", kept: float = 1.0, score: float | None = 1.0, protected: bool = False
+) -> Token:
+    return Token(text, role, kept, score, protected)
 
 
-def score_bin(low: float, high: float, pairs: int, kept: bool) -> Any:
-    return SimpleNamespace(low=low, high=high, pairs=pairs, kept=kept)
-
-
-def inspection(turn: int, **more: Any) -> Any:
+def inspection(turn: int, **more: Any) -> Inspection:
     """Of 30 layers and 3 heads."""
     words = [(role, word) for role, text in SAID for word in re.findall(r"\S+\s*", text)]
     scores = [(37 * place % 101) / 100 for place in range(len(words))]
@@ -34,7 +34,7 @@ def inspection(turn: int, **more: Any) -> Any:
         for place, ((role, word), score) in enumerate(zip(words, scores, strict=True))
     ]
     heat = [[0.35 + 0.3 * math.sin(layer / 4 + head) - 0.01 * layer for head in range(3)] for layer in range(30)]
-    given = {
+    given: dict[str, Any] = {
         "turn": turn,
         "tokens": tuple(tokens),
         "pairs": 3953,
@@ -48,13 +48,13 @@ def inspection(turn: int, **more: Any) -> Any:
         "histogram": tuple(_bins()),
         "protected": 4,
     }
-    return SimpleNamespace(**(given | more))
+    return Inspection(**(given | more))
 
 
-def _bins() -> Any:
+def _bins() -> Iterator[Bin]:
     """Twenty; at the cut some heads keep what others do not."""
     for number in range(20):
         pairs = int(400 * math.exp(-(((number - 6) / 5) ** 2)) + 40 * math.exp(-(((number - 16) / 2) ** 2)))
         share = min(1.0, max(0.0, (number - 8) / 3))
         ends = number / 20, (number + 1) / 20
-        yield from (score_bin(*ends, int(part * pairs), kept) for part, kept in ((1 - share, False), (share, True)))
+        yield from (Bin(*ends, int(part * pairs), kept) for part, kept in ((1 - share, False), (share, True)))

@@ -9,9 +9,10 @@ import pytest
 from textual.content import Content
 
 from kvchat.errors import InputError
+from kvchat.inspecting import Bin, Token
 from kvchat.tui.inspection import KEPT, SHADES, STEPS, heat, histogram, shade, words
 from kvchat.tui.inspector import Inspector
-from tests.fake_inspection import inspection, score_bin, token
+from tests.fake_inspection import inspection, token
 from tests.tui_host import NARROW, WIDE, Host, hosting, wait_until
 
 
@@ -72,29 +73,29 @@ def test_the_heat_map_of_any_model_fits_and_shows_all_heads(layers: int, heads: 
 
 
 def test_the_histogram_says_where_the_cut_is() -> None:
-    bins = [score_bin(place / 10, place / 10 + 0.1, 10 * (place + 1), place >= 6) for place in range(10)]
+    bins = [Bin(place / 10, place / 10 + 0.1, 10 * (place + 1), place >= 6) for place in range(10)]
     content = histogram(inspection(1, histogram=bins), 60)
     lines = rows(content)
     assert lines[-1].split() == ["╌", "evicted", "━", "kept", "by", "score"]
-    assert lines[-2].split() == ["0.00", "cut", "0.60", "1.00"]
+    assert lines[-2].split() == ["0", "cut", "0.6", "1"]
     axis = lines[-3].strip()
-    assert axis == 24 * "╌" + "┃" + 15 * "━"
-    assert lines[0].split()[0] == "100" and lines[0].rstrip().endswith("███")
-    heights = [sum(line[8 + 4 * place] != " " for line in lines[:6]) for place in range(10)]
+    assert axis == 30 * "╌" + "┃" + 19 * "━"
+    assert lines[0].split()[0] == "100" and lines[0].rstrip().endswith(" ████")
+    heights = [sum(line[8 + 5 * place] != " " for line in lines[:6]) for place in range(10)]
     assert heights == sorted(heights) and heights[0] == 1 and heights[-1] == 6
 
 
 def test_scores_that_are_kept_in_some_heads_only_are_one_bar() -> None:
-    bins = [score_bin(0.0, 0.5, 80, False), score_bin(0.0, 0.5, 20, True), score_bin(0.5, 1.0, 50, True)]
+    bins = [Bin(0.0, 0.5, 80, False), Bin(0.0, 0.5, 20, True), Bin(0.5, 1.0, 50, True)]
     lines = rows(histogram(inspection(1, histogram=bins), 60))
-    assert lines[-3].strip() == "╌╌╌╌┃━━━" and lines[0].split()[0] == "100"
+    assert lines[-3].strip() == 8 * "╌" + "┃" + 7 * "━" and lines[0].split()[0] == "100"
 
 
 @pytest.mark.parametrize(
     ("bins", "axis"),
-    [([score_bin(0, 1, 5, True)], "━━━━"), ([score_bin(0, 1, 5, False)], "╌╌╌╌")],
+    [([Bin(0, 1, 5, True)], 8 * "━"), ([Bin(0, 1, 5, False)], 8 * "╌")],
 )
-def test_there_is_no_cut_where_all_is_kept_or_nothing(bins: list[Any], axis: str) -> None:
+def test_there_is_no_cut_where_all_is_kept_or_nothing(bins: list[Bin], axis: str) -> None:
     lines = rows(histogram(inspection(1, histogram=bins), 60))
     assert lines[-3].strip() == axis and "cut" not in lines[-2]
 
@@ -111,7 +112,7 @@ def test_there_is_no_cut_where_all_is_kept_or_nothing(bins: list[Any], axis: str
         (token("x", kept=0.3, score=None), 2),
     ],
 )
-def test_evicted_tokens_are_dimmed_by_their_score(one: Any, expected: int) -> None:
+def test_evicted_tokens_are_dimmed_by_their_score(one: Token, expected: int) -> None:
     assert shade(one) == expected
 
 
@@ -153,7 +154,7 @@ async def test_a_turn_is_shown_with_its_figures(size: tuple[int, int]) -> None:
         assert "turn 3 of 12" in host.shown
         assert "53 tokens · 4 protected · in memory in part" in host.shown
         assert "18.0 MB in memory · 4.1 MB on disk · codec k8v4 · scorer snapkv" in host.shown
-        assert "head 2" in host.shown and "cut 0.50" in host.shown
+        assert "head 2" in host.shown and "cut 0.5 " in host.shown
         assert threading.main_thread() not in turns.threads
 
 

@@ -32,6 +32,13 @@ MARKS = (("«", "»"), ("«", "»"), ("‹", "›"), ("‹", "›"), ("", ""))
 """Around words of a shade where there are no colours."""
 KEPT = len(SHADES) - 1
 MUTED, HEADING, CUT = "$foreground-muted", "bold $text-accent", "bold $text-warning"
+TIERS = {
+    "memory": "in memory",
+    "part": "in memory in part",
+    "disk": "on disk only",
+    "text": "text only",
+    "tail": "exact in memory, not sealed yet",
+}
 LABEL, MEAN = 8, 6
 """Columns before and behind a row of the heat map."""
 TALL = 6
@@ -55,8 +62,7 @@ def head(found: Inspection, width: int) -> Content:
 
 
 def _where(tier: str) -> str:
-    told = {"memory": "in memory", "part": "in memory in part", "disk": "on disk only", "text": "text only"}
-    return told.get(tier, one_line(tier))
+    return TIERS.get(tier) or one_line(tier)
 
 
 def heat(found: Inspection, width: int) -> Content:
@@ -112,7 +118,8 @@ def histogram(found: Inspection, width: int) -> Content:
     if not any(kept + evicted for _, _, kept, evicted in bins):
         return Content.assemble(("its scores are not stored", MUTED))
     most = max(kept + evicted for _, _, kept, evicted in bins)
-    cell = max(1, min(4, (width - LABEL) // len(bins)))
+    # Few bins are shown wide, many narrow.
+    cell = max(1, min(8, (width - LABEL) // len(bins)))
     bins = bins[: max(1, width - LABEL)]
     lines = [_bars(bins, most, line, cell) for line in reversed(range(TALL))]
     return _joined([*lines, *_cut(bins, cell)])
@@ -152,7 +159,7 @@ def _cut(bins: Sequence[Stack], cell: int) -> list[Part] | list[list[Part]]:
     axis = [(" " * LABEL, ""), ("╌" * at, MUTED), ("━" * (columns - at), RAMP[-1])]
     if 0 < at < columns:
         axis[1:] = [("╌" * at, MUTED), ("┃", CUT), ("━" * (columns - at - 1), RAMP[-1])]
-    ends, middle = (f"{low:.2f}", f"{high:.2f}"), f"cut {bins[first][0]:.2f}" if 0 < at < columns else ""
+    ends, middle = (f"{low:.3g}", f"{high:.3g}"), f"cut {bins[first][0]:.3g}" if 0 < at < columns else ""
     place = min(max(len(ends[0]) + 1, at - len(middle) // 2), max(0, columns - len(ends[1]) - len(middle) - 1))
     below = f"{ends[0].ljust(place)}{middle}"
     scale = [(" " * LABEL + below, MUTED), (ends[1].rjust(max(len(ends[1]) + 1, columns - len(below))), MUTED)]
