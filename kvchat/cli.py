@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -73,10 +74,9 @@ app = typer.Typer(
 
 def main(argv: list[str] | None = None, worker: WorkerFactory | None = None) -> int:
     """Run one command line; the exit code. `worker` stands in for the real worker in tests."""
-    program = typer.main.get_command(app)
     shared = {"factory": worker} if worker else {}
     try:
-        code = program.main(args=argv, prog_name="kvchat", standalone_mode=False, obj=shared)
+        code = program().main(args=argv, prog_name="kvchat", standalone_mode=False, obj=shared)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
@@ -90,6 +90,12 @@ def main(argv: list[str] | None = None, worker: WorkerFactory | None = None) -> 
         if os.environ.get("KVCHAT_DEBUG"):
             raise
         return _fail(_one_line(error), 1)
+
+
+@cache
+def program() -> Any:
+    """All commands and their options; making them takes as long as a short command runs."""
+    return typer.main.get_command(app)
 
 
 def _fail(message: str, code: int) -> int:
@@ -137,7 +143,10 @@ def start(
         context.obj.update(vars(flags))
 
 
-@app.command(epilog=examples("kvchat bench resume", "kvchat bench decode --tokens 2000 --rounds 3 --json"))
+@app.command(
+    short_help="Measure speed and size on this machine.",
+    epilog=examples("kvchat bench resume", "kvchat bench decode --tokens 2000 --rounds 3 --json"),
+)
 @command
 def bench(
     flags: ModelFlags,
@@ -213,8 +222,8 @@ app.add_typer(cli_crypt.app)
 cli_eval.app.add_typer(cli_far.app)
 cli_eval.app.add_typer(cli_select.app)
 app.add_typer(cli_episodes.app)
-app.add_typer(cli_eval.app, name="eval")
-app.add_typer(cli_fit.app, name="fit")
+app.add_typer(cli_eval.app, name="eval", short_help="Measure what compression costs in quality.")
+app.add_typer(cli_fit.app, name="fit", short_help="Fit a learned scorer to the model.")
 app.add_typer(cli_tune.app)
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ app = typer.Typer()
 
 @app.command(
     "config",
+    short_help="Show settings and where they come from, or write some.",
     epilog=examples(
         "kvchat config",
         "kvchat config compress generate.temperature",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,6 @@ BUSY_S = 0.2
 
 def session_names(context: typer.Context, incomplete: str) -> list[str]:
     """Sessions whose names begin so; none if there is no store, or none that can be read without a key."""
-    import sqlite3  # here, for help needs none
-
     given = _given(context)
     try:
         names = _read(_store_path(given.get("store"), given.get("config")))
@@ -51,8 +50,6 @@ def _store_path(store: Path | None, config: Path | None) -> Path:
 
 def _read(path: Path) -> list[str]:
     """Raises sqlite3.Error, as for a file that is not there or is encrypted."""
-    import sqlite3
-
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_S)) as database:
         return [row[0] for row in database.execute("SELECT name FROM sessions ORDER BY updated DESC, id DESC")]
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from kvchat.attaching import Attached
+from kvchat.branching import Node
 from kvchat.config import Config
 from kvchat.errors import CapacityError
 from kvchat.events import Delta, Event, Listener, Notice, Progress, Timings, TurnDone, Usage
+from kvchat.probe import Finding
+from kvchat.records import SearchHit
 
 USAGE = Usage(prompt_tokens=12, cached_tokens=8, prefilled_tokens=4, completion_tokens=2)
 STATS = {
@@ -48,6 +52,17 @@ STATS = {
 }
 
 
+INFO = {"name": "trip", "title": "Rome by night", "titled": "model", "tags": ("italy",), "num_turns": 3, "settings": {}}
+NODES = (
+    Node("m1", None, "user", "Where is Rome?", 1, True, "2026-01-01T10:00"),
+    Node("m2", "m1", "assistant", "In Italy.", 1, True, "2026-01-01T10:01"),
+    Node("m3", "m2", "user", "And Oslo?", 2, False, "2026-01-01T10:02"),
+    Node("m4", "m3", "assistant", "In Norway.", 2, False, "2026-01-01T10:03"),
+    Node("m5", "m2", "user", "And Bern?", 2, True, "2026-01-01T10:04"),
+    Node("m6", "m5", "assistant", "In Switzerland.", 2, True, "2026-01-01T10:05"),
+)
+
+
 class FakeSession:
     """Answers every message with its upper case; a message "full" does not fit."""
 
@@ -67,6 +82,28 @@ class FakeSession:
     def resend(self) -> Iterator[Event]:
         return self.send(self.worker.heard.pop())
 
+    def edit(self, turn: int, text: str) -> Iterator[Event]:
+        self.worker.asked.append(("edit", turn))
+        return self.send(text)
+
+    def go_on(self) -> Iterator[Event]:
+        return self.send("and so on")
+
+    def tree(self) -> list[Node]:
+        return list(NODES)
+
+    def switch(self, message_id: str) -> None:
+        self.worker.asked.append(("switch", message_id))
+
+    def messages(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(role="user", content=text) for text in self.worker.heard]
+
+    def configure(self, settings: dict[str, Any]) -> None:
+        self.worker.asked.append(("configure", settings))
+
+    def stop(self) -> None:
+        self.worker.asked.append(("stop", self.name))
+
     def append(self, messages: Sequence[dict[str, str]]) -> Usage:
         for message in messages:
             if message["content"] == "full":
@@ -81,7 +118,8 @@ class FakeSession:
     def rewind(self, turns: int = 1) -> str:
         return [self.worker.heard.pop() for _ in range(turns)][-1]
 
-    def fork(self, name: str) -> FakeSession:
+    def fork(self, name: str, at: int | None = None) -> FakeSession:
+        self.worker.asked.append(("fork", at))
         return FakeSession(name, self.worker)
 
     def settle(self) -> float:
@@ -92,6 +130,9 @@ class FakeSession:
 
     def episodes(self) -> list[dict[str, Any]]:
         return [{"name": "dogs park", "turns": (1,)}]
+
+    def check(self) -> Finding:
+        return Finding(self.name, "same", ())
 
     def close(self) -> None:
         pass
@@ -108,6 +149,8 @@ class FakeWorker:
 
     def __init__(self) -> None:
         self.heard: list[str] = []
+        self.asked: list[tuple[str, Any]] = []
+        self.infos = [SimpleNamespace(**INFO)]
         self.opened: list[tuple[str | None, dict[str, Any]]] = []
         self.deleted: list[str] = []
         self.closed = False
@@ -122,6 +165,24 @@ class FakeWorker:
 
     def delete(self, name: str) -> None:
         self.deleted.append(name)
+
+    def take_in(self, file: Any, name: str, *_: Any) -> FakeSession:
+        return FakeSession(name, self)
+
+    def sessions(self) -> list[SimpleNamespace]:
+        return list(self.infos)
+
+    def search(self, text: str) -> list[SearchHit]:
+        return [SearchHit("trip", 2, "user", f"a {text} there", ((2, 2 + len(text)),))] if text != "nothing" else []
+
+    def rename(self, name: str, new: str) -> None:
+        self.asked.append(("rename", (name, new)))
+
+    def retitle(self, name: str, title: str) -> None:
+        self.infos[0].title = title
+
+    def tag(self, name: str, tags: Sequence[str]) -> None:
+        self.infos[0].tags = tuple(sorted(tags))
 
     def close(self) -> None:
         self.closed = True

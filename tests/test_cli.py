@@ -6,7 +6,6 @@ import io
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 import tomllib
@@ -14,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from kvchat import plain
-from kvchat.cli import app, main
+from kvchat.cli import main, program
 from kvchat.config import Config
 from tests.fake_worker import STATS, USAGE, FakeSession, FakeWorker
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS = sorted(program().commands)
 
 
 @pytest.fixture
@@ -38,18 +36,6 @@ def run(worker: FakeWorker, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         return capsys.readouterr()
 
     return run
-
-
-def test_help_of_each_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in COMMANDS:
-        assert main([name, "--help"]) == 0
-        assert capsys.readouterr().out.startswith(f"Usage: kvchat {name}")
-
-
-def test_help_needs_neither_torch_nor_textual() -> None:
-    code = "import sys, kvchat.cli as c; c.main(['--help']); print({'torch', 'textual', 'rich'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert result.stdout.endswith("set()\n")
 
 
 def test_the_readme_mentions_each_command() -> None:
