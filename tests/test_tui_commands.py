@@ -149,7 +149,7 @@ async def test_settings_of_the_session_are_given_and_taken_away() -> None:
         await enter(app, pilot, "/keep 0.2")
         changes = [{"generate.temperature": "0"}, {"generate.temperature": None}, {"compress.keep_ratio": "0.2"}]
         assert worker.all["trip"].asked == [("configure", change) for change in changes]
-        await wait_until(lambda: "keep 0.2 · KV" in screen(app))
+        await wait_until(lambda: "disk 4.1 MB · keep 0.2 " in screen(app))
 
 
 async def test_a_system_prompt_is_shown_and_another_begins_a_session() -> None:

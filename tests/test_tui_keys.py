@@ -56,14 +56,14 @@ def test_age_is_told_in_its_largest_unit() -> None:
 async def test_keys_change_what_is_kept_step_by_step_and_the_map_follows() -> None:
     worker = FakeWorker("trip")
     async with chat(worker) as (app, pilot):
-        await wait_until(lambda: "keep 0.5 · KV" in screen(app))
+        await wait_until(lambda: "disk 4.1 MB · keep 0.5 " in screen(app))
         await pilot.press("ctrl+down")
-        await wait_until(lambda: "keep 0.3 · KV" in screen(app))
+        await wait_until(lambda: "disk 4.1 MB · keep 0.3 " in screen(app))
         await pilot.press("ctrl+up")
-        await wait_until(lambda: "keep 0.5 · KV" in screen(app))
+        await wait_until(lambda: "disk 4.1 MB · keep 0.5 " in screen(app))
         for _ in range(4):
             await pilot.press("ctrl+up")
-        await wait_until(lambda: "keep 1 · KV" in screen(app))
+        await wait_until(lambda: "disk 4.1 MB · keep 1 " in screen(app))
         ratios = [settings["compress.keep_ratio"] for _, settings in worker.all["trip"].asked]
         assert ratios[:2] == [0.3, 0.5] and ratios[-1] == 1.0
 
@@ -144,7 +144,7 @@ async def test_a_keymap_gives_an_action_other_keys() -> None:
 
 
 def test_an_unknown_binding_is_one_line_at_the_start() -> None:
-    with pytest.raises(ConfigError, match="tui.keys: there is no binding 'fly'; known: .*map.*prompt.send") as raised:
+    with pytest.raises(ConfigError, match=r"tui.keys: there is no binding 'fly'; known: .*map.*prompt.send") as raised:
         ChatApp(FakeWorker("trip").connect, keyed(fly="f12"))  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
 

@@ -179,20 +179,13 @@ class Acts:
         self._rework("taking back", rewind)
 
     def do_edit(self, argument: str) -> None:
-        self.edit(number("edit", argument, 0))
-
-    def edit(self, turn: int = 0, later: int = 0) -> None:
-        """Begin to edit the message of `turn`, or, if that is 0, the one that `later` turns follow."""
-        chat = self.screen.session()
-        if self.screen.jobs.busy:
-            raise InputError("a message can be edited when the model is idle; Escape stops an answer")
+        chat, turn = self.screen.session(), number("edit", argument, 0)
 
         async def begin() -> None:
             asked = [message.content for message in await to_thread(chat.messages) if message.role == "user"]
-            number = turn or len(asked) - later
-            if not 1 <= number <= len(asked):
-                raise InputError(f"there is no turn {number or 1}; this session has {len(asked)} turns")
-            self.screen.begin_editing(number, asked[number - 1])
+            if not asked or turn > len(asked):
+                raise InputError(f"there is no turn {turn or 1}; this session has {len(asked)} turns")
+            self.screen.begin_editing(turn or len(asked), asked[turn - 1])
 
         self.screen.jobs.begin("reading", begin())
 

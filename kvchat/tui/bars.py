@@ -84,7 +84,7 @@ class StatusBar(Horizontal):
     def measure(self, stats: Mapping[str, Any]) -> None:
         """Show where the KV lies."""
         memory, disk = megabytes(stats["bytes_in_memory"]), megabytes(stats["bytes_on_disk"])
-        self._held = f"keep {stats['keep_ratio']:g} · KV {memory} in memory, {disk} on disk"
+        self._held = f"KV {memory} · disk {disk} · keep {stats['keep_ratio']:g}"
         self._show_right()
 
     def _show_right(self) -> None:

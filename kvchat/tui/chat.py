@@ -14,16 +14,18 @@ from kvchat.events import Listener
 from kvchat.terminal import neutralise
 from kvchat.tui.acts import Acts
 from kvchat.tui.commands import COMMANDS, parse
+from kvchat.tui.map import SegmentMap
+from kvchat.tui.proposals import completer
 from kvchat.tui.session_list import SessionList
 from kvchat.tui.session_screen import Editing, SessionScreen
 from kvchat.tui.shows import Shows
-from kvchat.tui.widgets import Prompt, Question
+from kvchat.tui.widgets import Prompt, Question, Transcript
 
 if TYPE_CHECKING:
     from kvchat.config import Config
     from kvchat.worker import Worker
 
-NARROW = 80
+NARROW = 96
 """Columns below which the session list is shown only on request."""
 
 
@@ -82,6 +84,7 @@ class ChatScreen(SessionScreen):
 
     def on_mount(self) -> None:
         self.set_interval(0.1, self.drain)
+        self.prompt.completer = completer(self)
         name, how = self._first
         self.jobs.begin("starting", self.open_session(lambda engine: engine.open(name, **how)))
 
@@ -123,9 +126,8 @@ class ChatScreen(SessionScreen):
         return [*Prompt.BINDINGS, *self.BINDINGS, *type(self.app).BINDINGS]
 
     def ask_for(self, line: str) -> None:
-        """Put the beginning of a command in front of what is typed, for the user to complete it."""
-        self.prompt.text = line
-        self.prompt.move_cursor(self.prompt.document.end)
+        """Put the beginning of a command into the input, for the user to complete it."""
+        self.prompt.put(line)
         self.prompt.focus()
 
     # -- editing a turn ----------------------------------------------------------------------------------------------
@@ -135,8 +137,7 @@ class ChatScreen(SessionScreen):
         self.editing = Editing(turn, self.editing.before if self.editing else self.prompt.text)
         self.prompt.border_title = f"editing turn {turn}"
         self.prompt.border_subtitle = "Enter sends, Escape leaves it as it is"
-        self.prompt.text = text
-        self.prompt.move_cursor(self.prompt.document.end)
+        self.prompt.put(text)
         self.prompt.focus()
 
     def _say_anew(self, text: str) -> None:
@@ -151,17 +152,46 @@ class ChatScreen(SessionScreen):
         if self.editing:
             before, self.editing = self.editing.before, None
             self.prompt.border_title = self.prompt.border_subtitle = ""
-            self.prompt.text = before
-            self.prompt.move_cursor(self.prompt.document.end)
+            self.prompt.put(before)
 
     def on_click(self, event: events.Click) -> None:
         """A click on a message of the user edits it, unless text was selected in it."""
         clicked = [] if event.widget is None else event.widget.ancestors_with_self
         question = next((node for node in clicked if isinstance(node, Question)), None)
         if question is not None and not self.get_selected_text():
-            shown = list(self.transcript.query(Question))
-            later = len(shown) - shown.index(question) - 1
-            self.attempt(lambda _: self.commands.edit(later=later), "")
+            self.action_command(f"/edit {question.turn}")
+
+    # -- what other widgets want -------------------------------------------------------------------------------------
+
+    @on(Transcript.Chosen)
+    def _chosen(self, event: Transcript.Chosen) -> None:
+        line = f"/{event.action} {event.turn}"
+        if COMMANDS[event.action].needs_argument:
+            self.ask_for(f"{line} ")
+        else:
+            self.action_command(line)
+
+    @on(Transcript.Left)
+    def _left(self) -> None:
+        self.prompt.focus()
+
+    @on(SegmentMap.Inspect)
+    def _inspect(self, event: SegmentMap.Inspect) -> None:
+        self.action_command(f"/inspect {event.turn}")
+
+    @on(Prompt.Pasted)
+    def _pasted(self, event: Prompt.Pasted) -> None:
+        self.attempt(lambda _: self.commands.do_attach("", event.text), "")
+
+    @on(SessionList.OptionSelected)
+    def _selected(self, event: SessionList.OptionSelected) -> None:
+        self._leave_sessions()
+        self.attempt(self.commands.run, f"/resume {self.sessions.names[event.option_index]}")
+
+    @on(Markdown.LinkClicked)
+    def _link(self, event: Markdown.LinkClicked) -> None:
+        # The model wrote it: where it leads is shown, not opened.
+        self.notify(neutralise(event.href), title="link", markup=False)
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
@@ -204,13 +234,3 @@ class ChatScreen(SessionScreen):
     def action_scroll(self, pages: int) -> None:
         scroll = self.transcript.scroll_page_down if pages > 0 else self.transcript.scroll_page_up
         scroll()
-
-    @on(SessionList.OptionSelected)
-    def _selected(self, event: SessionList.OptionSelected) -> None:
-        self._leave_sessions()
-        self.attempt(self.commands.run, f"/resume {self.sessions.names[event.option_index]}")
-
-    @on(Markdown.LinkClicked)
-    def _link(self, event: Markdown.LinkClicked) -> None:
-        # The model wrote it: where it leads is shown, not opened.
-        self.notify(neutralise(event.href), title="link", markup=False)

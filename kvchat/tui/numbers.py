@@ -37,7 +37,7 @@ def speed_of(timings: Timings) -> str:
 
 
 def _speed(tokens: int, seconds: float, ttft: float) -> str:
-    first = f"first text after {ttft:.1f} s"
+    first = f"first text {ttft:.1f} s"
     return f"{tokens / seconds:.1f} tokens/s · {first}" if tokens > 0 and seconds > 0 else first
 
 

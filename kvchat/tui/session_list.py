@@ -23,13 +23,24 @@ class SessionList(OptionList):
         super().__init__(id=id, markup=False)
         self.border_title = "sessions"
         self.infos: list[SessionInfo] = []
+        self._current: str | None = None
 
     def show(self, sessions: Iterable[SessionInfo], current: str | None) -> None:
+        """List these; `current` is the name of the open one."""
         self.infos = sorted(sessions, key=lambda info: info.updated, reverse=True)
-        self.clear_options()
-        self.add_options([Option(_entry(info, info.name == current)) for info in self.infos])
+        self._current = current
+        self._draw()
         if current in self.names:
             self.highlighted = self.names.index(current)
+
+    def on_resize(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        marked, width = self.highlighted, max(10, self.scrollable_content_region.width - 2)
+        self.clear_options()
+        self.add_options([Option(_entry(info, info.name == self._current, width)) for info in self.infos])
+        self.highlighted = marked
 
     @property
     def names(self) -> list[str]:
@@ -37,12 +48,13 @@ class SessionList(OptionList):
         return [info.name for info in self.infos]
 
 
-def _entry(info: SessionInfo, is_current: bool) -> Content:
+def _entry(info: SessionInfo, is_current: bool, width: int) -> Content:
     turns = f"{info.num_turns} turn{'' if info.num_turns == 1 else 's'}"
     title, name = _line(info.title), _line(info.name)
     facts = " · ".join([*([name] if title else []), turns, age(info.updated)])
     style = "bold $text-accent" if is_current else "bold"
-    return Content.assemble((title or name, style), "\n", (facts, "$foreground-muted"))
+    lines = Content.styled(title or name, style), Content.styled(facts, "$foreground-muted")
+    return Content("\n").join(line.truncate(width, ellipsis=True) for line in lines)
 
 
 def _line(text: str) -> str:

@@ -144,9 +144,9 @@ class SessionScreen(Screen[None]):
         return self.chat.name if self.chat else ""
 
     async def open_session(self, make: Callable[[Worker], Session], same: bool = False) -> None:
-        """Go over to the session that `make` opens; if that fails, the present one stays. `same`: it is the present one.
+        """Go over to the session that `make` opens; if that fails, the present one stays.
 
-        What is in the input stays behind as the draft of the session it was written in.
+        What is in the input stays behind as the draft of the session it was written in, unless that is the `same`.
         """
         engine = await to_thread(self.connected)
         await self.show_sessions()
@@ -192,7 +192,10 @@ class SessionScreen(Screen[None]):
         """Show the messages of the path anew."""
         messages = await to_thread(chat.messages)
         await self.transcript.show(messages)
-        if not any(message.role == "user" for message in messages):
+        asked = [message.content for message in messages if message.role == "user"]
+        self.prompt.forget()
+        self.prompt.remember(asked)
+        if not asked:
             self.note("A new session. Type a message and press Enter; /help lists commands.")
 
     # -- what changes it ---------------------------------------------------------------------------------------------

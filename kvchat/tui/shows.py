@@ -3,7 +3,6 @@ needs none of them begins sooner."""
 
 from __future__ import annotations
 
-import re
 from asyncio import to_thread
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +12,12 @@ from kvchat.errors import InputError
 from kvchat.terminal import neutralise
 from kvchat.tui.commands import COMMANDS, number, usage
 from kvchat.tui.numbers import stats_table
-from kvchat.tui.widgets import Answer
 
 if TYPE_CHECKING:
     from kvchat.store import Message, SearchHit
     from kvchat.tui.chat import ChatScreen
 
 FORMATS = {".md": "md", ".markdown": "md", ".json": "json", ".jsonl": "jsonl"}
-FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(.*?)(?:^ {0,3}\1|\Z)", re.MULTILINE | re.DOTALL)
-"""A block of code, the last one of a cut answer without its end too."""
 
 
 class Shows:
@@ -95,7 +91,7 @@ class Shows:
         screen = self.screen
 
         async def ask() -> None:
-            own = (await screen.info()).settings if screen.chat else {}
+            own = (await screen.info()).settings if screen.chat else None
             changed = await screen.app.push_screen_wait(SettingsScreen(screen.config, own))
             if changed:
                 await screen.take_over(changed.for_file, changed.for_session)
@@ -143,17 +139,7 @@ class Shows:
     def do_copy(self, what: str) -> None:
         if what not in ("", "code"):
             raise usage("copy", f"got {what!r}")
-        answers = [answer for answer in self.screen.transcript.query(Answer) if answer.display and answer.text]
-        if not answers:
-            raise InputError("there is no answer to copy")
-        text = answers[-1].text
-        if what:
-            blocks = FENCE.findall(text)
-            if not blocks:
-                raise InputError("the last answer has no block of code")
-            text = blocks[-1][1].removesuffix("\n")
-        self.screen.app.copy_to_clipboard(text)
-        lines = len(text.splitlines())
+        lines = len(self.screen.transcript.copy("code" if what else "answer").splitlines())
         self.screen.status.tell(f"copied {lines} line{'' if lines == 1 else 's'}")
 
     def do_export(self, argument: str) -> None:
