@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvchat.cli_store import open_store, print_json, print_table
+from kvchat.cli_store import open_store, print_json, print_table, width_of
 from kvchat.flags import Json, StoreFlags, command, examples
 
 if TYPE_CHECKING:
     from kvchat.store import SessionInfo
+
+LEAST_WANTED = ("model", "tokens", "saved", "disk", "branches", "updated")
+"""Columns that a narrow terminal does without, in this order, before titles get shorter than this:"""
+SHORT_TITLE = 20
 
 app = typer.Typer()
 
@@ -37,7 +43,8 @@ def ls(
         tags = " and ".join(map(repr, sorted(wanted)))
         none = f"no session has the tag {tags}" if tags else "no sessions yet; `kvchat chat` begins one"
         print(none, file=sys.stderr)
-    print_table([_row(session) for session in sessions])
+    rows = [_row(session) for session in sessions]
+    print_table(_fitted(rows, shutil.get_terminal_size().columns) if sys.stdout.isatty() else rows)
 
 
 def _sessions(flags: StoreFlags) -> list[SessionInfo]:
@@ -62,6 +69,25 @@ def _row(session: SessionInfo) -> dict[str, Any]:
         "tags": " ".join(session.tags),
         "title": session.title,
     }
+
+
+def _fitted(rows: Sequence[dict[str, Any]], columns: int) -> list[dict[str, Any]]:
+    """Rows that stand on one line each if they can: without some columns, and with the beginnings of titles."""
+    widths = {key: max(width_of(str(row[key] or "")) for row in [{key: key}, *rows]) + 2 for key in (rows or [{}])[0]}
+    title = widths.pop("title", 0) - 2
+    for key in LEAST_WANTED:
+        if sum(widths.values()) + min(title, SHORT_TITLE) > columns:
+            widths.pop(key, None)
+    room = max(1, columns - sum(widths.values()))
+    return [{**{key: row[key] for key in widths}, "title": _beginning(row["title"], room)} for row in rows]
+
+
+def _beginning(text: str, columns: int) -> str:
+    if width_of(text) <= columns:
+        return text
+    while width_of(text) > columns - 1:
+        text = text[:-1]
+    return f"{text}…"
 
 
 @app.command(epilog=examples("kvchat search Rome", 'kvchat search "blue bicycle" --limit 5 --json'))

@@ -89,15 +89,15 @@ def print_table(
     lines = [list(rows[0])] + [
         [" ".join(neutralise("" if cell is None else str(cell)).split()) for cell in row.values()] for row in rows
     ]
-    widths = [max(_width(line[column]) for line in lines) for column in range(len(lines[0]))]
+    widths = [max(width_of(line[column]) for line in lines) for column in range(len(lines[0]))]
     for row, spans in enumerate(bold or (), start=1):
         lines[row][-1] = _emphasised([*rows[row - 1].values()][-1], spans)
     for line in lines:
-        padded = "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True))
+        padded = "  ".join(cell + " " * (width - width_of(cell)) for cell, width in zip(line, widths, strict=True))
         print(padded.rstrip(), file=stream or sys.stdout)
 
 
-def _width(text: str) -> int:
+def width_of(text: str) -> int:
     """Columns that a text takes on a terminal."""
     narrow = sum(unicodedata.category(character) not in ("Mn", "Me", "Cf") for character in text)
     return narrow + sum(unicodedata.east_asian_width(character) in "WF" for character in text)

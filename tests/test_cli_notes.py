@@ -117,3 +117,18 @@ def test_hits_are_bold_on_a_terminal_alone(run: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.stdout", terminal := Terminal())
     run("search", "italy")
     assert terminal.getvalue() == plain
+
+
+@pytest.mark.parametrize("columns", [140, 100, 80, 60, 30])
+def test_ls_keeps_to_the_width_of_a_terminal(run: Any, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    run("title", "trip", "東京 and the way there " * 5)
+    run("tag", "trip", "+work")
+    whole = run("ls")[0]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout", terminal := Terminal())
+    run("ls")
+    header, trip, notes = terminal.getvalue().splitlines()
+    assert max(map(cell_len, (header, trip, notes))) <= columns
+    assert set(header.split()) <= set(whole.split()) and {"name", "turns", "tags", "title"} <= set(header.split())
+    assert trip.endswith("…") and trip[: trip.index("work")].startswith("trip") and "Where" in notes
+    assert ("model" in header, "updated" in header) == (columns >= 140, columns >= 80)
