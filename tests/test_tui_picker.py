@@ -196,6 +196,13 @@ async def test_a_key_turns_the_search_on_and_off_and_tags_narrow_it(engine: Fake
         await wait_until(lambda: "No session is called that" in text(picker))
 
 
+async def test_it_may_begin_with_a_search(engine: FakeEngine) -> None:
+    engine.hits = [SearchHit("b", 7, "assistant", "borrow it", ((0, 6),))]
+    async with picking(engine, query="/borrow") as (picker, _):
+        await wait_until(lambda: "borrow it" in text(picker))
+        assert {*engine.searched} == {"borrow"} and picker.query_line.value == "/borrow"
+
+
 async def test_deleting_asks_first_and_the_open_session_stays(engine: FakeEngine) -> None:
     async with picking(engine) as (picker, pilot):
         await pilot.press("ctrl+d")

@@ -52,7 +52,7 @@ class BranchLines(Tree["Node | Fold"]):
         & > .branch--path { color: $text-success; text-style: bold; }
         & > .branch--here { color: $text-warning; text-style: bold; }
         & > .branch--you { color: $text-accent; }
-        & > .branch--dim { color: $foreground-muted; }
+        & > .branch--dim { text-style: dim; }
     }
     """
 

@@ -20,7 +20,7 @@ from kvchat.terminal import neutralise
 from kvchat.tui.branch_lines import BranchLines
 from kvchat.tui.branches import Branches, Fold
 from kvchat.tui.entries import DIM, SPEAKERS
-from kvchat.tui.rows import one_line
+from kvchat.tui.rows import WIDTHS, one_line
 from kvchat.tui.widgets import age
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class BranchTree(ModalScreen[str | None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,f5", "dismiss(None)", "Close", id="branches.close"),
     ]
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-narrow"), (110, "-wide")]
+    HORIZONTAL_BREAKPOINTS = WIDTHS
     DEFAULT_CSS = """
     BranchTree {
         background: $background;

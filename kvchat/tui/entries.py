@@ -10,7 +10,7 @@ from textual.content import Content
 
 from kvchat.figures import count, size
 from kvchat.terminal import neutralise
-from kvchat.tui.finding import Letters, title_of
+from kvchat.tui.finding import Letters, Query, title_of
 from kvchat.tui.rows import lit, one_line, spread
 from kvchat.tui.widgets import age
 
@@ -56,6 +56,17 @@ def hit_lines(hit: SearchHit, infos: Mapping[str, SessionInfo], width: int) -> t
     if first > width // 2:
         found = "…" + found[first - width // 3 :]
     return spread(Content.styled(title, "bold"), right, width), found
+
+
+def nothing_found(query: Query, is_complete: bool, are_some: bool) -> str:
+    """Why the list is empty, and what to do about it."""
+    if query.text is not None:
+        return "No message has all these words." if query.text else "Type words that were said."
+    if not is_complete:
+        return "Reading the list; while the model is busy this takes until it pauses."
+    if are_some:
+        return "No session is called that. Ctrl+N begins one; Ctrl+F searches what was said."
+    return "There are no sessions yet. Ctrl+N begins one."
 
 
 def marked(text: str, spans: Sequence[tuple[int, int]]) -> Content:

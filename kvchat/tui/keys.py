@@ -48,7 +48,13 @@ class HelpScreen(ModalScreen[None]):
     HelpScreen {
         background: $background;
 
-        #filter { height: 3; border: round $accent; border-title-color: $text-accent; padding: 0 1; }
+        #filter {
+            height: 3;
+            padding: 0 1;
+            background: $background;
+            border: round $accent;
+            border-title-color: $text-accent;
+        }
         #all { height: 1fr; padding: 0 2; scrollbar-size-vertical: 1; }
         #rows { width: 100%; height: auto; }
     }

@@ -42,7 +42,7 @@ METERS = _section(
     "The meters",
     (
         "4012 / 8192 tokens ━━──",
-        "what the conversation takes of the model's window; amber above 75 %, red above 90 %",
+        "what the conversation takes of the model's window; amber above 75%, red above 90%",
     ),
     (
         "… in the window, … in all",

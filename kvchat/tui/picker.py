@@ -19,9 +19,9 @@ from kvchat.errors import KVChatError
 from kvchat.figures import size
 from kvchat.tui.asking import Line
 from kvchat.tui.changing import Done, delete, rename, tag
-from kvchat.tui.entries import hit_lines, preview_of, session_lines
+from kvchat.tui.entries import hit_lines, nothing_found, preview_of, session_lines
 from kvchat.tui.finding import ORDERS, Letters, Query, select
-from kvchat.tui.rows import Rows, one_line
+from kvchat.tui.rows import WIDTHS, Rows, one_line
 
 if TYPE_CHECKING:
     from kvchat.store import Message, SearchHit, SessionInfo
@@ -51,6 +51,7 @@ class SessionPicker(ModalScreen[Picked | None]):
         current: name of the open session, which cannot be deleted; empty if there is none.
         preview: the messages of a session, of which the last are shown; called in a thread. None: no preview.
         known: sessions to show until the engine has said which there are; it may be busy.
+        query: what is typed to begin with; behind a slash, words to search messages for.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -70,12 +71,18 @@ class SessionPicker(ModalScreen[Picked | None]):
         Binding("ctrl+end", "move(1000000)", show=False, priority=True),
     ]
     AUTO_FOCUS = "#query"
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-narrow"), (110, "-wide")]
+    HORIZONTAL_BREAKPOINTS = WIDTHS
     DEFAULT_CSS = """
     SessionPicker {
         background: $background;
 
-        #query { border: round $accent; border-title-color: $text-accent; padding: 0 1; height: 3; }
+        #query {
+            height: 3;
+            padding: 0 1;
+            background: $background;
+            border: round $accent;
+            border-title-color: $text-accent;
+        }
         #found { width: 1fr; padding: 0 1; }
         #nothing { padding: 1 3; color: $text-muted; height: 1fr; display: none; }
         #preview {
@@ -104,10 +111,11 @@ class SessionPicker(ModalScreen[Picked | None]):
         current: str,
         preview: Callable[[str], Sequence[Message]] | None = None,
         known: Sequence[SessionInfo] = (),
+        query: str = "",
     ) -> None:
         super().__init__()
         self.engine, self.current = engine, current
-        self._preview = preview
+        self._preview, self._typed = preview, query
         self._infos: dict[str, SessionInfo] = {info.name: info for info in known}
         self._is_complete = False
         self._found: Sequence[SessionInfo] | Sequence[SearchHit] = ()
@@ -131,6 +139,7 @@ class SessionPicker(ModalScreen[Picked | None]):
     def on_mount(self) -> None:
         self._filter(self.current)
         self._begin("list", self._read(self.current))
+        self.query_line.value = self._typed
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
@@ -157,7 +166,7 @@ class SessionPicker(ModalScreen[Picked | None]):
         if self._query.text is None:
             self._filter(chosen, self.rows.chosen or 0)
         else:
-            await self._search()
+            self._begin("search", self._search())
 
     def _later(self, group: str, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Begin a job when no key was pressed for a moment."""
@@ -195,14 +204,7 @@ class SessionPicker(ModalScreen[Picked | None]):
         """Say what is shown, and in the list itself if nothing is."""
         nothing = self.query_one("#nothing", Static)
         self.rows.display, nothing.display = bool(self._found), not self._found
-        if self._query.text is not None:
-            nothing.update("No message has all these words." if self._query.text else "Type words that were said.")
-        elif not self._is_complete:
-            nothing.update("Reading the list; while the model is busy this takes until it pauses.")
-        elif self._infos:
-            nothing.update("No session is called that. Ctrl+N begins one; Ctrl+F searches what was said.")
-        else:
-            nothing.update("There are no sessions yet. Ctrl+N begins one.")
+        nothing.update(nothing_found(self._query, self._is_complete, bool(self._infos)))
         self._say(words)
 
     async def _search(self) -> None:

@@ -19,6 +19,9 @@ from kvchat.terminal import neutralise
 Draw = Callable[[int, int], Sequence[Content]]
 """The lines of a row, from its number and the columns there are."""
 
+WIDTHS = [(0, "-narrow"), (110, "-wide")]
+"""Columns from which a screen has these classes; a wide one has room for a preview at the right."""
+
 MARK = "❯ ", "  "
 """Before the first line of the chosen row, and before every other line."""
 
@@ -36,7 +39,7 @@ class Rows(ScrollView, can_focus=False):
         height: 1fr;
         scrollbar-size-vertical: 1;
 
-        & > .rows--chosen { background: $boost; }
+        & > .rows--chosen { background: $accent 15%; }
         & > .rows--mark { color: $accent; text-style: bold; }
     }
     """
@@ -129,7 +132,7 @@ class Rows(ScrollView, can_focus=False):
     def _strips(self, index: int, is_chosen: bool) -> list[Strip]:
         width = self.scrollable_content_region.width
         style = self.get_visual_style("rows--chosen" if is_chosen else "rows--row")
-        drawn = [*self._draw(index, max(0, width - 2)), *[Content("")] * self.row_height][: self.row_height]
+        drawn = [*self._draw(index, max(0, width - 3)), *[Content("")] * self.row_height][: self.row_height]
         strips = []
         for number, content in enumerate(drawn):
             mark = Content.styled(MARK[not is_chosen or number > 0], self.get_visual_style("rows--mark"))
