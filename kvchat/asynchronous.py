@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from kvchat.attaching import Attached
+from kvchat.branching import Node
 from kvchat.events import Event, Reply, Usage
 from kvchat.handle import Session
+from kvchat.inspecting import Inspection
 from kvchat.probe import Finding
 from kvchat.store import Message
 
 
 class AsyncSession:
-    """`Session` for asyncio: the same methods, awaited; `send` and `resend` are asynchronous iterators."""
+    """`Session` for asyncio: the same methods, awaited; those that give events are asynchronous iterators."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -28,6 +30,16 @@ class AsyncSession:
     async def resend(self, **sampling: Any) -> AsyncIterator[Event]:
         """As `Session.resend`."""
         async for event in _follow(self.session.resend(**sampling)):
+            yield event
+
+    async def go_on(self, **sampling: Any) -> AsyncIterator[Event]:
+        """As `Session.go_on`."""
+        async for event in _follow(self.session.go_on(**sampling)):
+            yield event
+
+    async def edit(self, turn: int, text: str, **sampling: Any) -> AsyncIterator[Event]:
+        """As `Session.edit`."""
+        async for event in _follow(self.session.edit(turn, text, **sampling)):
             yield event
 
     async def ask(self, text: str, **sampling: Any) -> Reply:
@@ -65,6 +77,31 @@ class AsyncSession:
     async def rewind(self, turns: int = 1) -> str:
         """As `Session.rewind`."""
         return await asyncio.to_thread(self.session.rewind, turns)
+
+    async def tree(self) -> list[Node]:
+        """As `Session.tree`."""
+        return await asyncio.to_thread(self.session.tree)
+
+    async def switch(self, message_id: str) -> None:
+        """As `Session.switch`."""
+        await asyncio.to_thread(self.session.switch, message_id)
+
+    async def inspect(self, turn: int) -> Inspection:
+        """As `Session.inspect`."""
+        return await asyncio.to_thread(self.session.inspect, turn)
+
+    async def count(self, text: str) -> int:
+        """As `Session.count`."""
+        return await asyncio.to_thread(self.session.count, text)
+
+    @property
+    def draft(self) -> Awaitable[str]:
+        """As `Session.draft`, to be awaited."""
+        return asyncio.to_thread(lambda: self.session.draft)
+
+    async def set_draft(self, text: str) -> None:
+        """As `Session.set_draft`."""
+        await asyncio.to_thread(self.session.set_draft, text)
 
     async def messages(self) -> list[Message]:
         """As `Session.messages`."""

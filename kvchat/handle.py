@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from kvchat.attaching import Attached, attach, build, document_of, is_built
+from kvchat.branching import Node, fork, question_at, switch, tree
+from kvchat.calling import Calls
 from kvchat.documents import Document
 from kvchat.engine import Stop
 from kvchat.errors import CapacityError, InputError
-from kvchat.events import Event, Notice, Progress, Reply, TurnDone, Usage, followed
+from kvchat.events import Event, Reply, TurnDone, Usage
+from kvchat.inspecting import Inspection, inspect
 from kvchat.jobs import raise_failure
 from kvchat.probe import Finding, check
-from kvchat.sections import GenerateConfig
 from kvchat.session import Conversation
 from kvchat.stats import episodes_of
 from kvchat.store import Message
@@ -29,24 +30,14 @@ from kvchat.store import Message
 if TYPE_CHECKING:
     from kvchat.worker import Worker
 
-Result = TypeVar("Result")
 
-
-class Session:
+class Session(Calls):
     """A conversation. Use it as a context manager, or call `close`."""
 
     def __init__(self, worker: Worker, conversation: Conversation) -> None:
+        super().__init__(worker, conversation)
         self.on_close: Callable[[], None] = lambda: None
         """Called at the end of `close`."""
-        self._worker = worker
-        self._conversation = conversation
-        self._stops: set[threading.Event] = set()
-        self._closed = False
-
-    @property
-    def name(self) -> str:
-        """The session's name."""
-        return self._conversation.info.name
 
     @property
     def model(self) -> str:
@@ -93,10 +84,30 @@ class Session:
         """`resend`, whole."""
         return _last(self.resend(**sampling))
 
-    def stop(self) -> None:
-        """End the running turn, from any thread; what was generated stays."""
-        for event in list(self._stops):
-            event.set()
+    def go_on(self, **sampling: Any) -> Iterator[Event]:
+        """Go on with the last answer, which was cut off: the deltas are the new text, `TurnDone.text` is all of it.
+
+        The shorter answer stays in the store as a branch. Arguments as for `send`; max_new_tokens counts new ones.
+
+        Raises:
+            InputError: there is no answer, or the model had ended it itself. CapacityError: the window is full.
+        """
+        settings, submitted = self._sampling(sampling), time.perf_counter()
+        return self._turn(lambda stop: self._conversation.go_on(settings, stop, submitted), settings.max_new_tokens)
+
+    def edit(self, turn: int, text: str, **sampling: Any) -> Iterator[Event]:
+        """Say the user's message of a turn, from 1, anew, and have it answered; what was said stays as a branch.
+
+        Arguments and errors as for `send`; InputError too if there is no such turn.
+        """
+        settings, submitted = self._sampling(sampling), time.perf_counter()
+
+        def anew(stop: Stop) -> Iterator[Event]:
+            conversation = self._conversation
+            conversation.take([{"role": "user", "content": text}], question_at(conversation.path, turn))
+            return conversation.answer(settings, stop, submitted)
+
+        return self._turn(anew, len(text) + settings.max_new_tokens)
 
     # -- the conversation --------------------------------------------------------------------------------------------
 
@@ -160,7 +171,7 @@ class Session:
 
     def fork(self, name: str, at: int | None = None) -> Session:
         """A new session, open, that shares everything up to the end of turn `at` (None = all)."""
-        self._call(lambda: self._conversation.fork(name, at), None)
+        self._call(lambda: fork(self._conversation, name, at), None)
         return self._worker.open(name)
 
     def rewind(self, turns: int = 1) -> str:
@@ -174,6 +185,15 @@ class Session:
             return text
 
         return self._call(back)
+
+    def tree(self) -> list[Node]:
+        """The messages of all branches, parents before children."""
+        return self._aside(lambda: tree(self._conversation))
+
+    def switch(self, message_id: str) -> None:
+        """Go on at the newest end of the branches on which that message lies. InputError: there is no such message."""
+        self._call(lambda: switch(self._conversation, message_id))
+        self._background(self._worker.balance.ready)
 
     def messages(self) -> list[Message]:
         """The conversation so far, the system prompt first."""
@@ -190,6 +210,23 @@ class Session:
     def stats(self) -> dict[str, Any]:
         """Tokens, pairs, bytes of the whole, each segment, each turn, and why sessions gave way. Waits for a seal."""
         return self._call(lambda: self._conversation.stats() | self._worker.balance.stats())
+
+    def inspect(self, turn: int) -> Inspection:
+        """What became of each token of a turn, from 1, by rank and by head. InputError: there is no such turn."""
+        return self._call(lambda: inspect(self._conversation, turn))
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has."""
+        return self._aside(lambda: self._conversation.count(text))
+
+    @property
+    def draft(self) -> str:
+        """What was typed and not sent."""
+        return self._aside(lambda: self._conversation.store.draft(self._conversation.info.id))
+
+    def set_draft(self, text: str) -> None:
+        """Keep what is being typed, while a turn is running too; "" when it was sent."""
+        self._aside(lambda: self._conversation.store.set_draft(self._conversation.info.id, text))
 
     def episodes(self) -> list[dict[str, Any]]:
         """What the turns are about, as far as vectors of them are saved; `kvchat episodes` makes those that are not."""
@@ -216,49 +253,6 @@ class Session:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
-
-    # -- helpers -----------------------------------------------------------------------------------------------------
-
-    def _call(self, work: Callable[[], Result], growth: int | None = 0) -> Result:
-        """Do it when there is room for so many more tokens; None: it reads no KV."""
-        self._check_open()
-        conversation, balance = self._conversation, self._worker.balance
-        return self._worker.jobs.call(lambda: balance.attended(conversation, growth, work), conversation)
-
-    def _taken(self, steps: Generator[Progress | Notice, None, Result]) -> Result:
-        """Take steps that compute, and tell the listener of them; what they come to."""
-        worker = self._worker
-        steps = worker.balance.held(self._conversation, steps)
-        return self._call(lambda: followed(steps, worker.jobs.tell))
-
-    def _background(self, steps: Callable[[Conversation], Iterator[Event]]) -> None:
-        """Have them done with nobody waiting."""
-        conversation, jobs = self._conversation, self._worker.jobs
-        jobs.put(lambda: jobs.in_background(partial(steps, conversation), conversation))
-
-    def _turn(self, work: Callable[[Stop], Iterator[Event]], growth: int) -> Iterator[Event]:
-        """Begin a turn now; it is stopped if nobody wants to see its end."""
-        self._check_open()
-        stop, conversation, balance = threading.Event(), self._conversation, self._worker.balance
-        self._stops.add(stop)
-        turn = partial(balance.turn, conversation, growth, partial(work, stop.is_set))
-        events = self._worker.jobs.stream(turn, partial(balance.finish, conversation), conversation)
-
-        def followed() -> Iterator[Event]:
-            try:
-                yield from events
-            finally:
-                stop.set()
-                self._stops.discard(stop)
-
-        return followed()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise InputError(f"session {self.name!r} is closed; open it again")
-
-    def _sampling(self, given: Mapping[str, Any]) -> GenerateConfig:
-        return self._conversation.residence.config.sampling(given)
 
 
 def _last(events: Iterator[Event]) -> Reply:

@@ -153,6 +153,7 @@ class Holding:
         entry = next(one for one in self.known if one.start == start)
         removed = self._drop(entry.id)
         turn = turn_of(path, self.bounds(path).index(start))
+        self.recalled.pop(start, None)  # it does not come
         if self.offset and entry is not self.known[0]:
             self.known = [replace(one, lost=True) if one is entry else one for one in self.known]
             self.tiers.forget(start)

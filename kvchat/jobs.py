@@ -53,23 +53,35 @@ class Jobs:
         self._listener = listener
         self._chores = chores
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._asides: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvchat", daemon=True)
         self._thread.start()
 
-    def call(self, work: Callable[[], Result], owner: Owner | None = None) -> Result:
-        """Do `work` after all that was asked before, and wait for its result."""
+    def call(self, work: Callable[[], Result], owner: Owner | None = None, aside: bool = False) -> Result:
+        """Do `work` after all that was asked before, and wait for its result.
+
+        `aside`: between two events of what is under way, if that is sooner. It must read no KV and change no path.
+        """
         future: Future[Result] = Future()
 
         def job() -> None:
+            if future.done():  # aside
+                return
             try:
                 raise_failure(owner)
                 future.set_result(work())
             except BaseException as error:  # a process edge: the caller gets it
                 future.set_exception(named(error))
 
-        self.put(job, future.set_exception)
+        def fail(error: BaseException) -> None:
+            if not future.done():
+                future.set_exception(error)
+
+        self.put(job, fail)
+        if aside:
+            self._asides.put(job)
         return future.result()
 
     def stream(
@@ -83,6 +95,7 @@ class Jobs:
                 raise_failure(owner)
                 for event in work():
                     events.put(event)
+                    self._do_asides()
                 events.put(None)
             except BaseException as error:  # a process edge: the caller gets it
                 events.put(named(error))
@@ -96,6 +109,7 @@ class Jobs:
         try:
             for event in steps():
                 self.tell(event)
+                self._do_asides()
         except Exception as error:  # a process edge: raised by the owner's next call
             if isinstance(failure := named(error), OutOfMemory):
                 with suppress(Exception):  # it may be the listener that fails
@@ -108,6 +122,7 @@ class Jobs:
         try:
             for event in steps():
                 self.tell(event)
+                self._do_asides()
         except Exception as error:  # a process edge: told
             self._tell_failure(what, error)
 
@@ -142,6 +157,7 @@ class Jobs:
                     job.work()
                 except Exception as error:  # a process edge: told
                     self._tell_failure("work in the background", error)
+                self._do_asides()
                 del job  # or a closed conversation's memory would be held until the next one
         finally:
             with self._lock:
@@ -161,6 +177,12 @@ class Jobs:
             except Exception as error:  # a process edge: told
                 self._tell_failure("work in spare time", error)
         return self._jobs.get()
+
+    def _do_asides(self) -> None:
+        """Do what may be done meanwhile; each stands among the jobs too, which find it done."""
+        with suppress(queue.Empty):
+            while True:
+                self._asides.get_nowait()()
 
     def _tell_failure(self, what: str, error: Exception) -> None:
         with suppress(Exception):  # it may be the listener that failed

@@ -63,6 +63,23 @@ class Restoring(Reach):
             with attempt:
                 yield from self._restore(path, together=not attempt.again)
 
+    def go_back(self, path: Sequence[Message], said: int, recalled: bool) -> bool:
+        """Leave an answer to the path's last message after its first `said` tokens, to go on with it there.
+
+        True: the cache is as it was when they had been said, the last of them still to be read. False: they are not in
+        the cache any more. So it is if older turns were `recalled` for them: then the question is to be asked again.
+        """
+        bounds, opening = self.bounds(path), len(self.engine.model.template.generation_prompt)
+        place, start = bounds[-1] + opening + said - 1, self.cache.tail_start
+        exact = self._load_s is not None and not self.saver.superseded and start <= bounds[-1]
+        if exact and bounds[-1] < place <= self.cache.num_seen and not recalled:
+            self.cut(place)
+            self.waiting = [(one, min(end, bounds[-1])) for one, end in self.waiting if one.start < bounds[-1]]
+            if self.cache.num_seen == place:
+                return True
+        self.crop(path[:-1] if recalled and start <= bounds[-2] else path)
+        return False
+
     def _restore(self, path: Sequence[Message], together: bool) -> Steps:
         """Attach what the store has, `together` as far as it is whole: quicker, but pieces and whole are in memory."""
         yield from self.save()  # if all was let go before it was written

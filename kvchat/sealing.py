@@ -190,7 +190,7 @@ def describe(
     covered, start = path[first:last], sum(len(message.token_ids) for message in path[:first])
     ids = [token for message in covered for token in message.token_ids]
     unspoken = template_tokens(covered)
-    protected = _shielded(covered, prefix_length(path, config.num_sink_tokens) - start, config)
+    protected = shielded(path, first, last, config)
     sample = template.user("x", first=False)
     low, high = sample.content_span
 
@@ -220,13 +220,14 @@ def template_tokens(path: Sequence[Message]) -> list[bool]:
 
 def protected_tokens(path: Sequence[Message], config: CompressConfig) -> list[bool]:
     """Whether each token of a path is never evicted: system prompt and sinks, and the template's if that is set."""
-    return _shielded(path, prefix_length(path, config.num_sink_tokens), config)
+    return shielded(path, 0, len(path), config)
 
 
-def _shielded(messages: Sequence[Message], prefix: int, config: CompressConfig) -> list[bool]:
-    """`protected_tokens` of some messages, of which the first `prefix` tokens are the conversation's beginning."""
+def shielded(path: Sequence[Message], first: int, last: int, config: CompressConfig) -> list[bool]:
+    """`protected_tokens` of messages [first, last) alone."""
+    prefix = prefix_length(path, config.num_sink_tokens) - sum(len(message.token_ids) for message in path[:first])
     kept = config.protect == "template"
-    return [index < prefix or (kept and unspoken) for index, unspoken in enumerate(template_tokens(messages))]
+    return [index < prefix or (kept and unspoken) for index, unspoken in enumerate(template_tokens(path[first:last]))]
 
 
 def _spoken_last(path: Sequence[Message]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """One conversation: the one place that knows the order of a turn.
 
     send     check -> commit the user's message -> restore -> prefill -> decode -> commit the reply -> TurnDone
+    go_on    leave the reply that was cut off -> prefill what of it is not there -> decode -> commit the longer reply
     finish   close the reply's KV -> seal, or save what waits -> hold what the budget allows
 
 `finish` runs after the last visible token. Text and ids are committed before any KV: KV is a derivation, restored
@@ -14,11 +15,13 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from torch import Tensor
 
+from kvchat.branching import questions
 from kvchat.config import Config
+from kvchat.drafting import Drafted, drafts, piece_of, require_room
 from kvchat.engine import Engine, Stop
 from kvchat.errors import CapacityError, InputError, SessionChanged
 from kvchat.events import Delta, Draft, Event, FinishReason, Notice, Progress, TurnDone, Usage
@@ -28,9 +31,7 @@ from kvchat.sections import GenerateConfig
 from kvchat.stats import describe
 from kvchat.store import Message, Role, SessionInfo, Store
 from kvchat.template import Piece
-
-Drafted = tuple[str, str, Piece]
-"""Role, text and ids of a message that is not committed yet."""
+from kvchat.unfinished import Unfinished
 
 INTERRUPTED: FinishReason = "interrupted"
 
@@ -55,6 +56,7 @@ class Conversation:
         self.seal_s = 0.0
         self.failure: Exception | None = None
         """What went wrong in the background since the last call."""
+        self.unfinished = Unfinished(store, info.id)
         self._template = engine.model.template
 
     @property
@@ -74,34 +76,78 @@ class Conversation:
         self.take([{"role": "user", "content": text}])
         yield from self.answer(settings, stop, submitted)
 
-    def answer(self, settings: GenerateConfig, stop: Stop, submitted: float) -> Iterator[Event]:
-        """Answer the path's last message, which is the user's."""
+    def answer(
+        self, settings: GenerateConfig, stop: Stop, submitted: float, said: Sequence[int] = (), exact: bool = False
+    ) -> Iterator[Event]:
+        """Answer the path's last message, which is the user's.
+
+        said    ids with which the answer begins
+        exact   their KV stands as it was computed when they were said
+        """
         if not self.path or self.path[-1].role != "user":
             raise InputError("there is no question to answer; send a message first")
-        residence, opening = self.residence, self._template.generation_prompt
-        yield from residence.prepare(self.path, stop)
+        residence, opening = self.residence, (*self._template.generation_prompt, *said)
+        if not exact:
+            yield from residence.prepare(self.path, stop)
         prompt = [*residence.ids(self.path), *opening]
         if residence.cache.num_seen >= len(prompt):  # no opening of a reply, and all is there: logits need a pass
             residence.cut(residence.bounds(self.path)[-2])
         cached = residence.num_reused
         unread = len(prompt) - residence.cache.num_seen
         yield from residence.make_room(self.path, unread, residence.reserved(settings.max_new_tokens))
+        if said and self._room() <= unread:
+            raise CapacityError("the model's window is full, and the answer cannot go on; rewind, or fork from a turn")
         logits = yield from residence.prefill(prompt, len(prompt), "prefill", stop)
         yield from self._warn()
         draft, reason = Draft(submitted), INTERRUPTED
         read = min(len(prompt), residence.cache.num_seen) - cached
         if logits is not None:
-            reason = yield from self._decode(logits, prompt, settings, stop, draft)
+            reason = yield from self._decode(logits, prompt, settings, stop, draft, said)
         recalled = tuple(residence.recalled)
-        yield self._end_turn(draft, Usage(len(prompt), cached, read, len(draft.ids), recalled), reason)
+        yield self._end_turn(draft, Usage(len(prompt), cached, read, len(draft.ids), recalled), reason, said)
+
+    def go_on(self, settings: GenerateConfig, stop: Stop, submitted: float) -> Iterator[Event]:
+        """Go on with the path's last answer where it was cut off; the shorter one stays as a branch.
+
+        Raises:
+            InputError: there is no answer, or the model had ended it itself.
+            CapacityError: the window has no room for more.
+        """
+        path, cut = self.path[:-1], self.path[-1] if self.path else None
+        if cut is None or cut.role != "assistant" or not path or path[-1].role != "user":
+            raise InputError("there is no answer to go on with; send a message first")
+        if cut.finish_reason == "stop":
+            raise InputError("the model had ended its answer itself; ask for more in a message")
+        said = cut.token_ids[slice(*cut.content_span)]
+        self.save()
+        self.unfinished.keep(path[-1].id, said)  # should the process die now, the answer is still there
+        self.store.set_tip(self.info.id, path[-1].id)
+        self.path = path
+        recalled = bool((cut.usage or {}).get("recalled"))
+        try:
+            exact = self.residence.go_back(path, len(said), recalled)
+            yield from self.answer(settings, stop, submitted, said, exact)
+        finally:
+            if self.path[-1].role == "user":  # nothing was added
+                self.residence.go_back(path, len(said), recalled)
+                self.store.add_messages(self.info.id, [cut], path[-1].id)
+                self.path = [*path, cut]
+            self.unfinished.forget()
 
     def _decode(
-        self, logits: Tensor, prompt: Sequence[int], settings: GenerateConfig, stop: Stop, draft: Draft
+        self,
+        logits: Tensor,
+        prompt: Sequence[int],
+        settings: GenerateConfig,
+        stop: Stop,
+        draft: Draft,
+        said: Sequence[int],
     ) -> Generator[Event, None, FinishReason]:
-        """Generate into `draft`; returns why it ended."""
-        model, cache = self.engine.model, self.residence.cache
+        """Generate into `draft` what follows `said`; returns why it ended."""
+        model, cache, parent = self.engine.model, self.residence.cache, self.path[-1].id
         most, rows = min(settings.max_new_tokens, self._room()), self.residence.answer_rows(settings.max_new_tokens)
-        reason, stream, sample = INTERRUPTED, self._template.stream(), Sampler(settings, prompt, model.device)
+        reason, stream, sample = INTERRUPTED, self._template.stream(said), Sampler(settings, prompt, model.device)
+        self.unfinished.begin()
         with closing(self.engine.decode(cache, logits, sample, model.stop_ids, stop, rows)) as tokens:
             for token in tokens:
                 draft.times.append(time.perf_counter())
@@ -109,6 +155,7 @@ class Conversation:
                     reason = "stop"
                     break
                 draft.ids.append(token)
+                self.unfinished.grow(parent, said, draft.ids)
                 if text := stream.step(token):
                     draft.first_text = draft.first_text or draft.times[-1]
                     yield Delta(text)
@@ -119,16 +166,17 @@ class Conversation:
             yield Delta(rest)
         return reason
 
-    def _end_turn(self, draft: Draft, usage: Usage, reason: FinishReason) -> TurnDone:
-        """Commit the reply, if there is any, and describe the turn."""
-        opening, closing = self._template.generation_prompt, self._template.assistant_close
-        turn = TurnDone(self._template.text(draft.ids), usage, draft.timings(self.residence.take_load_s()), reason)
+    def _end_turn(self, draft: Draft, usage: Usage, reason: FinishReason, said: Sequence[int]) -> TurnDone:
+        """Commit the reply, if there is anything new, and describe the turn."""
+        opening, closing, ids = self._template.generation_prompt, self._template.assistant_close, (*said, *draft.ids)
+        turn = TurnDone(self._template.text(ids), usage, draft.timings(self.residence.take_load_s()), reason)
         self.last = turn
         if draft.ids or reason == "stop":
-            piece = Piece((*opening, *draft.ids, *closing), (len(opening), len(opening) + len(draft.ids)))
+            piece = Piece((*opening, *ids, *closing), (len(opening), len(opening) + len(ids)))
             described = turn.to_dict()
             about = {key: described[key] for key in ("usage", "timings", "finish_reason")}
             self._commit([("assistant", turn.text, piece)], **about)
+            self.unfinished.forget()
         return turn
 
     def finish(self) -> Steps:
@@ -145,7 +193,7 @@ class Conversation:
 
     def save(self) -> float:
         """Write all that is not in the store yet; seconds that sealing the last answer's turn took."""
-        self._unseen(self.residence.save())
+        self.unseen(self.residence.save())
         return self.seal_s
 
     def restore(self) -> Steps:
@@ -160,49 +208,19 @@ class Conversation:
         if piece.ids:
             self._commit([("system", system or "", piece)])
 
-    def take(self, messages: Sequence[Mapping[str, str]]) -> None:
+    def take(self, messages: Sequence[Mapping[str, str]], after: int | None = None) -> None:
         """Commit messages after the path, text and ids; their KV is not computed yet.
+
+        With `after` they follow that many messages of it, and what they take the place of stays as a branch.
 
         Raises:
             InputError: an unknown role, a system message that is not the first, a blank message.
             CapacityError: the window has no room for all; nothing is saved then.
         """
-        self._commit(self._drafts(messages, self.path))
-
-    def _drafts(self, messages: Sequence[Mapping[str, str]], path: Sequence[Message]) -> list[Drafted]:
-        """Messages as they would stand after `path`, all checked. Errors as for `take`."""
-        asked = any(message.role == "user" for message in path)
-        drafts: list[Drafted] = []
-        for number, message in enumerate(messages, 1):
-            role, text = str(message.get("role")), message.get("content")
-            if not isinstance(text, str) or not (text.strip() or role == "assistant"):
-                raise InputError(f"message {number} is empty; write something, or leave it out")
-            if role == "system" and (path or drafts):
-                raise InputError(f"message {number} is a system message; only the first of a session can be one")
-            if not (path or drafts) and role != "system":
-                drafts.append(("system", "", self._template.system(None)))
-            drafts.append((role, text, self._piece(number, role, text, asked)))
-            asked = asked or role == "user"
-        if drafts:
-            self._require_room(path, drafts)
-        return [draft for draft in drafts if draft[2].ids]
-
-    def _require_room(self, path: Sequence[Message], drafts: Sequence[Drafted]) -> None:
-        """Raise CapacityError unless each draft finds room when its turn comes."""
-        used, window = self.residence.bounds(path)[-1], self.engine.model.context_window
-        for number, (_, _, piece) in enumerate(drafts, 1):
-            needed = len(piece.ids) + self._around + 1
-            if needed > self.residence.longest(used):
-                raise CapacityError(
-                    f"message {number} has {needed} tokens and does not fit: of the model's window of {window} "
-                    f"{self.residence.longest(used)} can be free; shorten it or give it in parts (nothing was cut)"
-                )
-            used += len(piece.ids)
-
-    @property
-    def _around(self) -> int:
-        """Tokens around a reply."""
-        return len(self._template.generation_prompt) + len(self._template.assistant_close)
+        found = drafts(messages, self.path[:after], self.residence)
+        if after is not None and after < len(self.path):
+            self.rewind(after)
+        self._commit(found)
 
     def append(self, messages: Sequence[Mapping[str, str]], stop: Stop) -> Generator[Progress | Notice, None, Usage]:
         """Take in messages, and compute and seal their KV; generates nothing. Errors as for `take`."""
@@ -211,11 +229,11 @@ class Conversation:
         given = bool(messages) and messages[0].get("role") == "system"
         # A given system message takes the place of the template's own opening, if that is all there is.
         fresh = given and len(self.path) == 1 and self.path[0].role == "system" and not self.path[0].content
-        drafts = self._drafts(messages, [] if fresh else self.path)
+        found = drafts(messages, [] if fresh else self.path, residence)
         if fresh:
             self.rewind(0)
         cached = residence.num_reused
-        self._commit(drafts)
+        self._commit(found)
         yield from residence.catch_up(self.path, len(self.path), "import", stop)
         residence.num_computed = 0
         return Usage(self.num_tokens, cached, residence.cache.num_seen - cached, 0)
@@ -240,7 +258,7 @@ class Conversation:
         Raises:
             InputError: there are not so many turns.
         """
-        asked = self._questions()
+        asked = questions(self.path)
         if not 1 <= turns <= len(asked):
             raise InputError(f"this session has {len(asked)} turns; {turns} cannot be taken back")
         return asked[-turns]
@@ -251,69 +269,51 @@ class Conversation:
         ids, question = reply.ids[slice(*reply.content_span)], self.question(prompt)
         if not ids or not prompt.strip():
             raise InputError("prompt and continuation must not be empty")
-        self._require_room(self.path, [("user", prompt, Piece((*question, *ids), (0, 0)))])
-        self._unseen(self.restore())
-        self._unseen(self.residence.catch_up(self.path, len(self.path), "rebuild", lambda: False))
+        require_room(self.path, [("user", prompt, Piece((*question, *ids), (0, 0)))], self.residence)
+        self.unseen(self.restore())
+        self.unseen(self.residence.catch_up(self.path, len(self.path), "rebuild", lambda: False))
         values = self.engine.logprobs(self.residence.cache, question, ids)
         return [(self._template.text([token]), value) for token, value in zip(ids, values, strict=True)]
+
+    def count(self, text: str) -> int:
+        """Tokens that `text` has in a message of the user. Raises InputError: it is no valid Unicode."""
+        low, high = piece_of(self._template, "user", text, asked=True).content_span
+        return high - low
 
     def question(self, text: str) -> tuple[int, ...]:
         """Ids that would follow the path if `text` were asked: the message and the opening of the reply."""
         asked = any(message.role == "user" for message in self.path)
         return self._template.user(text, first=not asked).ids + self._template.generation_prompt
 
-    def fork(self, name: str, at: int | None) -> None:
-        """Store a session that shares this path up to the end of turn `at`; InputError if there is no such turn."""
-        asked = self._questions()
-        if at is not None and not 1 <= at <= len(asked):
-            raise InputError(f"this session has {len(asked)} turns; there is no turn {at} to fork at")
-        end = len(self.path) if at is None or at == len(asked) else asked[at]
-        self.store.fork(self.store.name_of(self.info.id), name, self.path[end - 1].id if end else None)
-
     def rebuild(self, retokenise: bool) -> None:
         """Drop the KV of the path, to be computed again; `retokenise` makes new ids from the texts, as a new branch."""
         said = [{"role": message.role, "content": message.content} for message in self.path]
         opening = bool(said) and said[0]["role"] == "system" and not said[0]["content"]
-        drafts = self._drafts(said[opening:], []) if retokenise else []
+        found = drafts(said[opening:], [], self.residence) if retokenise else []
         while cover := self.store.cover([message.id for message in self.path], self.residence.fingerprint):
             for record, _ in cover:
                 self.store.drop_segment(record.id)
-        if drafts:
+        if found:
             self.rewind(0)
-            self._commit(drafts)
+            self._commit(found)
 
     def stats(self) -> dict[str, Any]:
         """Tokens, pairs and bytes of the whole, of each segment and, in proportion, of each turn."""
         self.save()
-        self._unseen(self.restore())
+        self.unseen(self.restore())
         return describe(self)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _questions(self) -> list[int]:
-        """Where in the path the user's messages stand."""
-        return [index for index, message in enumerate(self.path) if message.role == "user"]
-
-    def _unseen(self, steps: Steps) -> None:
+    def unseen(self, steps: Steps) -> None:
         """Take steps that nobody follows; what they say is told with the next turn."""
         self.residence.notices += [event for event in steps if isinstance(event, Notice)]
 
-    def _piece(self, number: int, role: str, text: str, asked: bool) -> Piece:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"message {number} is not valid Unicode at character {error.start}; mend it there"
-            ) from None
-        if role not in get_args(Role):
-            raise InputError(f"message {number} has the role {role!r}; known roles: {', '.join(get_args(Role))}")
-        return self._template.message(role, text, first=not asked)
-
-    def _commit(self, drafts: Sequence[Drafted], **about: Any) -> None:
+    def _commit(self, found: Sequence[Drafted], **about: Any) -> None:
         """Append messages to the path, in the store first. Raises SessionChanged."""
         tip = parent = self.path[-1].id if self.path else None
         messages = []
-        for role, text, piece in drafts:
+        for role, text, piece in found:
             messages.append(Message.new(parent, cast(Role, role), text, piece.ids, piece.content_span, **about))
             parent = messages[-1].id
         try:
@@ -331,9 +331,9 @@ class Conversation:
         return window - self.residence.cache.position - len(self._template.assistant_close)
 
     def _warn(self) -> Iterator[Notice]:
-        """Say that the window will be full before it is."""
+        """Say that the window will be full before it is, where the conversation cannot go on at smaller positions."""
         room, window = self._room(), self.engine.model.context_window
-        if room < window // 10:
+        if room < window // 10 and not self.engine.anatomy.turns:
             yield Notice(
                 f"the model's window is nearly full: {room} of {window} tokens are left; "
                 "fork from an earlier turn or start a new session to go on"

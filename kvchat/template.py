@@ -114,9 +114,25 @@ class ChatTemplate:
         """The text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def stream(self) -> TextStream:
-        """A decoder for one reply."""
-        return TextStream(self)
+    def stream(self, said: Iterable[int] = ()) -> TextStream:
+        """A decoder for one reply, of which `said` was given out already."""
+        stream = TextStream(self)
+        for token_id in said:
+            stream.step(token_id)
+        return stream
+
+    def shown(self, ids: Sequence[int], content_span: tuple[int, int]) -> list[str]:
+        """A text for each token of a message. Those of its content make up the content; others are shown as they are.
+
+        A character of several tokens is shown with its last.
+        """
+        low, high = content_span
+        texts = [str(self._tokenizer.decode([token_id], skip_special_tokens=False)) for token_id in ids]
+        stream = self.stream()
+        texts[low:high] = [stream.step(token_id) for token_id in ids[low:high]]
+        if high > low:
+            texts[high - 1] += stream.flush()
+        return texts
 
     def _fill(self, opening: str, text: str, closing: str) -> Piece:
         # A space that ends the opening ("[INST] ") belongs to the first token of the content.

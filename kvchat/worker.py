@@ -37,9 +37,13 @@ from kvchat.shed import Allowance
 from kvchat.shelf import Shelf
 from kvchat.store import SessionInfo
 from kvchat.tiers import would_hold
+from kvchat.titling import Titler
+from kvchat.unfinished import recover
 
 PROBE_AFTER_S = 10.0
 """Further seconds after which the probe's answer is recorded: nobody waits, and a chat that goes on pays nothing."""
+TITLE_AFTER_S = 1.0
+"""Further seconds after which sessions get titles."""
 
 
 class Worker(Shelf):
@@ -61,8 +65,10 @@ class Worker(Shelf):
         self.failure: Exception | None = None  # what went wrong in the background, for no session in particular
         self._open: dict[int, tuple[Conversation, int]] = {}
         chores = [(SAVE_AFTER_S, self._save), (MEND_AFTER_S, self._mend), (PROBE_AFTER_S, self._probe)]
+        chores += [(TITLE_AFTER_S, self._title)]
         self.jobs = Jobs(listener, chores)
         self._locks: dict[int, SessionLock] = {}
+        self._titler = Titler()
         self._engines = Engines(config.model, loader, self.jobs.tell)
         self._pool = new_pool()
         # The thread ends with the process: whatever is still to be saved must be saved before.
@@ -180,6 +186,10 @@ class Worker(Shelf):
         for one in filter(self.balance.is_whole, self._conversations()):
             self.jobs.in_spare_time(partial(probe.record, one, stop), f"{one.info.name}: recording an answer")
 
+    def _title(self, stop: Stop) -> None:
+        for one in filter(self.balance.is_whole, self._conversations()) if self.config.tui.titles else ():
+            self.jobs.in_spare_time(partial(self._titler.title, one, stop), f"{one.info.name}: giving it a title")
+
     def _open_conversation(
         self, name: str | None, model: str | None, system: str | None, rebuild: bool, create: bool
     ) -> Conversation:
@@ -252,8 +262,14 @@ class Worker(Shelf):
                 f"{', '.join(differing)}: open it with that model and settings, or compute its KV again with --rebuild"
             )
         conversation = self._make(info, engine)
+        retokenise = any(field in TEXT_FIELDS for field in differing)
+        if not retokenise:
+            recover(conversation)
+        elif self._store.unfinished(info.id):  # its tokens say something else to this model
+            self._store.clear_unfinished(info.id)
+            self.jobs.tell(Notice(f"an unfinished answer of {info.name!r} cannot be read with another tokenizer"))
         if rebuild:
-            conversation.rebuild(retokenise=any(field in TEXT_FIELDS for field in differing))
+            conversation.rebuild(retokenise)
             # Last: until then the old fingerprint asks for the same again.
             self._store.set_model(info.name, engine.model.name, engine.model.fingerprint)
         return conversation

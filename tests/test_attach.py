@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvchat.attaching import Attached, attach, build, document_of, is_built
+from kvchat.branching import fork
 from kvchat.codecs.frame import pack, read_head, with_head
 from kvchat.documents import MOST_BYTES, Document, parts, read_document, title_of
 from kvchat.engine import Engine
@@ -426,7 +427,7 @@ def test_turns_of_a_document_can_be_taken_back_and_forked(store: Store, engine: 
         restored(one)
         assert_as_reference(one)
         live = logits(one)
-        one.fork("two", None)
+        fork(one, "two", None)
     with conversation(store, engine, CONFIG, "two") as two:
         restored(two)
         assert not two.residence.num_computed and torch.equal(logits(two), live)

@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from kvchat import probe
+from kvchat.branching import fork, questions
 from kvchat.cache.layer import Piece
 from kvchat.cache.segment import LayerKV
 from kvchat.catalogue import positions
@@ -441,7 +442,7 @@ class Interleaved(RuleBasedStateMachine):
         self.one.residence.hold(self.one.path)
         assert torch.equal(logits(self.one), before)
 
-    @precondition(lambda self: len(self.one._questions()) > 3)
+    @precondition(lambda self: len(questions(self.one.path)) > 3)
     @rule(data=st.data())
     def rewind(self, data: st.DataObject) -> None:
         self.one.rewind(self.one.user_index(data.draw(st.integers(1, 3))))
@@ -453,7 +454,7 @@ class Interleaved(RuleBasedStateMachine):
     def fork(self) -> None:
         self.forks += 1
         name = f"fork{self.forks}"
-        self.one.fork(name, None)
+        fork(self.one, name, None)
         live = logits(self.one)
         self.one = self.undo.enter_context(conversation(self.store, self.engine, self.config, name))
         for _ in self.one.restore():

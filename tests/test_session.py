@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvchat.anatomy import Anatomy
 from kvchat.asynchronous import AsyncSession
 from kvchat.config import Config
 from kvchat.errors import CapacityError, ConfigError, FingerprintMismatch, InputError, SessionNotFound, StoreError
@@ -293,7 +294,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_saved(opener: Open) -> 
     assert len(session.messages()) == count
 
 
-def test_a_nearly_full_window_is_announced_and_ends_the_answer_without_cutting_anything(opener: Open) -> None:
+def test_a_nearly_full_window_is_announced_and_ends_the_answer_without_cutting_anything(
+    opener: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Anatomy, "turns", False)  # else the conversation goes on at smaller positions
     session = opener(generate__max_new_tokens=1000).open("trip")
     events = list(session.send("x" * 4000))
     assert any(isinstance(event, Notice) and "nearly full" in event.text for event in events)
