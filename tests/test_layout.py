@@ -170,8 +170,8 @@ def test_tiers_and_scorers_and_front_ends_keep_to_their_contracts() -> None:
     assert "store" not in reached["tiers"]
     assert "engine" not in reached["compress"]
     words = {"figures", "segment_map", "segment_cells", "documents"}  # of plain figures, without the engine
-    words |= {"values", "meanings", "config_file", "builtin"}
     words |= {"transcript", "files", "config_file", "values", "meanings"}  # what is written for the user
+    words |= {"builtin", "download"}  # in a thread
     assert reached["tui"] <= {"tui", "terminal", "events", "config", "errors", "worker"} | words
     assert reached["segment_map"] <= {"figures", "terminal", "segment_cells"}
 

@@ -131,7 +131,7 @@ class SettingRow(Widget):
         origin, place = self.edits.origin(self.key), PLACES[self.edits.place(self.key)]
         is_changed = self.edits.is_changed(self.key)
         now = (problem, remark, origin, place, is_changed)
-        if now == self._shown:
+        if now == self._shown or not self.children:  # it is told of other rows before it has its own parts
             return
         self._shown = now
         self.set_class(bool(problem), "-wrong")
