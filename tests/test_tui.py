@@ -121,6 +121,7 @@ async def test_a_message_typed_before_the_model_is_loaded_is_sent_afterwards() -
     worker = FakeWorker("trip")
     worker.ready.clear()
     async with chat(worker, wait=False) as (app, pilot):
+        await wait_until(lambda: worker.connected)
         worker.listener(Progress("download", 40_000_000, 98_000_000))
         await wait_until(lambda: "downloading the model 40 of 98 MB" in screen(app))
         await enter(app, pilot, "hello", wait=False)

@@ -12,6 +12,7 @@ from textual.command import CommandPalette
 from kvchat.errors import ModelError
 from kvchat.events import Delta
 from kvchat.tui.commands import COMMANDS, help_text, parse, tags, turn_and_name
+from kvchat.tui.first_run import FirstRun
 from kvchat.tui.widgets import Answer, Note, Question
 from tests.tui_parts import FakeSession, FakeWorker, chat, done, enter, idle, screen, texts, wait_until
 
@@ -257,3 +258,19 @@ async def test_a_branch_and_a_document_are_taken_in() -> None:
         await idle(app)
         assert texts(app, Question) == ["notes.txt: so many words"]
         assert texts(app, Note)[-1] == "notes.txt is attached, 13 tokens, 3 computed"
+
+
+async def test_the_built_in_model_is_asked_for_before_it_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    here: list[str] = []
+    monkeypatch.setattr("kvchat.builtin.is_missing", lambda name: not here)
+    monkeypatch.setattr("kvchat.download.builtin_folder", lambda cache, listener: here.append("model"))
+    async with chat(FakeWorker(), wait=False) as (app, pilot):
+        await wait_until(lambda: isinstance(app.app.screen, FirstRun))
+        await pilot.press("escape")
+        await idle(app)
+        assert "there is no model yet" in texts(app, Note)[-1] and app.chat is None
+        await enter(app, pilot, "/new", wait=False)
+        await wait_until(lambda: isinstance(app.app.screen, FirstRun))
+        await pilot.press("enter")
+        await idle(app)
+        assert here and app.session_name

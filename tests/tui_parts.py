@@ -177,10 +177,11 @@ class FakeWorker:
         self.error: Exception | None = None
         self.ready = threading.Event()
         self.ready.set()
+        self.connected = False
         self.listener: Callable[[Any], None] = lambda event: None
 
     def connect(self, listener: Callable[[Any], None]) -> FakeWorker:
-        self.listener = listener
+        self.listener, self.connected = listener, True
         return self
 
     def open(self, name: str | None = None, create: bool = True, **how: Any) -> FakeSession:
@@ -203,6 +204,7 @@ class FakeWorker:
             SimpleNamespace(
                 **facts,
                 name=name,
+                model=session.model,
                 title=self.titles.get(name, ""),
                 tags=self.tags.get(name, ()),
                 settings=session.settings,
@@ -242,7 +244,9 @@ async def chat(
     worker: FakeWorker, size: tuple[int, int] = WIDE, wait: bool = True, config: Config | None = None
 ) -> AsyncIterator[tuple[ChatScreen, Pilot[None]]]:
     """The chat screen over `worker`, as soon as its session is open."""
-    app = ChatApp(worker.connect, config or Config())  # type: ignore[arg-type]
+    # The built-in model may not be on this machine, and would be asked for.
+    settings = (config or Config()).replaced({"model.name": "tiny"})
+    app = ChatApp(worker.connect, settings)  # type: ignore[arg-type]
     async with app.run_test(size=size) as pilot:
         try:
             if wait:

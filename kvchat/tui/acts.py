@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from kvchat.errors import InputError, KVChatError, SessionExists
-from kvchat.events import Notice
 from kvchat.tui.commands import assignment, number, tags, turn_and_name
 
 if TYPE_CHECKING:
@@ -39,7 +38,11 @@ class Acts:
                 raise SessionExists(f"a session named {fresh!r} is there already; /resume {fresh} goes on with it")
             return engine.open(fresh, **how)
 
-        self.screen.jobs.begin("opening", self.screen.open_session(make))
+        async def begin() -> None:
+            await self.screen.prepare(self.screen.config.model.name)
+            await self.screen.open_session(make)
+
+        self.screen.jobs.begin("opening", begin())
 
     def do_resume(self, name: str) -> None:
         if not name:
@@ -68,17 +71,23 @@ class Acts:
             self.screen.note(f"{chat.model}, with a window of {chat.context_window} tokens")
             return
 
+        failures: list[KVChatError] = []
+
         def make(engine: Worker) -> Session:
             session, before = chat.name, chat.model
             chat.close()
             try:
                 return engine.open(session, model=name, rebuild=True, create=False)
             except KVChatError as error:
-                again = engine.open(session, model=before, create=False)
-                self.screen.report(Notice(str(error)))
-                return again
+                failures.append(error)
+                return engine.open(session, model=before, create=False)
 
-        self.screen.jobs.begin(f"opening {name}", self.screen.open_session(make, same=True))
+        async def change() -> None:
+            await self.screen.open_session(make, same=True)
+            if failures:
+                raise failures[0]
+
+        self.screen.jobs.begin(f"opening {name}", change())
 
     # -- what is known of it -----------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import to_thread
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -85,8 +86,21 @@ class ChatScreen(SessionScreen):
     def on_mount(self) -> None:
         self.set_interval(0.1, self.drain)
         self.prompt.completer = completer(self)
+        self.jobs.busy = True
+        self.jobs.say("starting…")
+        # Reading torch keeps the interpreter busy: the screen is drawn before it.
+        self.call_after_refresh(self._start)
+
+    def _start(self) -> None:
+        self.jobs.begin("starting", self._open_first())
+
+    async def _open_first(self) -> None:
         name, how = self._first
-        self.jobs.begin("starting", self.open_session(lambda engine: engine.open(name, **how)))
+        engine = await to_thread(self.connected)
+        infos = await to_thread(engine.sessions)
+        found = [info.model for info in infos if name in (None, info.name)]
+        await self.prepare(how.get("model") or (found[0] if found else self.config.model.name))
+        await self.open_session(lambda engine: engine.open(name, **how))
 
     # -- what is typed -----------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ COMMANDS: Mapping[str, Command] = {
     "new": Command("[NAME]", "begin a session"),
     "resume": Command("[NAME]", "go on with another session"),
     "sessions": Command("", "find, open, or delete sessions", anytime=True),
-    "fork": Command("[TURN] NAME", "go on in a copy of this session, or of its turns up to TURN"),
+    "fork": Command("[TURN] NAME", "go on in a copy, of all turns or up to TURN"),
     "rename": Command("NEW", "rename this session"),
     "title": Command("[TITLE]", "show or set this session's title; - takes it away"),
     "tag": Command("[+TAG -TAG]", "show, add, or take away tags"),

@@ -9,7 +9,7 @@ from textual.binding import Binding, BindingType
 
 from kvchat.errors import ConfigError
 
-SCREENS = ("picker", "branch_tree", "keys", "settings", "inspector", "attach", "transcript", "map")
+SCREENS = ("picker", "branch_tree", "keys", "settings", "first_run", "inspector", "attach", "transcript", "map")
 """Parts with bindings of their own, beside the chat screen."""
 
 

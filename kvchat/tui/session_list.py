@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from kvchat.terminal import neutralise
 
 if TYPE_CHECKING:
     from kvchat.store import SessionInfo
+
+DATED = re.compile(r"[\d.: -]+")
+"""A name that says no more than when the session was begun."""
 
 
 class SessionList(OptionList):
@@ -51,7 +55,8 @@ class SessionList(OptionList):
 def _entry(info: SessionInfo, is_current: bool, width: int) -> Content:
     turns = f"{info.num_turns} turn{'' if info.num_turns == 1 else 's'}"
     title, name = _line(info.title), _line(info.name)
-    facts = " · ".join([*([name] if title else []), turns, age(info.updated)])
+    named = [name] if title and not DATED.fullmatch(name) else []
+    facts = " · ".join([turns, age(info.updated), *named])
     style = "bold $text-accent" if is_current else "bold"
     lines = Content.styled(title or name, style), Content.styled(facts, "$foreground-muted")
     return Content("\n").join(line.truncate(width, ellipsis=True) for line in lines)

@@ -19,7 +19,7 @@ from textual.message import Message as Announcement
 from textual.screen import Screen
 from textual.widgets import Footer
 
-from kvchat.errors import InputError, SessionNotFound
+from kvchat.errors import InputError, ModelError, SessionNotFound
 from kvchat.events import Listener, Notice, Progress
 from kvchat.terminal import neutralise
 from kvchat.tui.bars import StatusBar, TitleBar
@@ -170,6 +170,20 @@ class SessionScreen(Screen[None]):
         self.jobs.beside(self.turns.measure(chat))
         if before is not None:
             await to_thread(before.close)
+
+    async def prepare(self, model: str) -> None:
+        """See to it that the built-in model is here if `model` names it: the user is asked before it is downloaded.
+
+        Raises:
+            ModelError: the user would rather not.
+        """
+        from kvchat.builtin import is_missing
+
+        if await to_thread(is_missing, model):
+            from kvchat.tui.first_run import FirstRun
+
+            if not await self.app.push_screen_wait(FirstRun()):
+                raise ModelError("there is no model yet, so nobody can answer; /new asks once more, /quit leaves")
 
     async def show_sessions(self) -> None:
         """Read the list of sessions anew, and name the open one at the top."""

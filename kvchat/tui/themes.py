@@ -16,8 +16,16 @@ DARK = Theme(
     background="#15171c",
     surface="#1b1e25",
     panel="#262b35",
-    boost="#ffffff08",
-    variables={"footer-key-foreground": "#86b4d8", "input-selection-background": "#7ea6c9 35%"},
+    boost="#ffffff0c",
+    variables={
+        "border-blurred": "#2d3441",
+        "footer-key-foreground": "#86b4d8",
+        "input-selection-background": "#7ea6c9 35%",
+        "scrollbar": "#3a4150",
+        "scrollbar-hover": "#4a5365",
+        "scrollbar-active": "#86b4d8",
+        "scrollbar-background": "#15171c",
+    },
 )
 
 LIGHT = Theme(
@@ -32,9 +40,17 @@ LIGHT = Theme(
     background="#fbfaf7",
     surface="#f3f1ec",
     panel="#e4e1d9",
-    boost="#00000008",
+    boost="#0000000a",
     dark=False,
-    variables={"footer-key-foreground": "#2b608a", "input-selection-background": "#2b608a 25%"},
+    variables={
+        "border-blurred": "#d3cfc4",
+        "footer-key-foreground": "#2b608a",
+        "input-selection-background": "#2b608a 25%",
+        "scrollbar": "#c9c5ba",
+        "scrollbar-hover": "#b3aea1",
+        "scrollbar-active": "#2b608a",
+        "scrollbar-background": "#fbfaf7",
+    },
 )
 
 CONTRAST = Theme(
@@ -52,6 +68,7 @@ CONTRAST = Theme(
     boost="#101010",
     text_alpha=1.0,
     variables={
+        "border-blurred": "#a0a0a0",
         "text-muted": "#e6e6e6",
         "foreground-muted": "#d9d9d9",
         "text-disabled": "#c0c0c0",
