@@ -15,7 +15,7 @@ from kvchat.config import OF_SESSIONS, Config
 from kvchat.meanings import MEANINGS
 from kvchat.tui.edits import Changed, Edits
 from kvchat.tui.setting_row import Choice, PlaceSwitch, SettingRow
-from kvchat.tui.settings import PAGES, SettingsScreen
+from kvchat.tui.settings import PAGES, SettingsScreen, check_keys
 from tests.tui_host import Host, hosting, wait_until
 
 OWN = {"compress.keep_ratio": 0.3, "generate.top_k": 7}
@@ -98,6 +98,14 @@ def test_a_sessions_settings_of_another_version_do_not_get_in_the_way(config: Co
     assert edits.text("compress.scorer") == "kvzip"
     edits.reset("compress.scorer")
     assert edits.result().for_session == {"compress.scorer": None}
+
+
+def test_keys_for_what_is_not_there_are_refused(config: Config) -> None:
+    edits = Edits(config, OWN, check_keys)
+    edits.put("tui.keys", "stop=f7 nothing=f9")
+    assert "there is no binding 'nothing'; known: " in edits.problem("tui.keys")
+    edits.put("tui.keys", "stop=f7 settings.save=f9")
+    assert edits.result().for_file == {"tui.keys": {"stop": "f7", "settings.save": "f9"}}
 
 
 # -- on the screen -------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -35,10 +35,14 @@ class Edits:
 
     Args:
         config: of the program. own: of the session by dotted key; None = no session is open.
+        check: raises ConfigError for settings of the program that it cannot use, whatever they are in themselves.
     """
 
-    def __init__(self, config: Config, own: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, config: Config, own: Mapping[str, Any] | None, check: Callable[[Config], object] = lambda _: None
+    ) -> None:
         self.config = config
+        self._check_use = check
         self.own = own or {}
         self._has_session = own is not None
         try:
@@ -159,7 +163,9 @@ class Edits:
             own = {key: value for key, value in {**self.own, **values}.items() if value is not None}
             return self.config.for_session(own, keys), values
         new = {key: value_of(Config(), key) if self._edits[key].text is None else values[key] for key in keys}
-        return self.config.replaced(new, "config.toml"), values
+        config = self.config.replaced(new, "config.toml")
+        self._check_use(config)
+        return config, values
 
     # -- what comes of it --------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from kvchat.config import Config
 from kvchat.meanings import MEANINGS
 from kvchat.tui.asking import Line, YesNo
 from kvchat.tui.edits import Changed, Edits
+from kvchat.tui.keymap import checked
 from kvchat.tui.setting_row import SettingRow
 
 PAGES = {
@@ -76,7 +77,6 @@ class SettingsScreen(ModalScreen[Changed | None]):
         Binding("ctrl+f", "find", show=False, id="settings.find", priority=True),
     ]
     AUTO_FOCUS = "#find"
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]]] = [(0, "-low"), (34, "-tall")]
     DEFAULT_CSS = """
     SettingsScreen {
         background: $background;
@@ -100,8 +100,9 @@ class SettingsScreen(ModalScreen[Changed | None]):
 
     def __init__(self, config: Config, own: Mapping[str, Any] | None, page: str = "Model") -> None:
         super().__init__()
+        self.VERTICAL_BREAKPOINTS = [(0, "-low"), (34, "-tall")]
         self._first = page
-        self.edits = Edits(config, own)
+        self.edits = Edits(config, own, check_keys)
         self._keys: tuple[str, ...] = ()
 
     def compose(self) -> ComposeResult:
@@ -233,4 +234,18 @@ class SettingsScreen(ModalScreen[Changed | None]):
             return
         things = "1 change" if count == 1 else f"{count} changes"
         question = YesNo(f"Leave without keeping {things}?", "Ctrl+S keeps what was changed.", yes="Leave", no="Stay")
-        self.app.push_screen(question, lambda leaves: self.dismiss(None) if leaves else None)
+        self.app.push_screen(question, self._left)
+
+    def _left(self, leaves: bool | None) -> None:
+        if leaves:
+            self.dismiss(None)
+
+
+def check_keys(config: Config) -> None:
+    """Raise ConfigError if `tui.keys` names a binding that is nowhere: the program would not begin with it."""
+    if config.tui.keys:
+        from kvchat.tui.app import ChatApp
+        from kvchat.tui.chat import ChatScreen
+        from kvchat.tui.widgets import Prompt
+
+        checked(config.tui.keys, [*Prompt.BINDINGS, *ChatScreen.BINDINGS, *ChatApp.BINDINGS])
