@@ -64,9 +64,10 @@ def begin(
         name = _new_name(flags, name)
     if plain or not (sys.stdin.isatty() and sys.stdout.isatty()):
         from kvchat import line_chat
+        from kvchat.hangup import as_exit
         from kvchat.plain import opened
 
-        with opened(flags, name, lines=True, system=system) as (worker, session, status):
+        with as_exit(), opened(flags, name, lines=True, system=system) as (worker, session, status):
             line_chat.chat(worker, session, status)
         return
     from kvchat import tui

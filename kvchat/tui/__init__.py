@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from kvchat.config import Config
 from kvchat.events import Listener
+from kvchat.hangup import code_of, follow, mend_terminal, unfailing_screen
 
 if TYPE_CHECKING:
+    from kvchat.tui.app import ChatApp
     from kvchat.worker import Worker
 
 
@@ -25,11 +27,32 @@ def run(
 
     Give a function that makes the worker: it is called behind the open window, so that nobody waits for torch, and its
     listener shows how far the model is loaded. That worker is closed here; a ready-made one is left to its owner.
-    `system`, `model` and `rebuild` are those of `Worker.open`.
+    `system`, `model` and `rebuild` are those of `Worker.open`. If SIGHUP or SIGTERM ends it all is saved as well, and
+    SystemExit raised.
     """
+    import asyncio
+
     from kvchat.tui.app import ChatApp
 
     connect = worker if callable(worker) else lambda _: worker
     app = ChatApp(connect, config, name, system=system, model=model, rebuild=rebuild)
-    app.run()
+    mend_terminal()
+    with unfailing_screen():
+        ended_by = asyncio.run(_shown(app))
     app.leave(close=callable(worker))
+    if ended_by:
+        raise SystemExit(code_of(ended_by))
+
+
+async def _shown(app: ChatApp) -> int:
+    """Show the window until the user quits, or until a signal ends it, whose number this is then, else 0."""
+    ended_by = 0
+
+    def leave(number: int) -> None:
+        nonlocal ended_by
+        ended_by = number
+        app.call_later(app.action_quit)
+
+    follow(leave)
+    await app.run_async()
+    return ended_by
