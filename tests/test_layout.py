@@ -14,7 +14,7 @@ PACKAGE = Path(kvchat.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    *("errors", "memory", "locks", "terminal", "events", "sections", "config", "transcript", "files", "fingerprint"),
+    *("errors", "memory", "locks", "hangup", "terminal", "events", "sections", "config", "transcript", "files", "fingerprint"),
     *("values", "meanings", "config_file", "builtin"),
     "documents",
     *("cipher", "keys"),
@@ -47,6 +47,7 @@ ORDER = [
         "recode",
         "pool",
         "loading",
+        "excerpts",
         "host",
         "tiers",
         "catalogue",
@@ -80,12 +81,12 @@ ORDER = [
         "opening",
         "evals",
         "fitting",
-        "bench",
         "figures",
         "segment_cells",
         "segment_map",
         "segment_page",
         "tui",
+        "bench",
         "completion",
         "flags",
         "plain",
@@ -172,6 +173,7 @@ def test_tiers_and_scorers_and_front_ends_keep_to_their_contracts() -> None:
     words = {"figures", "segment_map", "segment_cells", "documents"}  # of plain figures, without the engine
     words |= {"transcript", "files", "config_file", "values", "meanings"}  # what is written for the user
     words |= {"builtin", "download"}  # in a thread
+    words |= {"hangup"}  # when the terminal goes away
     assert reached["tui"] <= {"tui", "terminal", "events", "config", "errors", "worker"} | words
     assert reached["segment_map"] <= {"figures", "terminal", "segment_cells"}
 

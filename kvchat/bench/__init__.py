@@ -8,6 +8,7 @@
     recall   bringing back turns of 8 segments before a question, against reading the question
     seal     sealing a turn, against prefilling it
     gpu      one GPU with a model of Llama-3.1-8B's shape: see `bench.gpu`; not a part of `all`
+    tui      the screen while the engine works: lag, keys, first paint; see `bench.tui`; not a part of `all`
     tiers    many sessions under one cap on all KV, by three policies: see `bench.tiers`; not a part of `all`
 
 The result is one JSON object. All benchmarks of a run share one model and one history, kvchat and its baselines take
@@ -65,10 +66,10 @@ def run(
     """Run one benchmark, or all of them one after the other.
 
     Args:
-        kind: one of KINDS, "gpu", "tiers", or "all", which leaves these two out.
+        kind: one of KINDS, "gpu", "tiers", "tui", or "all", which leaves these three out.
         config: the model and all settings; the store is a temporary one.
         listener: told of progress.
-        tokens: about so long a history is made up; 6000, for "gpu" 65536, and each of "tiers" 2000.
+        tokens: about so long a history is made up; 6000, for "gpu" 65536, "tui" 2000, and each of "tiers" 2000.
         rounds: runs that medians are taken of.
         messages: a conversation to use as the history instead.
         histories: the same for "tiers", which has many.
@@ -80,10 +81,14 @@ def run(
         InputError: there is no such benchmark, or the measuring process fails.
         CapacityError: the window has no room for the history, or for a turn behind it.
     """
-    if kind not in (*KINDS, "gpu", "tiers", "all"):
-        raise InputError(f"there is no benchmark {kind!r}; known: all, {', '.join(KINDS)}, gpu, tiers")
+    if kind not in (*KINDS, "gpu", "tiers", "tui", "all"):
+        raise InputError(f"there is no benchmark {kind!r}; known: all, {', '.join(KINDS)}, gpu, tiers, tui")
     if kind == "gpu":
         return {"bench": kind, **gpu(config, listener, tokens or TOKENS, rounds)}
+    if kind == "tui":
+        from kvchat.bench.tui import tui  # the others need no screen
+
+        return {"bench": kind, **tui(config, listener, tokens or 2000, rounds)}
     engine = Engine(load(config.model, listener), config.model.prefill_chunk_size, config.model.residence)
     if kind == "tiers":
         figures = tiers(config, engine, listener, tokens or 2000, histories)

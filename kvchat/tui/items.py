@@ -1,0 +1,88 @@
+"""What stands in a transcript, shown or not: messages as the store has them, and widgets that came to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from textual.widget import Widget
+
+from kvchat.tui.answer import Answer
+from kvchat.tui.plain_text import Note, Plain
+
+if TYPE_CHECKING:
+    from kvchat.store import Message
+
+
+class Question(Plain):
+    """What the user said; `turn` counts from 1."""
+
+    def __init__(self, text: str, *, turn: int = 0) -> None:
+        super().__init__(text)
+        self.turn = turn
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One place in the transcript. `widget` is there while it is mounted; `make` makes another one."""
+
+    kind: type[Widget]
+    text: str
+    turn: int
+    make: Callable[[], Widget] | None
+    widget: Widget | None = None
+
+    def mounted(self) -> Widget:
+        """The widget, made if there is none."""
+        if self.widget is None:
+            assert self.make
+            self.widget = self.make()
+        return self.widget
+
+    def refresh(self) -> None:
+        """Take over what its widget says now."""
+        if isinstance(self.widget, (Question, Answer, Note)):
+            self.text = self.widget.text
+            self.make = _maker(self.widget)
+            if not isinstance(self.widget, Note):
+                self.widget.turn = self.turn
+
+    @property
+    def can_leave(self) -> bool:
+        """Nothing is lost when its widget is removed."""
+        return self.make is not None and not (isinstance(self.widget, Answer) and self.widget.is_growing)
+
+
+def item_of(widget: Widget, turn: int) -> Item:
+    """The place of a widget that somebody made, in or after a turn."""
+    item = Item(type(widget), "", turn, None, widget)
+    item.refresh()
+    return item
+
+
+def items_of(messages: Iterable[Message]) -> Iterator[Item]:
+    """The places of messages. A system message without text is the template's own opening."""
+    turn = 0
+    for message in messages:
+        text = message.content
+        if message.role == "user":
+            turn += 1
+            yield Item(Question, text, turn, partial(Question, text, turn=turn))
+        elif message.role == "assistant":
+            yield Item(Answer, text, turn, partial(Answer, text, turn=turn))
+        elif text:
+            said = f"system: {text}"
+            yield Item(Note, said, turn, partial(Note, said))
+
+
+def _maker(widget: Question | Answer | Note) -> Callable[[], Widget] | None:
+    """What makes the same widget again; None if it is of a kind that nobody here knows."""
+    if type(widget) is Note:
+        return partial(Note, widget.text, classes=" ".join(widget.classes))
+    if type(widget) is Question:
+        return partial(Question, widget.text, turn=widget.turn)
+    if type(widget) is Answer and not widget.is_growing:
+        return partial(Answer, widget.text, turn=widget.turn)
+    return None

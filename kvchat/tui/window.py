@@ -1,0 +1,253 @@
+"""A window onto a long list of messages: only what is near the place that is read is mounted."""
+
+from __future__ import annotations
+
+from asyncio import Lock
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from textual import events
+from textual.widget import AwaitMount, Widget
+from textual.widgets import Static
+
+from kvchat.tui.items import Item, Question, item_of, items_of
+from kvchat.tui.scroll import SteadyScroll
+
+if TYPE_CHECKING:
+    from kvchat.store import Message
+
+
+class MoreBelow(Static):
+    """Says that the end is out of sight; a click goes there."""
+
+    def __init__(self) -> None:
+        super().__init__("↓ more below · End", markup=False)
+
+    def on_click(self, event: events.Click) -> None:
+        event.stop()
+        if isinstance(self.parent, Window):
+            self.parent.action_scroll_end()
+
+
+class Window(SteadyScroll):
+    """Messages and lines of the program, the newest at the bottom; it follows the end until the user scrolls away.
+
+    `show` and `add` are for whoever tells it what there is. What is mounted or removed directly is taken over too.
+    """
+
+    WINDOW: ClassVar[int] = 30
+    """Messages that are mounted."""
+    STEP: ClassVar[int] = 8
+    """Messages that are mounted more, and fewer at the other end, when the user comes near to the end of them."""
+    AT_ONCE: ClassVar[int] = 3
+    """Messages that are mounted together; keys are served in between."""
+
+    DEFAULT_CSS = """
+    Window { layers: text hint; }
+    MoreBelow {
+        layer: hint;
+        dock: bottom;
+        width: auto;
+        height: 1;
+        padding: 0 1;
+        background: $panel;
+        color: $text-muted;
+    }
+    """
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._items: list[Item] = []
+        self._first = self._last = 0
+        self._changing = Lock()
+        self._is_shifting = False
+        self._more: MoreBelow | None = None
+
+    # -- what there is -----------------------------------------------------------------------------------------------
+
+    async def show(self, messages: Sequence[Message]) -> None:
+        """Replace everything with `messages`, and go to their end."""
+        async with self._changing:
+            await self.remove_children()
+            self._items = list(items_of(messages))
+            self._first = self._last = len(self._items)
+            self.follow()
+            await self._mount_above(self.WINDOW)
+
+    async def add(self, *widgets: Widget) -> None:
+        """Mount `widgets` at the end and go there."""
+        await self.to_end()
+        async with self._changing:
+            await self.mount_all(widgets)
+            self._sync()
+            if self._last - self._first > self.WINDOW + self.STEP:
+                await self._drop_above()
+
+    def remove_children(self, selector: Any = "*") -> Any:
+        if selector == "*":
+            self._items, self._more = [], None
+            self._first = self._last = 0
+        return super().remove_children(selector)
+
+    def mount(
+        self, *widgets: Widget, before: int | str | Widget | None = None, after: int | str | Widget | None = None
+    ) -> AwaitMount:
+        if before is None and after is None and not self.is_whole:
+            # The end is not mounted: what comes to it waits there.
+            for widget in widgets:
+                widget.display = False
+                self._items.append(item_of(widget, self._items[-1].turn))
+        return super().mount(*widgets, before=before, after=after)
+
+    @property
+    def is_whole(self) -> bool:
+        """The end is mounted."""
+        return self._last >= len(self._items)
+
+    def last_reply(self) -> list[Widget]:
+        """What stands below the last question, the newest first; of what is mounted."""
+        reply: list[Widget] = []
+        for child in reversed(self.children):
+            if isinstance(child, Question):
+                break
+            if not isinstance(child, MoreBelow):
+                reply.append(child)
+        return reply
+
+    def _sync(self) -> None:
+        """Learn what others mounted and removed."""
+        known = {item.widget: item for item in self._items if item.widget is not None}
+        waiting = {item.widget for item in (*self._items[: self._first], *self._items[self._last :])}
+        turn = self._items[self._first - 1].turn if self._first else 0
+        window = []
+        for child in self.children:
+            if child in waiting or isinstance(child, MoreBelow):
+                continue
+            turn += isinstance(child, Question)
+            item = known.get(child) or item_of(child, turn)
+            item.turn = turn
+            item.refresh()
+            window.append(item)
+        self._items[self._first : self._last] = window
+        self._last = self._first + len(window)
+
+    # -- the window --------------------------------------------------------------------------------------------------
+
+    async def to_end(self) -> None:
+        """Show the end, and follow it."""
+        async with self._changing:
+            self._sync()
+            if not self.is_whole:
+                await self._unmount(self._items[self._first : self._last])
+                self._first = self._last = len(self._items)
+                self.follow()
+                await self._mount_above(self.WINDOW)
+            self.follow()
+
+    async def to_beginning(self) -> None:
+        """Show the first message."""
+        async with self._changing:
+            self._sync()
+            if self._first:
+                await self._unmount(self._items[self._first : self._last])
+                self._first = self._last = 0
+                await self._mount_below(self.WINDOW)
+            self.stay_at(0)
+
+    def action_scroll_home(self) -> None:
+        self._begin(self.to_beginning())
+
+    def action_scroll_end(self) -> None:
+        self._begin(self.to_end())
+
+    async def _mount_above(self, number: int) -> None:
+        """Mount so many messages more above, the newest first."""
+        stop = max(0, self._first - number)
+        while self._first > stop:
+            some = self._items[max(stop, self._first - self.AT_ONCE) : self._first]
+            top = self._items[self._first].widget if self._first < self._last else None
+            self._first -= len(some)
+            await self._bring(some, before=top if top is not None else (0 if self.children else None))
+
+    async def _mount_below(self, number: int) -> None:
+        """Mount so many messages more below."""
+        stop = min(len(self._items), self._last + number)
+        while self._last < stop:
+            some = self._items[self._last : min(stop, self._last + self.AT_ONCE)]
+            above = self._items[self._last - 1].widget if self._last > self._first else None
+            self._last += len(some)
+            await self._bring(some, after=above) if above is not None else await self._bring(some, before=0)
+
+    async def _bring(self, items: Sequence[Item], **place: Any) -> None:
+        """Mount items that belong together at a place, or show them if they waited there."""
+        fresh = []
+        for item in items:
+            if item.widget is None:
+                fresh.append(item.mounted())
+            else:
+                item.widget.display = True
+        if fresh:
+            await super().mount(*fresh, **(place if self.children else {}))
+
+    async def _unmount(self, items: Iterable[Item]) -> None:
+        leaving = []
+        for item in items:
+            if item.widget is not None and item.can_leave:
+                leaving.append(item.widget)
+                item.widget = None
+            elif item.widget is not None:
+                item.widget.display = False
+        await super().remove_children(leaving)
+
+    async def _drop_above(self) -> None:
+        leaving = self._items[self._first : max(self._first, self._last - self.WINDOW)]
+        self._first += len(leaving)
+        await self._unmount(leaving)
+
+    async def _drop_below(self) -> None:
+        leaving = self._items[min(self._last, self._first + self.WINDOW) : self._last]
+        self._last -= len(leaving)
+        await self._unmount(leaving)
+
+    async def _shift(self, direction: int) -> None:
+        """Move the window by a step: up (-1) or down (1)."""
+        async with self._changing:
+            self._sync()
+            if direction < 0:
+                await self._mount_above(self.STEP)
+                await self._drop_below()
+            else:
+                await self._mount_below(self.STEP)
+                await self._drop_above()
+
+    def moved(self) -> None:
+        if not self.is_attached or not self.page:
+            return
+        self._show_more()
+        if self._is_shifting or self._changing.locked():
+            return
+        if self.scroll_y < self.page and self._first > 0 and not self.following:
+            self._begin(self._shift(-1))
+        elif self.max_scroll_y - self.scroll_y < self.page and not self.is_whole:
+            self._begin(self._shift(1))
+
+    def _begin(self, change: Coroutine[Any, Any, None]) -> None:
+        """Do it beside: keys are served meanwhile."""
+        self._is_shifting = True
+
+        async def run() -> None:
+            try:
+                await change
+            finally:
+                self._is_shifting = False
+            self.call_later(self.moved)
+
+        self.run_worker(run(), exit_on_error=False)
+
+    def _show_more(self) -> None:
+        is_more = not self.following and (not self.is_whole or self.scroll_y < self.max_scroll_y)
+        if self._more is None and is_more:
+            self._more = MoreBelow()
+            super().mount(self._more)
+        elif self._more is not None:
+            self._more.display = is_more
