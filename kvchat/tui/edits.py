@@ -93,7 +93,7 @@ class Edits:
             return ""
         if edit.text is None:
             return "goes back to what config.toml says" if edit.place == "session" else "goes back to the default"
-        return "counts from the next start on" if key.partition(".")[0] in ("model", "store", "episodes") else ""
+        return "counts from the next start on" if edit.place == "file" and not key.startswith("tui.") else ""
 
     def is_changed(self, key: str) -> bool:
         """Whether something else than the present value is to be kept."""

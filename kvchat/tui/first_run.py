@@ -66,8 +66,8 @@ def told(progress: Progress, rate: float) -> str:
     """A download's figures: 38 of 98 MB · 4.1 MB/s · 15 s left."""
     whole = f" of {progress.total / 1e6:.0f} MB" if progress.total else " MB"
     parts = [f"{progress.done / 1e6:.0f}{whole}"]
-    if rate > 0:
-        parts.append(f"{rate / 1e6:.1f} MB/s")
+    if rate > 0 and progress.done >= 1e6:  # what comes first is small and slow, and says nothing of the rest
+        parts.append(f"{rate / 1e6:.1f} MB/s" if rate >= 1e6 else f"{rate / 1e3:.0f} kB/s")
         if progress.total:
             left = max(0, progress.total - progress.done) / rate
             parts.append(f"{left:.0f} s left" if left < 90 else f"{left / 60:.0f} min left")
