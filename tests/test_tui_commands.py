@@ -13,6 +13,7 @@ from kvchat.errors import ModelError
 from kvchat.events import Delta
 from kvchat.tui.commands import COMMANDS, help_text, parse, tags, turn_and_name
 from kvchat.tui.first_run import FirstRun
+from kvchat.tui.keys import HelpScreen
 from kvchat.tui.widgets import Answer, Note, Question
 from tests.tui_parts import FakeSession, FakeWorker, chat, done, enter, idle, screen, texts, wait_until
 
@@ -66,14 +67,16 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("line", WRONG)
-async def test_a_wrong_command_is_a_one_line_hint(line: str) -> None:
+async def test_a_wrong_command_is_a_one_line_hint() -> None:
     async with chat(FakeWorker("trip")) as (app, pilot):
-        await enter(app, pilot, line)
-        await wait_until(lambda: app.query("Note.-error"))
-        (note,) = app.query("Note.-error").results(Note)
-        assert "\n" not in note.text and "internal error" not in note.text
-        assert texts(app, Question) == []
+        for line in WRONG:
+            await app.transcript.remove_children()
+            app.prompt.clear()
+            await enter(app, pilot, line)
+            await wait_until(lambda: app.query("Note.-error"))
+            (note,) = app.query("Note.-error").results(Note)
+            assert "\n" not in note.text and "internal error" not in note.text, line
+            assert texts(app, Question) == []
 
 
 async def test_commands_that_change_the_session_wait_for_the_answer() -> None:
@@ -139,7 +142,7 @@ async def test_titles_and_tags_are_set_and_shown() -> None:
         await enter(app, pilot, "/tag +rome work")
         assert worker.tags["trip"] == ("rome", "work")
         await enter(app, pilot, "/tag -work")
-        assert worker.tags["trip"] == ("rome",) and texts(app, Note)[-1] == "tags: rome"
+        assert worker.tags == {"trip": ("rome",)} and texts(app, Note)[-1] == "tags: rome"
 
 
 async def test_settings_of_the_session_are_given_and_taken_away() -> None:
@@ -148,8 +151,12 @@ async def test_settings_of_the_session_are_given_and_taken_away() -> None:
         await enter(app, pilot, "/set generate.temperature = 0")
         await enter(app, pilot, "/set generate.temperature=")
         await enter(app, pilot, "/keep 0.2")
-        changes = [{"generate.temperature": "0"}, {"generate.temperature": None}, {"compress.keep_ratio": "0.2"}]
-        assert worker.all["trip"].asked == [("configure", change) for change in changes]
+        changes: list[dict[str, str | None]] = [
+            {"generate.temperature": "0"},
+            {"generate.temperature": None},
+            {"compress.keep_ratio": "0.2"},
+        ]
+        assert [asked[1] for asked in worker.all["trip"].asked] == changes
         await wait_until(lambda: "disk 4.1 MB · keep 0.2 " in screen(app))
 
 
@@ -163,7 +170,9 @@ async def test_a_system_prompt_is_shown_and_another_begins_a_session() -> None:
         assert worker.opened[-1] == {"system": "be long"} and app.session_name != "trip"
 
 
-async def test_another_model_takes_the_session_over_and_a_missing_one_does_not() -> None:
+async def test_another_model_takes_the_session_over_and_a_missing_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     worker = FakeWorker("trip")
     async with chat(worker) as (app, pilot):
         await enter(app, pilot, "one")
@@ -182,7 +191,7 @@ async def test_another_model_takes_the_session_over_and_a_missing_one_does_not()
             worker.all["trip"].closed = False
             return worker.all["trip"]
 
-        worker.open = fail  # type: ignore[method-assign]
+        monkeypatch.setattr(worker, "open", fail)
         await enter(app, pilot, "/model none")
         await wait_until(lambda: "there is no model 'none'" in texts(app, Note))
         assert app.session_name == "trip" and not worker.all["trip"].closed
@@ -246,6 +255,10 @@ async def test_the_palette_has_every_command() -> None:
         await wait_until(lambda: "/export FILE" in screen(app))
         await pilot.press("enter")
         await wait_until(lambda: app.prompt.text == "/export " and app.prompt.has_focus)
+        await pilot.press("f1")
+        await wait_until(lambda: isinstance(app.app.screen, HelpScreen))
+        await pilot.press("ctrl+p")  # commands are of the chat
+        assert isinstance(app.app.screen, HelpScreen)
 
 
 async def test_a_branch_and_a_document_are_taken_in() -> None:

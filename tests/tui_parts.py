@@ -122,7 +122,7 @@ class FakeSession:
 
     def rewind(self, turns: int) -> str:
         index = len(self.history) - 2 * turns
-        text = self.history[index].content
+        text: str = self.history[index].content
         del self.history[index:]
         return text
 

@@ -62,6 +62,9 @@ class ChatApp(App[None]):
         if screen is self.chat:
             yield from commands(self.chat.action_command, self.chat.ask_for)
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return action != "command_palette" or self.screen_stack[-1:] == [self.chat]
+
     async def action_quit(self) -> None:
         """Leave at once; what is under way is ended and saved after the window is closed."""
         self.chat.drafts.latest = self.chat.drafts.text

@@ -106,14 +106,19 @@ class ChatScreen(SessionScreen):
 
     @on(Prompt.Submitted)
     def _submitted(self, event: Prompt.Submitted) -> None:
-        text = event.text
-        is_command = text.startswith("/") and not text.startswith("//")
+        if not self.attempt(self._take, event.text):
+            self.prompt.give_back(event.text)
+
+    def _take(self, text: str) -> None:
+        """Do what is meant by a text that was sent."""
         if self.editing:
-            act = self._say_anew
+            self._say_anew(text)
+        elif text.startswith("/") and not text.startswith("//"):
+            self.commands.run(text)
+        elif self.jobs.busy:
+            self.waiting.put(text)
         else:
-            act = self.commands.run if is_command else self.waiting.put if self.jobs.busy else self.turns.send
-        if not self.attempt(act, text):
-            self.prompt.give_back(text)
+            self.turns.send(text)
 
     def attempt(self, act: Callable[[str], None], text: str) -> bool:
         """Do `act`; an error becomes a line in the transcript. Whether it was done."""
