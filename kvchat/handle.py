@@ -87,7 +87,8 @@ class Session(Calls):
     def go_on(self, **sampling: Any) -> Iterator[Event]:
         """Go on with the last answer, which was cut off: the deltas are the new text, `TurnDone.text` is all of it.
 
-        The shorter answer stays in the store as a branch. Arguments as for `send`; max_new_tokens counts new ones.
+        The shorter answer stays in the store as a branch. Arguments as for `send`; max_new_tokens counts new ones. If
+        it was cut inside a character, its text ends with U+FFFD, and the deltas begin with that character.
 
         Raises:
             InputError: there is no answer, or the model had ended it itself. CapacityError: the window is full.

@@ -67,7 +67,7 @@ class Restoring(Reach):
         """Leave an answer to the path's last message after its first `said` tokens, to go on with it there.
 
         True: the cache is as it was when they had been said, the last of them still to be read. False: they are not in
-        the cache any more. So it is if older turns were `recalled` for them: then the question is to be asked again.
+        the tail any more, or older turns were `recalled` for them; then the question is gone too, to be asked again.
         """
         bounds, opening = self.bounds(path), len(self.engine.model.template.generation_prompt)
         place, start = bounds[-1] + opening + said - 1, self.cache.tail_start
@@ -77,7 +77,7 @@ class Restoring(Reach):
             self.waiting = [(one, min(end, bounds[-1])) for one, end in self.waiting if one.start < bounds[-1]]
             if self.cache.num_seen == place:
                 return True
-        self.crop(path[:-1] if recalled and start <= bounds[-2] else path)
+        self.crop(path[:-1])
         return False
 
     def _restore(self, path: Sequence[Message], together: bool) -> Steps:

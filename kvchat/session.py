@@ -125,7 +125,8 @@ class Conversation:
         self.path = path
         recalled = bool((cut.usage or {}).get("recalled"))
         try:
-            exact = self.residence.go_back(path, len(said), recalled)
+            if not (exact := self.residence.go_back(path, len(said), recalled)):
+                yield from self.residence.restore(path[:-1])
             yield from self.answer(settings, stop, submitted, said, exact)
         finally:
             if self.path[-1].role == "user":  # nothing was added

@@ -13,11 +13,14 @@ from kvchat.events import Notice
 from kvchat.session import Conversation
 
 QUESTION = "Give our conversation a title of at most six words. Answer with the title alone."
+BEGINNING = 'Title: "'
+"""Of the answer, given to the model: so small models too give a title and nothing else, and it ends with the quote."""
 MOST_TOKENS, MOST_WORDS, MOST_CHARACTERS = 32, 6, 60
 LEAST_ANSWERS = 2
 """Before that there is little to name."""
-AROUND = "\"'`*_#“”„‘’«»‹› \t.:-"
+AROUND = "\"'`*_#“”„‘’«»‹› \t\n.:-"
 """What models put around a title."""
+END = re.compile(r'["“”«»\r\n]')
 LEAD = re.compile(r"^(?:the )?title\s*:", re.IGNORECASE)
 
 
@@ -48,7 +51,9 @@ class Titler:
 
 def suggested(conversation: Conversation, stop: Stop) -> str | None:
     """A title, "" if the model has no good one; None if it was stopped, or the KV or the room for it is not there."""
-    engine, cache, prompt = conversation.engine, conversation.residence.cache, conversation.question(QUESTION)
+    engine, cache = conversation.engine, conversation.residence.cache
+    beginning = engine.model.template.assistant(BEGINNING)
+    prompt = (*conversation.question(QUESTION), *beginning.ids[slice(*beginning.content_span)])
     room = engine.model.context_window - cache.position - len(prompt) - MOST_TOKENS
     if cache.num_seen != conversation.num_tokens or room < 0 or stop():
         return None
@@ -61,12 +66,23 @@ def suggested(conversation: Conversation, stop: Stop) -> str | None:
 
 
 def tidied(answer: str, ended: bool = True) -> str:
-    """The title in a model's answer, "" if there is none that is short and plain; `ended`: it said all it wanted to."""
-    lines = [line for line in answer.splitlines() if line.strip()]
-    if not lines or (len(lines) == 1 and not ended):
+    """The title in a model's answer, "" if there is none that is short and plain; `ended`: it said all it wanted to.
+
+    Of a longer one with a colon it is what stands before that.
+    """
+    text = LEAD.sub("", answer.lstrip(AROUND)).lstrip(AROUND)
+    end = END.search(text)
+    if not end and not ended:
         return ""
-    shown = "".join(" " if unicodedata.category(one) in ("Cc", "Zl", "Zp") else one for one in lines[0])
-    visible = "".join(one for one in shown if not unicodedata.category(one).startswith("C"))
-    line = LEAD.sub("", " ".join(visible.split()).strip(AROUND)).strip(AROUND)
-    plain = "<" not in line and "\ufffd" not in line and any(character.isalnum() for character in line)
-    return line if plain and len(line) <= MOST_CHARACTERS and len(line.split()) <= MOST_WORDS else ""
+    line = text[: end.start()] if end else text
+    spaced = "".join(" " if unicodedata.category(one) in ("Cc", "Zl", "Zp") else one for one in line)
+    visible = "".join(one for one in spaced if not unicodedata.category(one).startswith("C"))
+    title = " ".join(visible.split()).strip(AROUND)
+    if not _is_short(title):
+        title = title.partition(": ")[0]
+    plain = "<" not in title and "\ufffd" not in title and any(character.isalnum() for character in title)
+    return title if plain and _is_short(title) else ""
+
+
+def _is_short(title: str) -> bool:
+    return len(title) <= MOST_CHARACTERS and len(title.split()) <= MOST_WORDS

@@ -53,10 +53,11 @@ class Unfinished:
         self._kept = True
 
     def forget(self) -> None:
-        """The answer is a message now."""
+        """The answer is a message now. If the store cannot be written, who opens the session again finds that out."""
         if self._kept:
-            self._store.clear_unfinished(self._session_id)
-            self._kept = False
+            with suppress(StoreError):
+                self._store.clear_unfinished(self._session_id)
+                self._kept = False
 
 
 def recover(conversation: Conversation) -> None:

@@ -1,5 +1,7 @@
 """The program that `tests/test_crash.py` kills: for each store named on stdin, a fork of it holds one conversation.
 
+After the word `half` it is one long answer, with a draft typed meanwhile: it says `kept` when both must be stored.
+
 It says each step on stdout as it begins: `open`, `prefill`, `decode`, `seal`, and `commit` for every statement of a
 transaction; `asked` when a turn has given its first event, `done` when it has given its last, `played` after all
 turns.
@@ -38,6 +40,8 @@ QUESTIONS = [
     "Who was with us on the second night?",
 ]
 
+DRAFT = "And what did it\ncost?"
+
 LONGEST_S = 60
 
 
@@ -52,7 +56,8 @@ def main() -> None:
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            play(Path(line.strip()))
+            how, _, store = line.strip().rpartition(" ")
+            (play_half if how else play)(Path(store))
             return
         _, status = os.waitpid(pid, 0)
         say(f"end {os.waitstatus_to_exitcode(status)}")
@@ -76,6 +81,22 @@ def play(store: Path) -> None:
     session.settle()
     say("played")
     signal.pause()
+
+
+def play_half(path: Path) -> None:
+    """Answer at length, and wait to be killed when some of it is in the store."""
+    signal.alarm(LONGEST_S)
+    say(str(os.getpid()))
+    worker = start(path)
+    session = worker.open("trip")
+    store, number = session._conversation.store, session._conversation.info.id
+    events = session.send(QUESTIONS[0], max_new_tokens=3000)
+    session.set_draft(DRAFT)
+    for _ in events:
+        found = worker.jobs.call(lambda: store.unfinished(number), aside=True)
+        if found and len(found[1]) >= 3:
+            say("kept")
+            signal.pause()
 
 
 def announce(event: Event) -> None:

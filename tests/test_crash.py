@@ -20,7 +20,7 @@ from kvchat.events import Notice, Progress, TurnDone
 from kvchat.fingerprint import fingerprint_id
 from kvchat.handle import Session
 from kvchat.store import Store
-from tests.crash_child import QUESTIONS, start
+from tests.crash_child import DRAFT, QUESTIONS, start
 
 ROUNDS = int(os.environ.get("KVCHAT_CRASH_ROUNDS", "2"))
 PHASES = ("open", "prefill", "decode", "seal", "commit")
@@ -36,11 +36,11 @@ class Program:
         self.steps = self.run(store, "played", 1, 0.0)
         self.said = contents(store)
 
-    def run(self, store: Path, step: str, number: int, delay_s: float) -> list[str]:
+    def run(self, store: Path, step: str, number: int, delay_s: float, how: str = "") -> list[str]:
         """Hold the conversation, and kill it `delay_s` after the `number`th `step`; all the steps that it said."""
         process, steps = self._process, []
         assert process.stdin and process.stdout
-        process.stdin.write(f"{store}\n")
+        process.stdin.write(f"{how}{store}\n")
         process.stdin.flush()
         pid = int(process.stdout.readline())
         for line in process.stdout:
@@ -126,3 +126,21 @@ def test_a_killed_process_loses_nothing_that_it_had_said(
     assert not any(isinstance(event, Notice) for event in told)
     worker.close()
     assert contents(tmp_path / "s.db") == program.said
+
+
+def test_half_an_answer_and_a_draft_are_there_after_a_kill(program: Program, tmp_path: Path) -> None:
+    program.run(tmp_path / "s.db", "kept", 1, 0.0, how="half ")
+    worker = start(tmp_path / "s.db")
+    session = worker.open("trip")
+    assert session.draft == DRAFT
+    question, answer = session.messages()[-2:]
+    assert (question.content, answer.finish_reason) == (QUESTIONS[0], "interrupted")
+    low, high = answer.content_span
+    assert high - low >= 3
+    undisturbed = start(tmp_path / "whole.db")
+    whole = undisturbed.open("trip").ask(QUESTIONS[0], max_new_tokens=high - low + 9).text
+    undisturbed.close()
+    *_, done = session.go_on(max_new_tokens=9)
+    assert isinstance(done, TurnDone) and done.text == whole
+    worker.close()
+    assert contents(tmp_path / "s.db") == [QUESTIONS[0], whole]

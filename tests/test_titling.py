@@ -26,6 +26,8 @@ Open = Callable[..., Worker]
         ("Title: “Räder für Öfen”", "Räder für Öfen"),
         ("A\x1b[31m week\tin\u202e Rome", "A [31m week in Rome"),
         ("罗马的一周", "罗马的一周"),
+        ("Sourdough Bread: A Guide to the Ultimate Recipe", "Sourdough Bread"),
+        ('Rome, the Eternal City" or "Rome"', "Rome, the Eternal City"),
         ("", ""),
         (" \n ", ""),
         ('""...', ""),
@@ -42,6 +44,7 @@ def test_a_title_is_short_plain_and_on_one_line(answer: str, title: str) -> None
 def test_an_answer_that_was_cut_in_its_first_line_is_no_title() -> None:
     assert tidied("A Week in", ended=False) == ""
     assert tidied("A Week in Rome\nAnd", ended=False) == "A Week in Rome"
+    assert tidied('A Week in Rome", which', ended=False) == "A Week in Rome"
 
 
 @pytest.fixture
