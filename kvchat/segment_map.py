@@ -120,18 +120,14 @@ def _drawn(row: Sequence[Bar], label: int, chosen: int) -> list[Line]:
         before = cell.episode
     turns = [_fitting((cell.turns, str(cell.first)), columns) if gap else "" for cell, columns in row]
     marks = ["^" if cell.recalled else "" for cell, _ in row]
-    picks = ["▲".center(columns) if cell is _first(row, chosen) else "" for cell, columns in row]
+    picked = next((cell for cell, _ in row if cell.first <= chosen <= cell.last), None)
+    picks = ["▲".center(columns) if cell is picked else "" for cell, columns in row]
     below: list[tuple[list[str], Style]] = [(picks, "chosen"), (turns, "dim"), (marks, "mark"), (letters, "episode")]
     for words, style in below:
         text = "".join(word.ljust(columns + len(gap)) for word, (_, columns) in zip(words, row, strict=True))
         if text.strip():
             lines.append((Span(" " * label), Span(text.rstrip(), style)))
     return lines
-
-
-def _first(row: Sequence[Bar], turn: int) -> Cell | None:
-    """The first cell of a turn."""
-    return next((cell for cell, _ in row if cell.first <= turn <= cell.last), None)
 
 
 def _fitting(words: Iterable[str], columns: int) -> str:

@@ -234,6 +234,15 @@ async def test_without_colours_brackets_are_there_from_the_beginning(monkeypatch
         await wait_until(lambda: "‹evicted›" in host.shown)
 
 
+async def test_brackets_come_with_a_theme_without_shades_and_go_if_they_are_not_wanted() -> None:
+    async with hosting(Inspector(Turns(), 1, 1), WIDE) as (host, pilot):
+        await wait_until(lambda: is_there(host, 1) and "‹" not in host.shown)
+        host.theme = "ansi-dark"
+        await wait_until(lambda: "‹evicted›" in host.shown)
+        await pilot.press("m")
+        await wait_until(lambda: "‹" not in host.shown)
+
+
 async def test_it_is_drawn_anew_for_another_size() -> None:
     async with hosting(Inspector(Turns(), 1, 1), WIDE) as (host, pilot):
         await wait_until(lambda: is_there(host, 1))

@@ -47,7 +47,7 @@ class AttachScreen(ModalScreen[Attachment | None]):
         count: tokens of a text; called in a thread.
         path: of a file to begin with.
         text: pasted, in place of a file.
-        room: tokens that can be taken in, None if there is no limit.
+        room: tokens that the window has left, None if that is not known.
     """
 
     DEFAULT_CSS = """
@@ -85,7 +85,6 @@ class AttachScreen(ModalScreen[Attachment | None]):
 
         #names {
             color: $foreground-muted;
-            margin-bottom: 1;
         }
 
         #preview {
@@ -113,7 +112,6 @@ class AttachScreen(ModalScreen[Attachment | None]):
         """As it was proposed; another one is the user's."""
         self._is_wanted = False
         """Enter was pressed while it was being read."""
-        self._is_warned = False
         self._looking: Worker[None] | None = None
 
     def compose(self) -> ComposeResult:
@@ -155,7 +153,7 @@ class AttachScreen(ModalScreen[Attachment | None]):
     @on(Input.Submitted)
     def _entered(self, _: Input.Submitted) -> None:
         if self._text and self._tokens is not None:
-            self._finish(self._tokens)
+            self._finish()
             return
         self._is_wanted = True
         if not (self._text and self._looking and not self._looking.is_finished):
@@ -197,7 +195,6 @@ class AttachScreen(ModalScreen[Attachment | None]):
     async def _weigh(self, text: str, name: str) -> None:
         """Show a text, then how many tokens it has."""
         self._propose(title_of(name) or _first_words(text))
-        self._is_warned = False
         if not text.strip():
             self._say("the document is empty", "$text-error")
             return
@@ -209,20 +206,15 @@ class AttachScreen(ModalScreen[Attachment | None]):
             return
         self._show(text)
         if self._is_wanted:
-            self._finish(self._tokens)
+            self._finish()
 
     @on(Worker.StateChanged)
     def _ended(self, event: Worker.StateChanged) -> None:
         if event.state == WorkerState.ERROR:
             self._say(f"internal error: {type(event.worker.error).__name__}: {event.worker.error}", "$text-error")
 
-    def _finish(self, tokens: int) -> None:
-        """Leave with the document; if it does not fit, at the second time."""
-        self._is_wanted = False
-        if self._room is not None and tokens > self._room and not self._is_warned:
-            self._is_warned = True
-            self._show(self._text)
-            return
+    def _finish(self) -> None:
+        """Leave with the document."""
         title = title_of(self.query_one("#title", Input).value) or self._title
         self.dismiss(Attachment(title, self._text))
 
@@ -247,9 +239,7 @@ class AttachScreen(ModalScreen[Attachment | None]):
     def _fits(self, tokens: int, room: int) -> tuple[str, str]:
         if tokens <= room:
             return f"\nfits: {room} tokens are free", "$text-success"
-        if self._is_warned:
-            return f"\nonly {room} tokens are free; Enter once more attaches it all the same", "$text-error"
-        return f"\ndoes not fit: {room} tokens are free", "$text-warning"
+        return f"\nmore than the {room} tokens that are free: older turns leave the window for it", "$text-warning"
 
     def _preview(self, text: str) -> None:
         lines = [clip(one_line(line[:500]), 200) for line in text[:20_000].splitlines()[:PREVIEW]]

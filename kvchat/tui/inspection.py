@@ -24,10 +24,12 @@ Part = tuple[str, str]
 
 STEPS = "·▁▂▃▄▅▆▇█"
 """Of a share from none to all."""
-RAMP = ("$foreground 35%", "$text-primary 60%", "$text-primary", "$text-success 80%", "$text-success")
+RAMP = ("$foreground 35%", "$primary 60%", "$primary", "$success 80%", "$success")
 """Colours of the same, from low to high."""
-SHADES = ("$foreground 30%", "$foreground 43%", "$foreground 58%", "$foreground 74%", "$foreground")
+SHADES = ("$foreground 38%", "$foreground 49%", "$foreground 61%", "$foreground 75%", "$foreground")
 """Of words from evicted with a low score to kept."""
+STRONG = (*["$foreground 60%"] * 2, *["$foreground 80%"] * 2, "$foreground")
+"""Of the same where signs say it too."""
 MARKS = (("«", "»"), ("«", "»"), ("‹", "›"), ("‹", "›"), ("", ""))
 """Around words of a shade where there are no colours."""
 KEPT = len(SHADES) - 1
@@ -179,7 +181,8 @@ def words(found: Inspection, marked: bool) -> Content:
             role = said_by
         text = "".join(neutralise(token.text) for token in group)
         before, after = MARKS[shade] if marked else ("", "")
-        parts.append((f"{before}{text}{after}", f"underline {SHADES[shade]}" if is_protected else SHADES[shade]))
+        style = (STRONG if marked else SHADES)[shade]
+        parts.append((f"{before}{text}{after}", f"underline {style}" if is_protected else style))
     if (more := len(found.tokens) - MOST_TOKENS) > 0:
         parts.append((f"\n… and {more} more tokens", MUTED))
     return Content.assemble(*(part for part in parts if part[0]), "\n\n", *_meaning(marked))

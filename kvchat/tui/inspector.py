@@ -69,7 +69,8 @@ class Inspector(ModalScreen[None]):
         self._wanted, self._num_turns = min(max(1, turn), max(1, num_turns)), max(1, num_turns)
         self._shown: Inspection | None = None
         self._is_reading = False
-        self._is_marked = False
+        self._marks: bool | None = None
+        """What the user chose; None: nothing yet."""
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(id="inspector"):
@@ -80,8 +81,7 @@ class Inspector(ModalScreen[None]):
         body = self.query_one("#inspector")
         body.border_subtitle = Content("←→ turn · ↑↓ scroll · m marks · Esc closes")
         body.focus()
-        # Where shades cannot be told apart, brackets stand for them from the beginning.
-        self._is_marked = self.app.no_color or self.app.current_theme.name.startswith("ansi")
+        self.app.theme_changed_signal.subscribe(self, lambda _: self._draw())
         self._read()
 
     def on_resize(self, _: events.Resize) -> None:
@@ -101,8 +101,15 @@ class Inspector(ModalScreen[None]):
 
     def action_mark(self) -> None:
         """Put brackets around evicted words, or take them away."""
-        self._is_marked = not self._is_marked
+        self._marks = not self._is_marked
         self._draw()
+
+    @property
+    def _is_marked(self) -> bool:
+        """Where shades are hard to tell apart, brackets stand for them unless the user wants none."""
+        theme = self.app.current_theme.name
+        is_needed = self.app.no_color or theme.startswith("ansi") or theme.endswith("contrast")
+        return is_needed if self._marks is None else self._marks
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

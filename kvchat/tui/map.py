@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from kvchat.handle import Session
 
 STYLES: dict[Style, str] = {
-    "memory": "$text-success",
-    "part": "$text-primary",
-    "host": "$text-warning",
+    "memory": "$success",
+    "part": "$primary",
+    "host": "$warning",
     "disk": "$foreground-muted",
-    "text": "$text-error",
+    "text": "$error",
     "tail": "$text-accent",
     "mark": "bold $text-warning",
     "episode": "bold",
@@ -63,6 +63,7 @@ class SegmentMap(VerticalScroll):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id, can_focus=True)
         self._stats: Mapping[str, Any] | None = None
+        self._found: Sequence[Cell] = ()
         self._episodes: Sequence[Mapping[str, Any]] = ()
         self._named: tuple[str, int] = ("", 0)
         self._chosen = 0
@@ -83,7 +84,7 @@ class SegmentMap(VerticalScroll):
         """Show these figures; episodes are sorted anew only when there are a quarter more turns, for it takes time."""
         if self._stats is None or self._stats["name"] != stats["name"]:
             self._chosen = 0
-        self._stats = stats
+        self._stats, self._found = stats, cells(stats)
         self._draw()
         name, turns = self._named
         if self.display and (name != chat.name or not turns <= stats["num_turns"] < turns + max(1, turns // 4)):
@@ -143,7 +144,7 @@ class SegmentMap(VerticalScroll):
             return
         chosen = self.turn if self.has_focus else 0
         lines = draw(self._stats, self._episodes, self._width, chosen)
-        self.border_title = Content(told(self._stats, chosen) if chosen else "segments")
+        self.border_title = Content(told(self._stats, self._found, chosen) if chosen else "segments")
         self.border_subtitle = Content("←→ turn · Enter inspects · Esc back" if chosen else "Tab: choose a turn")
         self.query_one("#cells", Label).update(as_content(lines))
         at = next((number for number, line in enumerate(lines) if _is_chosen(line)), None)
@@ -159,10 +160,10 @@ class SegmentMap(VerticalScroll):
             self.scroll_to(y=max(0, line - height // 2), animate=False)
 
 
-def told(stats: Mapping[str, Any], turn: int) -> str:
+def told(stats: Mapping[str, Any], found: Sequence[Cell], turn: int) -> str:
     """One turn in figures: its own where they are known, else those of its segment."""
     own = next((one for one in stats.get("turns", ()) if one["turn"] == turn), None)
-    cell = next((one for one in cells(stats) if one.first <= turn <= one.last), None)
+    cell = next((one for one in found if one.first <= turn <= one.last), None)
     parts = [f"turn {turn}"]
     if own:
         parts += [f"{own['tokens']} tokens"]
