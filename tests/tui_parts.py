@@ -14,12 +14,16 @@ from typing import Any
 
 from textual.pilot import Pilot
 
+from kvchat.branching import Node
 from kvchat.config import Config
 from kvchat.errors import SessionExists, SessionNotFound
 from kvchat.events import Delta, Event, Timings, TurnDone, Usage
+from kvchat.inspecting import Inspection
+from kvchat.records import SessionInfo
 from kvchat.tui.app import ChatApp
 from kvchat.tui.chat import ChatScreen
 from kvchat.tui.widgets import Answer, Note, Question
+from tests.fake_inspection import inspection
 
 WIDE, NARROW = (100, 32), (60, 20)
 STATS = {
@@ -140,6 +144,18 @@ class FakeSession:
         assert threading.current_thread() is not threading.main_thread()
         self.draft = text
 
+    def tree(self) -> list[Node]:
+        facts = {"turn": 1, "created": "2026-11-30T09:00:00+00:00"}
+        return [
+            Node("m1", None, "user", "one", on_path=True, **facts),
+            Node("m2", "m1", "assistant", "first", on_path=True, **facts),
+            Node("m3", "m1", "assistant", "second", on_path=False, **facts),
+        ]
+
+    def inspect(self, turn: int) -> Inspection:
+        assert threading.current_thread() is not threading.main_thread()
+        return inspection(turn)
+
     def switch(self, message: str) -> None:
         self.asked.append(("switch", message))
 
@@ -197,19 +213,26 @@ class FakeWorker:
         session.closed = False
         return session
 
-    def sessions(self) -> list[SimpleNamespace]:
+    def sessions(self) -> list[SessionInfo]:
         stamp = (datetime.now(UTC) - timedelta(hours=3)).isoformat()
-        facts = {"num_turns": 1, "updated": stamp}
         return [
-            SimpleNamespace(
-                **facts,
+            SessionInfo(
+                id=number,
                 name=name,
                 model=session.model,
+                fingerprint={},
+                tip="m1",
+                created=stamp,
+                updated=stamp,
                 title=self.titles.get(name, ""),
-                tags=self.tags.get(name, ()),
+                num_turns=1,
+                num_tokens=100,
+                nbytes=4_100_000,
+                stored=1.0,
                 settings=session.settings,
+                tags=self.tags.get(name, ()),
             )
-            for name, session in self.all.items()
+            for number, (name, session) in enumerate(self.all.items())
         ]
 
     def retitle(self, name: str, title: str) -> None:

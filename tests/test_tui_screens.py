@@ -1,0 +1,151 @@
+"""Screens over the chat: that keys open them, and that what they give back is done. Each has tests of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from textual import events
+from textual.screen import Screen
+
+from kvchat.config import Config
+from kvchat.tui.attach import AttachScreen
+from kvchat.tui.branch_tree import BranchTree
+from kvchat.tui.chat import ChatScreen
+from kvchat.tui.inspector import Inspector
+from kvchat.tui.keys import HelpScreen
+from kvchat.tui.picker import SessionPicker
+from kvchat.tui.settings import SettingsScreen
+from kvchat.tui.widgets import Note, Question
+from tests.tui_parts import FakeWorker, chat, enter, idle, screen, texts, wait_until
+
+
+async def opened(app: ChatScreen, kind: type[Screen[object]]) -> None:
+    await wait_until(lambda: isinstance(app.app.screen, kind))
+
+
+async def test_the_picker_opens_another_session() -> None:
+    async with chat(FakeWorker("trip", "work")) as (app, pilot):
+        await pilot.press("ctrl+r")
+        await opened(app, SessionPicker)
+        await pilot.press(*"work")
+        await wait_until(lambda: "trip" not in screen(app).split("work", 1)[1])
+        await pilot.press("enter")
+        await wait_until(lambda: app.session_name == "work" and not app.jobs.busy)
+
+
+async def test_the_picker_can_be_opened_while_the_model_answers() -> None:
+    worker = FakeWorker("trip", "work")
+    worker.all["trip"].gate.clear()
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "hello", wait=False)
+        await enter(app, pilot, "/sessions", wait=False)
+        await opened(app, SessionPicker)
+        await pilot.press("escape")
+        await opened(app, ChatScreen)
+        assert app.jobs.busy and app.session_name == "trip"
+
+
+async def test_a_branch_is_chosen_from_the_tree() -> None:
+    worker = FakeWorker("trip")
+    async with chat(worker) as (app, pilot):
+        await pilot.press("f5")
+        await opened(app, BranchTree)
+        await wait_until(lambda: "second" in screen(app))
+        await pilot.press("home", "down", "enter")
+        await wait_until(lambda: worker.all["trip"].asked == [("switch", "m3")])
+        await idle(app)
+
+
+async def test_the_inspector_looks_at_the_last_turn_or_at_a_marked_one() -> None:
+    async with chat(FakeWorker("trip")) as (app, pilot):
+        for text in ("one", "two", "three"):
+            await enter(app, pilot, text)
+        await pilot.press("f4")
+        await opened(app, Inspector)
+        await wait_until(lambda: "turn 3 of 3" in screen(app))
+        await pilot.press("escape")
+        app.action_command("/inspect 2")
+        await wait_until(lambda: "turn 2 of 3" in screen(app))
+
+
+async def test_a_marked_message_is_edited_forked_and_left() -> None:
+    async with chat(FakeWorker("trip")) as (app, pilot):
+        for text in ("one", "two"):
+            await enter(app, pilot, text)
+        app.transcript.focus()
+        await pilot.press("up", "up", "up")
+        await pilot.press("f")
+        await wait_until(lambda: app.prompt.text == "/fork 1 " and app.prompt.has_focus)
+        app.prompt.clear()
+        app.transcript.focus()
+        await pilot.press("e")
+        await wait_until(lambda: app.editing is not None)
+        await pilot.press("escape")
+        app.transcript.focus()
+        await pilot.press("escape")
+        await wait_until(lambda: app.prompt.has_focus)
+
+
+async def test_a_document_is_attached_and_a_long_paste_is_offered_as_one(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("so many words")
+    async with chat(FakeWorker("trip")) as (app, pilot):
+        await enter(app, pilot, f"/attach {file}", wait=False)
+        await opened(app, AttachScreen)
+        await wait_until(lambda: "13 tokens" in screen(app))
+        await pilot.press("enter")
+        await wait_until(lambda: texts(app, Question) == ["notes.txt: so many words"])
+        await idle(app)
+        app.prompt.post_message(events.Paste("line\n" * 100))
+        await opened(app, AttachScreen)
+
+
+async def test_help_shows_keys_and_commands() -> None:
+    async with chat(FakeWorker("trip")) as (app, pilot):
+        await pilot.press("f1")
+        await opened(app, HelpScreen)
+        await wait_until(lambda: "Ctrl+R" in screen(app))
+        await pilot.press(*"rewind")
+        await wait_until(lambda: "take back the last N turns" in screen(app))
+
+
+async def test_settings_are_kept_in_the_file_and_with_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("# mine\n[tui]\nkeys = {map = 'f12'}\n")
+    worker = FakeWorker("trip")
+    async with chat(worker, config=Config.load(file)) as (app, pilot):
+        await pilot.press("f2")
+        await opened(app, SettingsScreen)
+        await pilot.press("escape")
+        await opened(app, ChatScreen)
+        app.jobs.beside(app.take_over({"tui.theme": "kvchat-light"}, {"generate.seed": 7}))
+        await wait_until(lambda: app.app.theme == "kvchat-light")
+        await wait_until(lambda: worker.all["trip"].settings == {"generate.seed": 7})
+        assert "kvchat-light" in file.read_text() and "# mine" in file.read_text()
+        await pilot.press("f12")
+        assert app.segment_map.display
+
+
+def test_the_screen_is_read_without_torch_and_without_the_other_screens() -> None:
+    later = "{'torch', 'transformers', 'tomlkit', 'kvchat.worker', 'kvchat.tui.settings', 'kvchat.tui.picker'}"
+    code = f"import sys, kvchat.tui.app; sys.exit(str({later} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stderr.strip() == "set()"
+
+
+async def test_a_screen_does_not_keep_an_answer_from_being_shown() -> None:
+    worker = FakeWorker("trip")
+    worker.all["trip"].gate.clear()
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "hello", wait=False)
+        await enter(app, pilot, "/help", wait=False)
+        await opened(app, HelpScreen)
+        worker.all["trip"].gate.set()
+        await idle(app)
+        await pilot.press("escape")
+        await wait_until(lambda: "echo: hello" in screen(app) and not texts(app, Note)[-1].endswith("sealing…"))
