@@ -1,6 +1,6 @@
 """The part of the worker that lists sessions, finds in them, and changes what is noted about them.
 
-None of it needs the model. A session that is open has what changed from then on.
+None of it needs the model, and what only reads waits for no turn. A session that is open has what changed from then on.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class Shelf:
 
     def sessions(self) -> list[SessionInfo]:
         """All sessions, the last used first."""
-        return self.jobs.call(lambda: self._store.sessions())
+        return self.jobs.call(lambda: self._store.sessions(), aside=True)
 
     def search(self, text: str) -> list[SearchHit]:
         """Messages with all the words."""
-        return self.jobs.call(lambda: self._store.search(text))
+        return self.jobs.call(lambda: self._store.search(text), aside=True)
 
     def preview(self, name: str) -> list[Message]:
         """The messages of a session's path, which need not be open. Raises SessionNotFound."""
-        return self.jobs.call(lambda: self._store.path(self._store.session(name).tip))
+        return self.jobs.call(lambda: self._store.path(self._store.session(name).tip), aside=True)
 
     def rename(self, name: str, new: str) -> None:
         """Give a session another name."""

@@ -378,6 +378,7 @@ def test_drafts_and_counts_do_not_wait_for_the_answer(opener: Open) -> None:
     session.set_draft("And then [bold]?")
     assert session.draft == "And then [bold]?"
     assert session.count("abc") == 3
+    assert [info.name for info in session._worker.sessions()] == ["trip"] and session._worker.search("Rome")
     assert session.tree()[-1].role == "user"  # the answer is not there yet
     session.stop()
     assert done(events).finish_reason == "interrupted"

@@ -110,3 +110,23 @@ def test_when_the_thread_ends_whatever_waits_for_it_fails() -> None:
     results = [one.result(20) for one in waiting] + [outcome(calls[0])]
     assert all(isinstance(result, InputError) and "is closed" in str(result) for result in results)
     jobs.close()
+
+
+def test_what_is_done_aside_waits_for_one_step_of_a_turn_alone() -> None:
+    done, told, jobs = list[str](), threading.Event(), Jobs(None)
+
+    def turn() -> Iterator[Event]:
+        told.set()
+        while "aside" not in done:
+            yield Notice("on")
+        done.append("turn")
+
+    events = jobs.stream(turn, nothing, Somebody())
+    assert told.wait(10)
+    assert outcome(lambda: jobs.call(lambda: done.append("aside") or 1, aside=True)) == 1
+    assert all(isinstance(event, Notice) for event in events)
+    assert isinstance(outcome(lambda: jobs.call(lambda: 1 // 0, aside=True)), ZeroDivisionError)
+    assert outcome(lambda: jobs.call(lambda: done.append("job") or 1)) == 1
+    assert done == ["aside", "turn", "job"]
+    jobs.close()
+    assert isinstance(outcome(lambda: jobs.call(nothing, aside=True)), InputError)

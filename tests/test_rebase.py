@@ -366,12 +366,14 @@ def test_a_model_without_rope_keeps_its_window(store: Store, monkeypatch: pytest
 
 def test_a_question_as_long_as_may_be_is_not_refused_for_what_it_brings_back(store: Store) -> None:
     engine = new_engine()
+    template = engine.model.template
+    around = len(template.generation_prompt) + len(template.assistant_close)
     with conversation(store, engine, settled()) as one:
         one.begin(f"Be brief. {'x' * 80}")
         for number in range(24):
             say(one, number, 80 + 3 * number)
             if number > 16:
-                room = one.residence.longest(one.num_tokens) - 2 * one._around - 40
+                room = one.residence.longest(one.num_tokens) - 2 * around - 40
                 done = ask(one, f"word{number % 7} {'x' * room}")
                 assert done.usage.completion_tokens and one.residence.cache.position <= WINDOW
 
