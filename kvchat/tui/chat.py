@@ -92,6 +92,7 @@ class ChatScreen(SessionScreen):
         self.call_after_refresh(self._start)
 
     def _start(self) -> None:
+        self.jobs.busy = False
         self.jobs.begin("starting", self._open_first())
 
     async def _open_first(self) -> None:
@@ -120,10 +121,10 @@ class ChatScreen(SessionScreen):
         else:
             self.turns.send(text)
 
-    def attempt(self, act: Callable[[str], None], text: str) -> bool:
-        """Do `act`; an error becomes a line in the transcript. Whether it was done."""
+    def attempt(self, act: Callable[..., None], *given: Any) -> bool:
+        """Do `act` with what is given; an error becomes a line in the transcript. Whether it was done."""
         try:
-            act(text)
+            act(*given)
         except KVChatError as error:
             self.note(str(error), "-error")
             return False
@@ -200,7 +201,7 @@ class ChatScreen(SessionScreen):
 
     @on(Prompt.Pasted)
     def _pasted(self, event: Prompt.Pasted) -> None:
-        self.attempt(lambda _: self.commands.do_attach("", event.text), "")
+        self.attempt(self.commands.do_attach, "", event.text)
 
     @on(SessionList.OptionSelected)
     def _selected(self, event: SessionList.OptionSelected) -> None:
@@ -230,7 +231,7 @@ class ChatScreen(SessionScreen):
         self.attempt(self.commands.run, line)
 
     def action_keep(self, direction: int) -> None:
-        self.attempt(lambda _: self.commands.step_keep(direction), "")
+        self.attempt(self.commands.step_keep, direction)
 
     def action_list(self) -> None:
         """Go to the session list; from there, close it."""

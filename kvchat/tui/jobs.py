@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from kvchat.errors import KVChatError
+from kvchat.errors import InputError, KVChatError
 
 if TYPE_CHECKING:
     from kvchat.tui.session_screen import SessionScreen
@@ -20,14 +20,21 @@ class Jobs:
     def __init__(self, screen: SessionScreen) -> None:
         self.screen = screen
         self.busy = False
-        """A job runs: `begin` must not be called."""
+        """A job runs, or is about to; another one has to wait."""
         self.answering = False
         """The job is a turn, which can be stopped."""
         self.told = ""
         """What the status line says while nothing is counted."""
 
     def begin(self, words: str, job: Coroutine[Any, Any, None]) -> None:
-        """Start the one job, which is called `words` in the status line."""
+        """Start the one job, which is called `words` in the status line.
+
+        Raises:
+            InputError: another one runs.
+        """
+        if self.busy:
+            job.close()
+            raise InputError(f"{words} has to wait until the model is idle; Escape stops an answer")
         self.busy = True
         self.screen.status.tell("")
         self.say(f"{words}…")

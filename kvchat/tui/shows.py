@@ -56,7 +56,7 @@ class Shows:
         async def choose() -> None:
             chosen = await screen.app.push_screen_wait(BranchTree(await to_thread(chat.tree)))
             if chosen is not None:
-                screen.attempt(lambda _: screen.switch(chosen), "")
+                screen.attempt(screen.switch, chosen)
 
         screen.jobs.beside(choose())
 
@@ -81,7 +81,7 @@ class Shows:
         async def ask() -> None:
             attachment = await screen.app.push_screen_wait(AttachScreen(chat.count, path, text))
             if attachment:
-                screen.attempt(lambda _: screen.attach(attachment.title, attachment.text), "")
+                screen.attempt(screen.attach, attachment.title, attachment.text)
 
         screen.jobs.beside(ask())
 
