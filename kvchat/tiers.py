@@ -6,7 +6,7 @@ attached so. Tiers do not import the store: they are given a `fetch`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from kvchat.cache.ragged import SegmentedCache
 from kvchat.codecs import SegmentHeader, decoded
 from kvchat.compress.allocate import chunks_held
 from kvchat.errors import CodecError
+from kvchat.excerpts import by_layer, excerpts
 from kvchat.loading import WHOLE, Fetch, Loading, Part, Resident, assembled
 from kvchat.records import SegmentRecord
 from kvchat.sections import CompressConfig
@@ -116,24 +117,43 @@ class Tiers:
         Returns the segments of which chunks that were to come are damaged; they stay as small as they were.
         """
         shrunk = [self._shrunk(one, wanted, (parts or {}).get(one.id, WHOLE)) for one in self.residents]
+        larger = [replace(one, chunks=max(one.chunks, wanted.get(one.id, 0))) for one in shrunk]
+        others = {one.start for one, old in zip(shrunk, self.residents, strict=True) if one.part != old.part}
         held = {Piece(one.start, chunk) for one in shrunk for chunk in range(one.chunks)}
-        self.residents, damaged, pieces = shrunk, list[Resident](), dict[Piece, list[CodedKV]]()
-        if held != set(self.cache.pieces):  # this time, or when memory ran out before
+        self.residents = shrunk
+        rows, came = self._grown(shrunk, larger, others)
+        if came:  # all at once: every time all rows are packed anew
+            self.cache.exchange(held, rows)
+            self.residents = [after if after.start in came else one for one, after in zip(shrunk, larger, strict=True)]
+        elif held != set(self.cache.pieces):  # this time, or when memory ran out before
             self.cache.keep(held)
-        grown = list(shrunk)
-        for index, one in enumerate(shrunk):
-            if (chunks := wanted.get(one.id, one.chunks)) > one.chunks:
-                larger = replace(one, chunks=chunks)
-                try:
-                    pieces |= self.load(larger, first=one.chunks).pieces()
-                    grown[index] = larger
-                except CodecError:
-                    damaged.append(one)
-        if pieces:  # all at once: every attaching packs all rows anew
-            self.cache.attach(pieces, self.cache.tail_start)
-            self.residents = grown
+        damaged = [one for one, after in zip(shrunk, larger, strict=True) if after.chunks > one.chunks]
         self.residents = [one for one in self.residents if one.chunks]
-        return damaged
+        return [one for one in damaged if one.start not in came]
+
+    def _grown(
+        self, shrunk: Sequence[Resident], larger: Sequence[Resident], others: Collection[int]
+    ) -> tuple[list[tuple[CodedKV, ...]], set[int]]:
+        """Rows that are to come, layer by layer, and the starts of segments that are not damaged.
+
+        others: segments of which other tokens come than were there; those, of which nothing is there, come together.
+        """
+        grown = [(one, after) for one, after in zip(shrunk, larger, strict=True) if after.chunks > one.chunks]
+        together = [after for _, after in grown if after.start in others]
+        layers, device = self.cache.layers, self.cache.layers[0].device
+        joined: list[tuple[CodedKV, ...]] = []
+        if together:
+            with suppress(CodecError):  # which it is comes out when they are read one by one
+                joined = excerpts(together, self._fetch, self._pool, device, self.cache.encoded)
+        came = {one.start for one in together} if joined else set[int]()
+        pieces: dict[Piece, list[CodedKV]] = {}
+        for one, after in grown:
+            with suppress(CodecError):
+                if after.start not in came:
+                    pieces |= self.load(after, first=one.chunks).pieces()
+                    came.add(after.start)
+        single = by_layer(pieces, len(layers))
+        return [(*some, *rest) for some, rest in zip(joined or [()] * len(layers), single, strict=True)], came
 
     @staticmethod
     def _shrunk(one: Resident, wanted: Mapping[str, int], part: Part) -> Resident:

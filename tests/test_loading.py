@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kvchat import loading
 from kvchat.cache.ragged import SegmentedCache
-from kvchat.cache.segment import Ranking
+from kvchat.cache.segment import LayerKV, Ranking
 from kvchat.codecs import encode_segment
 from kvchat.codecs.coded import decoded
 from kvchat.errors import CorruptFrame
-from kvchat.loading import Resident
+from kvchat.loading import Part, Resident
 from kvchat.tiers import Tiers
 
 LAYERS, HEADS, DIM = 5, 2, 32
@@ -175,3 +175,51 @@ def test_plain_rows_are_not_brought(pool: Executor) -> None:
     residents = segments(frames, ["k8v8"], [70])
     cache = SegmentedCache(LAYERS, HEADS, DIM, torch.bfloat16, DEVICE)
     assert Tiers(cache, frames, pool)._assemble(residents) == 0
+
+
+SPANS = [((10, 14), (40, 66)), ((75, 160),), ((165, 166), (200, 215))]
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+@pytest.mark.parametrize("codecs", [["raw"], ["k8v8"], ["k4v4"], ["k8v4", "k4v4", "raw"]])
+def test_some_tokens_of_several_segments_come_together_as_one_by_one(
+    pool: Executor, monkeypatch: pytest.MonkeyPatch, codecs: list[str], encoded: bool
+) -> None:
+    monkeypatch.setattr("kvchat.codecs.codec._FRAME_BYTES", 12_000)
+    frames = Frames()
+    residents = segments(frames, codecs, [70, 90, 60])
+    parts = {str(index): Part(spans) for index, spans in enumerate(SPANS)}
+
+    def held(tiers: Tiers) -> list[LayerKV]:
+        tiers.bring(residents)
+        tiers.crop(210)  # inside the last segment and span
+        assert not tiers.hold({"0": 3, "1": 3, "2": 2}, parts)
+        some = [layer.sealed for layer in tiers.cache.layers]
+        assert not tiers.hold({"0": 1, "1": 3, "2": 3})
+        return some + [layer.sealed for layer in tiers.cache.layers]
+
+    decode = decoded if encoded else None
+    together, single = (
+        Tiers(SegmentedCache(LAYERS, HEADS, DIM, torch.bfloat16, DEVICE, decode), frames, pool) for _ in "ab"
+    )
+    found = held(together)
+    monkeypatch.setattr("kvchat.tiers.excerpts", refused)
+    for one, other in zip(found, held(single), strict=True):
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+        assert torch.equal(one.positions, other.positions) and one.bounds == other.bounds
+
+
+def refused(*_: object) -> None:
+    raise CorruptFrame("one by one")
+
+
+def test_damage_in_what_comes_together_costs_that_segment_alone(pool: Executor) -> None:
+    frames = Frames()
+    residents = segments(frames, ["k8v8"], [70, 90, 60])
+    tiers = new_tiers(frames, pool)
+    tiers.bring(residents)
+    frames.blobs["1", 1, 0] = frames.blobs["1", 1, 0][:-1] + b"\0\0"
+    damaged = tiers.hold({"0": 3, "1": 3, "2": 2}, {str(index): Part(spans) for index, spans in enumerate(SPANS)})
+    assert [one.start for one in damaged] == [70]
+    assert {piece.start for piece in tiers.cache.pieces} == {0, 160}
+    assert [one.start for one in tiers.residents] == [0, 160]

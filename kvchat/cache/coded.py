@@ -80,11 +80,17 @@ class CodedKV:
         """One rank chunk of rows that are numbers as they are."""
         bounds = np.array(rows.bounds)
         fixed = np.broadcast_to([0, start, chunk], (len(bounds) - 1, 3))
-        runs = np.column_stack([np.arange(len(bounds) - 1), bounds[:-1], np.diff(bounds), fixed])
+        return cls.numbers(rows, np.column_stack([np.arange(len(bounds) - 1), bounds[:-1], np.diff(bounds), fixed]))
+
+    @classmethod
+    def numbers(cls, rows: LayerKV, runs: npt.NDArray[np.int64]) -> CodedKV:
+        """Rows that are numbers as they are, of these runs; their units are not looked at."""
+        runs = runs.copy()
+        runs[:, UNIT] = 0
         # Absent scales are of the dtype that they have elsewhere.
         unit, number = (rows.keys.new_empty(shape, dtype=torch.float32) for shape in ((0, rows.keys.shape[1]), (0,)))
         planes = (rows.keys, rows.values, unit, unit, number, number, rows.positions)
-        return cls(PLAIN, rows.keys.dtype, len(bounds) - 1, *planes, runs)
+        return cls(PLAIN, rows.keys.dtype, len(rows.bounds) - 1, *planes, runs)
 
     @cached_property
     def places(self) -> Tensor:

@@ -142,6 +142,13 @@ class RaggedLayer(Tail):
             self._early = None if self._early and dropped & self._early[1] else self._early
             self._set([(form, form.runs[~_of_pieces(form.runs, dropped)]) for form in self.forms])
 
+    def exchange(self, pieces: Collection[Piece], added: Sequence[CodedKV]) -> None:
+        """`keep` and `attach` at once: everything is packed only once."""
+        dropped = self.pieces.difference(pieces)
+        self._early = None if self._early and dropped & self._early[1] else self._early
+        kept = [(form, form.runs[~_of_pieces(form.runs, dropped)]) for form in self.forms]
+        self._set([*kept, *((rows, rows.runs) for rows in added)])
+
     def crop(self, position: int) -> None:
         """Forget every token from `position` on, in the tail and inside sealed segments."""
         if position >= self.tail_start:

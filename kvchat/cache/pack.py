@@ -80,27 +80,32 @@ def within(rows: CodedKV, spans: Spans) -> CodedKV:
 
     Planes are shared with `rows`: only the runs are others, until these are packed.
     """
-    runs, group = rows.runs, GROUP if rows.form.key_bits == 4 else 1
-    run, offset = _rows_of(runs)
+    runs, grouped = rows.runs, rows.form.key_bits == 4
+    run, offset = rows_of(runs[:, ROWS])
     positions = rows.positions.cpu().numpy()[runs[run, FIRST] + offset]
     inside = np.zeros(len(run), np.bool_)
     for low, high in spans:
         inside |= (positions >= low) & (positions < high)
-    if group > 1 and len(run):
-        firsts = np.flatnonzero(offset % group == 0)
-        inside = np.repeat(np.logical_or.reduceat(inside, firsts), np.diff([*firsts, len(inside)]))
-    begins, ends = _stretches(inside, run)
+    begins, ends = _stretches(inside_groups(inside, offset) if grouped else inside, run)
     chosen = runs[run[begins]].copy()
     chosen[:, FIRST] += offset[begins]
     chosen[:, ROWS] = ends - begins
-    chosen[:, UNIT] += offset[begins] // group if group > 1 else 0
+    chosen[:, UNIT] += offset[begins] // GROUP if grouped else 0
     return replace(rows, runs=chosen)
 
 
-def _rows_of(runs: Runs) -> tuple[Runs, Runs]:
-    """Of every row of the runs, in their order: the index of its run, and its number in it."""
-    run = np.repeat(np.arange(len(runs)), runs[:, ROWS])
-    return run, np.arange(len(run)) - np.repeat(np.cumsum(runs[:, ROWS]) - runs[:, ROWS], runs[:, ROWS])
+def rows_of(lengths: Runs) -> tuple[Runs, Runs]:
+    """Of every row of runs of these lengths, in their order: the index of its run, and its number in it."""
+    run = np.repeat(np.arange(len(lengths)), lengths)
+    return run, np.arange(len(run)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def inside_groups(inside: npt.NDArray[np.bool_], offset: Runs) -> npt.NDArray[np.bool_]:
+    """All rows of groups of which one is inside; `offset` is the number of each row in its run."""
+    firsts = np.flatnonzero(offset % GROUP == 0)
+    if not len(firsts):
+        return inside
+    return np.repeat(np.logical_or.reduceat(inside, firsts), np.diff([*firsts, len(inside)]))
 
 
 def _stretches(inside: npt.NDArray[np.bool_], run: Runs) -> tuple[Runs, Runs]:

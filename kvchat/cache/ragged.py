@@ -195,6 +195,11 @@ class SegmentedCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.keep(pieces)
 
+    def exchange(self, pieces: Collection[Piece], added: Sequence[Sequence[CodedKV]]) -> None:
+        """Drop all sealed pieces but these, and add rows of other pieces to every layer, in one go; see `is_whole`."""
+        for layer, rows in zip(self.layers, added, strict=True):
+            layer.exchange(pieces, rows)
+
     def crop(self, position: int) -> None:
         """Forget every token from `position` on; inside sealed segments as by `keep`."""
         if self.marks:
