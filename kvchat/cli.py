@@ -151,11 +151,11 @@ def start(
 def bench(
     flags: ModelFlags,
     kind: Annotated[
-        Literal["all", "resume", "decode", "prefill", "store", "memory", "recall", "seal", "gpu", "tiers"],
+        Literal["all", "resume", "decode", "prefill", "store", "memory", "recall", "seal", "gpu", "tiers", "tui"],
         typer.Argument(help="What to measure."),
     ] = "all",
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length of the history (6000; gpu 65536; tiers 2000).")
+        int | None, typer.Option(min=1, help="Length of the history (6000; gpu 65536; tiers, tui 2000).")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; medians are shown.")] = 5,
     messages: Annotated[list[Path] | None, typer.Option(help="A conversation as the history; tiers: several.")] = None,

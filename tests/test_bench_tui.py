@@ -54,4 +54,5 @@ def test_a_process_that_fails_is_one_line(config: Config, monkeypatch: pytest.Mo
 
 def test_percentiles_are_of_the_sorted_values_in_milliseconds() -> None:
     assert percentiles([]) is None
-    assert percentiles([n / 1000 for n in range(100, 0, -1)]) == {"p50": 51.0, "p99": 100.0, "max": 100.0, "number": 100}
+    expected = {"p50": 51.0, "p99": 100.0, "max": 100.0, "number": 100}
+    assert percentiles([n / 1000 for n in range(100, 0, -1)]) == expected

@@ -34,6 +34,7 @@ from kvchat.errors import InputError
 from kvchat.events import Listener, Notice
 from kvchat.keys import child_environment
 from kvchat.tui.app import ChatApp
+from kvchat.tui.heap import calm, set_aside
 from kvchat.tui.widgets import Answer, Prompt, Transcript
 from kvchat.worker import Worker
 
@@ -49,9 +50,9 @@ def connect(listener):
     return Worker(config, listener)
 class Timed(app.ChatApp):
     CSS_PATH = pathlib.Path(app.__file__).with_name(app.ChatApp.CSS_PATH)
-    def on_ready(self):
-        self.call_after_refresh(self.painted)
-    def painted(self):
+    def _display(self, screen, drawn):
+        if drawn is None:
+            return
         print(json.dumps({"at": time.time(), "torch": "torch" in sys.modules}), file=sys.__stdout__, flush=True)
         os._exit(0)
 Timed(connect, config).run(headless=True, size=(120, 40))
@@ -84,7 +85,8 @@ def tui(config: Config, listener: Listener | None, tokens: int, rounds: int, loa
         config = _settings(config, Path(folder) / "bench.db", load)
         tell(Notice("making a session"))
         _prepare(config, tokens)
-        figures = asyncio.run(_Screen(config, load, rounds, tell).measure())
+        with calm():
+            figures = asyncio.run(_Screen(config, load, rounds, tell).measure())
         tell(Notice("measuring first paint"))
         return figures | first_paint(config, rounds)
 
@@ -125,7 +127,7 @@ class _Screen:
             workers.append(Worker(self.config, listener))
             return cast(Worker, WatchedWorker(workers[-1], phase))
 
-        self.app = ChatApp(connect, self.config, "bench")
+        self.app = ChatApp(set_aside(connect), self.config, "bench")
         try:
             async with self.app.run_test(size=SIZE, message_hook=self.meter.hook):
                 prompt = self.app.screen.query_one(Prompt)

@@ -33,11 +33,12 @@ def run(
     import asyncio
 
     from kvchat.tui.app import ChatApp
+    from kvchat.tui.heap import calm, set_aside
 
     connect = worker if callable(worker) else lambda _: worker
-    app = ChatApp(connect, config, name, system=system, model=model, rebuild=rebuild)
+    app = ChatApp(set_aside(connect), config, name, system=system, model=model, rebuild=rebuild)
     mend_terminal()
-    with unfailing_screen():
+    with unfailing_screen(), calm():
         ended_by = asyncio.run(_shown(app))
     app.leave(close=callable(worker))
     if ended_by:

@@ -6,18 +6,20 @@ from asyncio import Lock
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import monotonic
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual.containers import Vertical
 from textual.timer import Timer
 
 from kvchat.terminal import neutralise
 from kvchat.tui.code import CodeBlock
-from kvchat.tui.prose import Prose
 from kvchat.tui.splitting import Clipper, Kind, Splitter, Step
 from kvchat.tui.thought import Thought
 
-Part = Prose | CodeBlock | Thought
+if TYPE_CHECKING:
+    from kvchat.tui.prose import Prose
+
+    Part = Prose | CodeBlock | Thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +147,14 @@ class Answer(Vertical):
         if piece.info is not None:
             await self._open(piece)
         part = self._part
-        if isinstance(part, Prose):
-            await part.add(piece.text)
-            if piece.is_last:
-                await part.finish()
-        elif part is not None:
+        if isinstance(part, CodeBlock | Thought):
             part.add(piece.text)
             if piece.is_last:
                 part.finish()
+        elif part is not None:
+            await part.add(piece.text)
+            if piece.is_last:
+                await part.finish()
 
     async def _fold(self, text: str) -> None:
         thought = Thought("".join(self._prose) + text, clock=None)
@@ -166,6 +168,8 @@ class Answer(Vertical):
         elif piece.kind == "thought":
             self._part = Thought(clock=self._clock if self.is_growing else None)
         else:
+            from kvchat.tui.prose import Prose  # it reads Markdown, which the first paint need not wait for
+
             self._part = Prose()
         await self.mount(self._part)
 

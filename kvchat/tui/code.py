@@ -6,7 +6,6 @@ from asyncio import to_thread
 from typing import ClassVar
 
 from textual.content import Content
-from textual.highlight import highlight
 
 from kvchat.tui.lines import TAB, Line, Lines
 
@@ -43,4 +42,6 @@ class CodeBlock(Lines):
 
 def coloured(code: str, language: str) -> list[Content]:
     """The lines of some code in colours; in none if nobody knows the language."""
+    from textual.highlight import highlight  # it reads Pygments, which the first paint need not wait for
+
     return list(highlight(code, language=language, tab_size=TAB).split("\n", allow_blank=True))

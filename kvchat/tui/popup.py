@@ -31,13 +31,13 @@ class Popup(OptionList, can_focus=False):
         max-height: 10;
         border: round $accent;
         background: $surface;
-        padding: 0;
+        padding: 0 1;
         scrollbar-size-vertical: 1;
     }
     """
 
     def __init__(self, take: Callable[[Candidate], None]) -> None:
-        super().__init__(markup=False, compact=True)
+        super().__init__(markup=False)
         self._take_clicked = take
         self.candidates: Sequence[Candidate] = ()
         self.is_chosen = False

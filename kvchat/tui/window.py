@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from asyncio import Lock
+from asyncio import Lock, to_thread
 from collections.abc import Coroutine, Iterable, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import events
@@ -62,6 +63,10 @@ class Window(SteadyScroll):
         self._changing = Lock()
         self._is_shifting = False
         self._more: MoreBelow | None = None
+
+    def on_mount(self) -> None:
+        # What draws messages is read once the window is there, and before the first of them comes.
+        self.call_after_refresh(self.run_worker, to_thread(import_module, "kvchat.tui.prose"), exit_on_error=False)
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
@@ -200,13 +205,23 @@ class Window(SteadyScroll):
         await super().remove_children(leaving)
 
     async def _drop_above(self) -> None:
-        leaving = self._items[self._first : max(self._first, self._last - self.WINDOW)]
-        self._first += len(leaving)
+        """Unmount what the window has too much at its beginning, as far as it is far from what is seen."""
+        far = {widget for widget, _, bottom in self._places if bottom < self.scroll_y - self.page}
+        number = 0
+        while self._last - self._first - number > self.WINDOW and self._items[self._first + number].widget in far:
+            number += 1
+        leaving = self._items[self._first : self._first + number]
+        self._first += number
         await self._unmount(leaving)
 
     async def _drop_below(self) -> None:
-        leaving = self._items[min(self._last, self._first + self.WINDOW) : self._last]
-        self._last -= len(leaving)
+        """The same at its end."""
+        far = {widget for widget, top, _ in self._places if top > self.scroll_y + 2 * self.page}
+        last = self._last
+        while last - self._first > self.WINDOW and self._items[last - 1].widget in far:
+            last -= 1
+        leaving = self._items[last : self._last]
+        self._last = last
         await self._unmount(leaving)
 
     async def _shift(self, direction: int) -> None:
