@@ -147,6 +147,8 @@ class Answer(Vertical):
         if piece.info is not None:
             await self._open(piece)
         part = self._part
+        if part is not None and not part.is_attached:
+            return  # the answer is being taken off the screen
         if isinstance(part, CodeBlock | Thought):
             part.add(piece.text)
             if piece.is_last:
