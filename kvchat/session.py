@@ -130,9 +130,9 @@ class Conversation:
             yield from self.answer(settings, stop, submitted, said, exact)
         finally:
             if self.path[-1].role == "user":  # nothing was added
-                self.residence.go_back(path, len(said), recalled)
                 self.store.add_messages(self.info.id, [cut], path[-1].id)
                 self.path = [*path, cut]
+                self.residence.go_back(path, len(said), recalled)
             self.unfinished.forget()
 
     def _decode(
