@@ -9,8 +9,8 @@ import pytest
 from textual.content import Content
 
 from kvchat.errors import InputError
-from kvchat.inspecting import Bin, Token
-from kvchat.tui.inspection import KEPT, SHADES, STEPS, heat, histogram, shade, words
+from kvchat.inspecting import Bin
+from kvchat.tui.inspection import KEPT, SHADES, STEPS, heat, histogram, shades, words
 from kvchat.tui.inspector import Inspector
 from tests.fake_inspection import inspection, token
 from tests.tui_host import NARROW, WIDE, Host, hosting, wait_until
@@ -100,33 +100,27 @@ def test_there_is_no_cut_where_all_is_kept_or_nothing(bins: list[Bin], axis: str
     assert lines[-3].strip() == axis and "cut" not in lines[-2]
 
 
-@pytest.mark.parametrize(
-    ("one", "expected"),
-    [
-        (token("x", kept=0.5, score=0.0), KEPT),
-        (token("x", kept=0.0, score=0.0, protected=True), KEPT),
-        (token("x", kept=0.4, score=0.99), 3),
-        (token("x", kept=0.0, score=1.0), 3),
-        (token("x", kept=0.0, score=0.3), 1),
-        (token("x", kept=0.0, score=0.0), 0),
-        (token("x", kept=0.3, score=None), 2),
-    ],
-)
-def test_evicted_tokens_are_dimmed_by_their_score(one: Token, expected: int) -> None:
-    assert shade(one) == expected
+def test_tokens_are_dimmed_by_how_much_of_them_is_kept_then_by_score() -> None:
+    some = [token("x", kept=kept, score=score) for kept, score in ((0.1, 0.2), (0.6, 0.9), (0.1, 0.8), (0.2, 0.5))]
+    assert shades([*some, token("x", kept=0.0, protected=True)]) == [0, KEPT, 1, 2, KEPT]
+    gone = [token("x", kept=0.0, score=place / 8) for place in range(8)]
+    assert shades(gone) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert shades([token("x", kept=0.0, score=None)] * 3) == [0, 0, 0]
+    assert shades([token("x", kept=1.0, score=0.0), token("x", kept=1.0, score=None)]) == [KEPT, KEPT]
+    assert shades([]) == []
 
 
 def test_words_keep_their_order_and_shades_and_are_never_markup() -> None:
     said = (
-        token("keep ", kept=0.9),
-        token("[b]mid[/b] ", kept=0.1, score=0.8),
+        token("keep ", kept=1.0),
+        token("[b]mid[/b] ", kept=0.3, score=0.8),
         token("low\x1b[2J ", kept=0.0, score=0.05),
-        token("first", protected=True),
-        token("Yes", "assistant", kept=0.2, score=0.1),
+        token("first\n", protected=True),
+        token("Yes", "assistant", kept=0.05, score=0.1),
     )
     content = words(inspection(1, tokens=said), marked=False)
     assert "user\nkeep [b]mid[/b] low␛[2J first\n\nassistant\nYes" in content.plain
-    assert styles(content, "keep") == {SHADES[KEPT]} and styles(content, "[b]mid") == {SHADES[3]}
+    assert styles(content, "keep") == {SHADES[KEPT]} and styles(content, "[b]mid") == {SHADES[2]}
     assert styles(content, "low␛") == {SHADES[0]} and "underline" in "".join(styles(content, "first"))
     marked = words(inspection(1, tokens=said), marked=True).plain
     assert "keep ‹[b]mid[/b] ›«low␛[2J »first\n\nassistant\n«Yes»" in marked
@@ -140,7 +134,7 @@ def test_a_turn_of_very_many_tokens_is_shown_as_far_as_it_helps() -> None:
 def test_what_is_not_known_is_said() -> None:
     bare = inspection(1, heat=(), histogram=(), tokens=(), kept=0, pairs=0)
     assert "none of its KV" in heat(bare, 80).plain
-    assert "not stored" in histogram(bare, 80).plain
+    assert "no scores" in histogram(bare, 80).plain
 
 
 # -- the screen ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ sixteen colours have no shades. Words of the user and the model are never markup
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -118,7 +119,7 @@ def histogram(found: Inspection, width: int) -> Content:
     """How many pairs have which score, those kept below those evicted, and where the cut is."""
     bins = _stacked(found.histogram)
     if not any(kept + evicted for _, _, kept, evicted in bins):
-        return Content.assemble(("its scores are not stored", MUTED))
+        return Content.assemble(("its pairs have no scores: there was nothing to evict yet", MUTED))
     most = max(kept + evicted for _, _, kept, evicted in bins)
     # Few bins are shown wide, many narrow.
     cell = max(1, min(8, (width - LABEL) // len(bins)))
@@ -175,11 +176,15 @@ def words(found: Inspection, marked: bool) -> Content:
     marked: brackets say what is dimmed, for terminals without shades.
     """
     parts, role = list[Part](), None
-    for (said_by, shade, is_protected), group in groupby(found.tokens[:MOST_TOKENS], key=_look):
+    shown = zip(found.tokens[:MOST_TOKENS], shades(found.tokens), strict=False)
+    for (said_by, is_protected, shade), group in groupby(
+        shown, key=lambda one: (one[0].role, one[0].protected, one[1])
+    ):
         if said_by != role:
-            parts += [("\n\n" if parts else "", ""), (one_line(said_by) or "template", HEADING), ("\n", "")]
+            between = "" if not parts else "\n" if parts[-1][0].endswith("\n") else "\n\n"
+            parts += [(between, ""), (one_line(said_by) or "template", HEADING), ("\n", "")]
             role = said_by
-        text = "".join(neutralise(token.text) for token in group)
+        text = "".join(neutralise(token.text) for token, _ in group)
         before, after = MARKS[shade] if marked else ("", "")
         style = (STRONG if marked else SHADES)[shade]
         parts.append((f"{before}{text}{after}", f"underline {style}" if is_protected else style))
@@ -188,16 +193,28 @@ def words(found: Inspection, marked: bool) -> Content:
     return Content.assemble(*(part for part in parts if part[0]), "\n\n", *_meaning(marked))
 
 
-def _look(token: Token) -> tuple[str, int, bool]:
-    return token.role, shade(token), token.protected
+def _look(shaded: tuple[Token, int]) -> tuple[str, bool, int]:
+    return shaded[0].role, shaded[0].protected, shaded[1]
 
 
-def shade(token: Token) -> int:
-    """0 to 4: kept in at least half of all heads, or protected, is 4; else the higher its score the more."""
-    if token.protected or token.kept >= 0.5:
-        return KEPT
-    worth = 2 * token.kept if token.score is None else token.score
-    return max(0, min(KEPT - 1, int(worth * KEPT)))
+def shades(tokens: Sequence[Token]) -> list[int]:
+    """0 to 4 for each token.
+
+    Heads evict for themselves, so that of most tokens something is kept: as many tokens as the kept pairs come to are
+    4, those of which most is kept and whose scores are highest; the others less, in that order. Protected ones are 4.
+    """
+    free = sorted(_worth(token) for token in tokens if not token.protected)
+    dimmed = len(free) - round(sum(kept for kept, _ in free))
+    found = list[int]()
+    for token in tokens:
+        place = bisect_left(free, _worth(token))
+        is_whole = token.protected or token.kept >= 1 or place >= dimmed
+        found.append(KEPT if is_whole else KEPT * place // dimmed)
+    return found
+
+
+def _worth(token: Token) -> tuple[float, float]:
+    return token.kept, token.score or 0.0
 
 
 def _meaning(marked: bool) -> list[Part]:
