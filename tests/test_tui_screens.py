@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from textual import events
@@ -22,7 +23,7 @@ from kvchat.tui.widgets import Note, Question
 from tests.tui_parts import FakeWorker, chat, enter, idle, screen, texts, wait_until
 
 
-async def opened(app: ChatScreen, kind: type[Screen[object]]) -> None:
+async def opened(app: ChatScreen, kind: type[Screen[Any]]) -> None:
     await wait_until(lambda: isinstance(app.app.screen, kind))
 
 

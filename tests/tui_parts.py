@@ -145,11 +145,11 @@ class FakeSession:
         self.draft = text
 
     def tree(self) -> list[Node]:
-        facts = {"turn": 1, "created": "2026-11-30T09:00:00+00:00"}
+        stamp = "2026-11-30T09:00:00+00:00"
         return [
-            Node("m1", None, "user", "one", on_path=True, **facts),
-            Node("m2", "m1", "assistant", "first", on_path=True, **facts),
-            Node("m3", "m1", "assistant", "second", on_path=False, **facts),
+            Node("m1", None, "user", "one", 1, True, stamp),
+            Node("m2", "m1", "assistant", "first", 1, True, stamp),
+            Node("m3", "m1", "assistant", "second", 1, False, stamp),
         ]
 
     def inspect(self, turn: int) -> Inspection:
