@@ -228,9 +228,7 @@ def clip(text: str, width: int) -> str:
     """`text` if it fits, else its beginning."""
     if columns_of(text) <= width:
         return text
-    used = 0
-    for end, char in enumerate(text):
-        used += columns_of(char)
-        if used >= width:
-            break
+    end = used = 0
+    while (used := used + columns_of(text[end])) < width:
+        end += 1
     return f"{text[:end]}…"
