@@ -13,6 +13,7 @@ import typer
 
 from kvchat.cli_store import open_store, print_json, print_table, width_of
 from kvchat.flags import Json, StoreFlags, command, examples
+from kvchat.terminal import on_a_row
 
 if TYPE_CHECKING:
     from kvchat.store import SessionInfo
@@ -83,6 +84,7 @@ def _fitted(rows: Sequence[dict[str, Any]], columns: int) -> list[dict[str, Any]
 
 
 def _beginning(text: str, columns: int) -> str:
+    text = on_a_row(text, 4 * columns)
     if width_of(text) <= columns:
         return text
     while width_of(text) > columns - 1:

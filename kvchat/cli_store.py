@@ -22,6 +22,9 @@ New = Annotated[str, typer.Argument(help="The new name.", show_default=False)]
 
 Spans = Sequence[tuple[int, int]]
 
+MOST_OF_A_CELL = 200
+"""Characters of a name or the like that a table on a terminal shows."""
+
 app = typer.Typer()
 
 
@@ -82,12 +85,13 @@ def print_table(
 
     `bold` says for each row where its last cell, which is one line then, is shown bold: [first, last) in characters.
     """
-    from kvchat.terminal import neutralise
+    from kvchat.terminal import on_a_row
 
     if not rows:
         return
+    most = MOST_OF_A_CELL if (stream or sys.stdout).isatty() else sys.maxsize // 8
     lines = [list(rows[0])] + [
-        [" ".join(neutralise("" if cell is None else str(cell)).split()) for cell in row.values()] for row in rows
+        [on_a_row("" if cell is None else str(cell), most) for cell in row.values()] for row in rows
     ]
     widths = [max(width_of(line[column]) for line in lines) for column in range(len(lines[0]))]
     for row, spans in enumerate(bold or (), start=1):
@@ -145,13 +149,15 @@ def rm(
 ) -> None:
     """Delete a session: its text and its KV."""
     from kvchat.locks import SessionLock
+    from kvchat.terminal import neutralise
 
     with open_store(flags) as store:
         session = store.session(name)
         if not yes and not sys.stdin.isatty():
             raise InputError(f"deleting {name!r} needs a yes; add --yes")
         with SessionLock(store.file, session.id, name):
-            if yes or typer.confirm(f"Delete {name!r} with {session.num_turns} turns for good?", err=True):
+            asked = neutralise(f"Delete {name!r} with {session.num_turns} turns for good?")
+            if yes or typer.confirm(asked, err=True):
                 store.delete(name, session.id)
 
 

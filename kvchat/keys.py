@@ -17,6 +17,7 @@ from typing import Any
 
 from kvchat.cipher import Key, salt, sqlcipher
 from kvchat.errors import StoreError
+from kvchat.terminal import neutralise
 
 VARIABLE = "KVCHAT_PASSPHRASE"
 SERVICE = "kvchat"
@@ -158,6 +159,6 @@ def _derived(text: str, salted: bytes) -> bytes:
 
 def _ask(prompt: str) -> str:
     try:
-        return getpass.getpass(prompt)
+        return getpass.getpass(neutralise(prompt))
     except EOFError:
         raise StoreError("no passphrase was typed: nothing was changed") from None

@@ -44,7 +44,8 @@ def on_a_row(text: str, most: int) -> str:
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON that has the same value anywhere, and no effect on a terminal: what is unsafe is written as an escape."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
-    return UNSAFE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+    text = UNSAFE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+    return FLOOD.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
 class Stream:
