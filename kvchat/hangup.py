@@ -87,7 +87,7 @@ class Unfailing:
 def unfailing_screen() -> Iterator[None]:
     """Inside, what Textual draws on may go away."""
     before = sys.__stderr__
-    sys.__stderr__ = cast(TextIO, Unfailing(before)) if before else before  # type: ignore[misc]
+    sys.__stderr__ = cast(Any, Unfailing(before)) if before else before  # type: ignore[misc]
     try:
         yield
     finally:

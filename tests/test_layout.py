@@ -14,7 +14,8 @@ PACKAGE = Path(kvchat.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    *("errors", "memory", "locks", "hangup", "terminal", "events", "sections", "config", "transcript", "files", "fingerprint"),
+    *("errors", "memory", "locks", "hangup", "terminal", "events", "sections", "config", "transcript", "files"),
+    "fingerprint",
     *("values", "meanings", "config_file", "builtin"),
     "documents",
     *("cipher", "keys"),
