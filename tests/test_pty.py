@@ -96,9 +96,32 @@ def test_the_program_ends_with_its_terminal(shown: str, terminal: Terminal, env:
     assert terminal.process.wait(60) == code_of(signal.SIGHUP)
 
 
-def test_the_line_chat_gives_the_terminal_back(terminal: Terminal, env: dict[str, str]) -> None:
-    terminal.start("ls", env=env)
-    assert terminal.wait() == 0 and terminal.is_sane and "\x1b" not in terminal.written
+LINES = """
+from types import SimpleNamespace as Fake
+from kvchat.hangup import as_exit
+from kvchat.line_chat import chat
+from kvchat.plain import Status
+
+said = lambda what: lambda: print(what)
+session = Fake(name="trip", model="tiny", context_window=100, settle=said("saved"), close=said("closed"))
+with as_exit():
+    try:
+        chat(None, session, Status(lines=True))
+    finally:
+        session.close()
+"""
+
+
+def test_the_line_chat_moves_no_cursor_and_gives_the_terminal_back(terminal: Terminal, env: dict[str, str]) -> None:
+    terminal.start(env=env, program=("-c", LINES))
+    terminal.until(lambda: terminal.shows("quit leaves.\n>"))
+    terminal.type("/model\r")
+    terminal.until(lambda: terminal.shows("tiny, a window of 100 tokens"))
+    terminal.type("half a line")
+    terminal.until(lambda: terminal.shows("> half a line"))
+    terminal.send(signal.SIGTERM)
+    assert terminal.wait() == 143
+    assert terminal.is_sane and terminal.shows("closed") and "\x1b" not in terminal.written
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
