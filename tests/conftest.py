@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -40,6 +41,20 @@ def loops_in_the_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """Keep the collector from the million objects of torch and of all tests: a third of a second each time.
+
+    Sessions collect where memory runs out. Anew for each module, because a screen lets the collector see everything.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries would report all that as leaked
 
 
 @pytest.fixture(scope="session")
