@@ -22,6 +22,11 @@ class AsyncSession:
     def __init__(self, session: Session) -> None:
         self.session = session
 
+    @property
+    def title(self) -> str:
+        """As `Session.title`."""
+        return self.session.title
+
     async def send(self, text: str, **sampling: Any) -> AsyncIterator[Event]:
         """As `Session.send`."""
         async for event in _follow(self.session.send(text, **sampling)):

@@ -49,6 +49,11 @@ class Session(Calls):
         """Tokens that the model can take in."""
         return self._conversation.engine.model.context_window
 
+    @property
+    def title(self) -> str:
+        """As of `SessionInfo`, when it was opened or given one since; the model may do so in idle time."""
+        return self._conversation.info.title
+
     # -- turns -------------------------------------------------------------------------------------------------------
 
     def send(self, text: str, **sampling: Any) -> Iterator[Event]:

@@ -34,6 +34,10 @@ class Shelf:
         """The messages of a session's path, which need not be open. Raises SessionNotFound."""
         return self.jobs.call(lambda: self._store.path(self._store.session(name).tip), aside=True)
 
+    def said(self, message_id: str) -> str:
+        """The whole text of a message on any branch; empty if there is none of that id."""
+        return self.jobs.call(lambda: "".join(one.content for one in self._store.path(message_id)[-1:]), aside=True)
+
     def rename(self, name: str, new: str) -> None:
         """Give a session another name."""
         self.jobs.call(lambda: self._rename(name, new))

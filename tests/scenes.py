@@ -69,6 +69,7 @@ print(f"{sum(walks.values())} hours")
 """
 TIERS = ["disk", "disk", "text", "disk", "part", "part", "disk", "part", "memory", "part", "memory", "memory"]
 TURNS = len(ASKED) + 8
+OTHERS = {"a": "And if we rent bicycles?", "b": "Then stay by the river."}
 
 
 def stamp(hours: float) -> str:
@@ -123,6 +124,7 @@ class Session:
     """A conversation of a dozen turns."""
 
     name, model, context_window, draft = "lisbon", "qwen2.5-1.5b", 32_768, ""
+    title = "Three days in Lisbon"
 
     def __init__(self) -> None:
         self.said: list[Message] = []
@@ -183,8 +185,8 @@ class Session:
             node = Node(str(number), parent, message.role, message.content[:80], number // 2 + 1, True, stamp(2))
             nodes.append(node)
             parent = node.id
-        other = Node("a", "3", "user", "And if we rent bicycles?", 3, False, stamp(4))
-        return [*nodes, other, Node("b", "a", "assistant", "Then stay by the river.", 3, False, stamp(4))]
+        other = Node("a", "3", "user", OTHERS["a"], 3, False, stamp(4))
+        return [*nodes, other, Node("b", "a", "assistant", OTHERS["b"], 3, False, stamp(4))]
 
     def set_draft(self, text: str) -> None:
         pass
@@ -213,6 +215,12 @@ class Engine:
 
     def search(self, words: str) -> list[SearchHit]:
         return [SearchHit("lisbon", 3, "assistant", "Then the tile museum", ((9, 13),))]
+
+    def preview(self, name: str) -> list[Message]:
+        return Session().messages() if name == "lisbon" else []
+
+    def said(self, message_id: str) -> str:
+        return {**{str(place): one.content for place, one in enumerate(Session().said)}, **OTHERS}[message_id]
 
     def close(self) -> None:
         pass

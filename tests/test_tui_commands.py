@@ -211,10 +211,12 @@ async def test_words_are_found_in_all_sessions() -> None:
     worker = FakeWorker("trip", "work")
     worker.all["work"].say("user", "the [red]budget[/red]\nis ten")
     async with chat(worker) as (app, pilot):
-        await enter(app, pilot, "/search budget")
-        assert texts(app, Note)[-1] == "work, turn 1: the [red]budget[/red] is ten"
-        await enter(app, pilot, "/search nothing")
-        assert texts(app, Note)[-1] == "nothing found for nothing"
+        await enter(app, pilot, "/search budget", wait=False)
+        await wait_until(lambda: "the [red]budget[/red] is ten" in screen(app))
+        await pilot.press("enter")
+        await wait_until(lambda: app.session_name == "work" and not app.jobs.busy)
+        await enter(app, pilot, "/search nothing", wait=False)
+        await wait_until(lambda: "No message has" in screen(app))
 
 
 async def test_the_last_answer_or_its_code_is_copied() -> None:

@@ -19,7 +19,7 @@ from kvchat.tui.drafts import Drafts
 from kvchat.tui.session_list import age
 from kvchat.tui.themes import THEMES
 from kvchat.tui.widgets import Note, Question
-from tests.tui_parts import NARROW, WIDE, FakeWorker, chat, enter, idle, screen, texts, wait_until
+from tests.tui_parts import NARROW, WIDE, FakeWorker, chat, done, enter, idle, screen, texts, wait_until
 
 
 async def test_page_keys_scroll_the_transcript_while_the_input_has_the_focus() -> None:
@@ -184,3 +184,25 @@ def test_text_in_every_theme_can_be_read(theme: Theme) -> None:
     for ground in (theme.background, theme.surface, theme.panel):
         for ink in (theme.foreground, theme.accent, theme.success, theme.warning, theme.error):
             assert ground and ink and contrast(ink, ground) >= least, (ink, ground)
+
+
+async def test_a_title_that_the_model_gives_is_shown_at_once() -> None:
+    worker = FakeWorker("trip")
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "hello")
+        worker.titles["trip"] = "Two greetings"
+        await wait_until(lambda: screen(app).count("Two greetings") == 2)
+
+
+async def test_a_key_opens_and_closes_all_reasoning_that_to_come_too() -> None:
+    worker = FakeWorker("trip")
+    worker.all["trip"].script = [done("<think>\nso it is\n</think>\nYes.")]
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "one")
+        assert "so it is" not in screen(app)
+        await pilot.press("f6")
+        await wait_until(lambda: screen(app).count("so it is") == 1)
+        await enter(app, pilot, "two")
+        await wait_until(lambda: screen(app).count("so it is") == 2)
+        await pilot.press("f6")
+        await wait_until(lambda: "so it is" not in screen(app))

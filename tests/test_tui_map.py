@@ -139,7 +139,7 @@ async def test_the_meter_is_of_the_window_and_a_rebase_is_told_in_the_status_lin
         await wait_until(lambda: "5120 / 8192 in the window, 235k in all" in screen(app))
         trip.script = None
         await enter(app, pilot, "and on")
-        assert str(status.query_one("#told").render())== "KV 18 MB · disk 4.1 MB · keep 0.5"
+        assert str(status.query_one("#told").render()) == "KV 18 MB · disk 4.1 MB · keep 0.5"
 
 
 async def test_stats_tell_the_window_from_the_whole(worker: FakeWorker) -> None:

@@ -37,6 +37,32 @@ async def test_the_picker_opens_another_session() -> None:
         await wait_until(lambda: app.session_name == "work" and not app.jobs.busy)
 
 
+async def test_a_found_message_is_shown_in_its_session() -> None:
+    worker = FakeWorker("trip", "work")
+    for turn in range(1, 41):
+        worker.all["work"].say("user", f"question {turn} of many")
+        worker.all["work"].say("assistant", "a word\n\n" * 5)
+    async with chat(worker) as (app, pilot):
+        for words in ("question 7", "question 33"):  # in another session, then in the open one
+            app.ask_for(f"/search {words}")
+            await pilot.press("enter")
+            await opened(app, SessionPicker)
+            await wait_until(lambda words=words: f"{words} of" in screen(app).partition("messages")[0])  # type: ignore[misc]
+            await pilot.press("enter")
+            await wait_until(lambda words=words: f"▌ {words} of many" in screen(app))  # type: ignore[misc]
+            assert app.session_name == "work" and not app.transcript.following
+
+
+async def test_the_picker_shows_the_end_of_the_marked_session() -> None:
+    worker = FakeWorker("trip", "work")
+    worker.all["work"].say("user", "who was it?")
+    async with chat(worker, size=(120, 30)) as (app, pilot):
+        await pilot.press("ctrl+r")
+        await opened(app, SessionPicker)
+        await pilot.press("down")
+        await wait_until(lambda: "who was it?" in screen(app))
+
+
 async def test_the_picker_can_be_opened_while_the_model_answers() -> None:
     worker = FakeWorker("trip", "work")
     worker.all["trip"].gate.clear()
@@ -55,7 +81,9 @@ async def test_a_branch_is_chosen_from_the_tree() -> None:
         await pilot.press("f5")
         await opened(app, BranchTree)
         await wait_until(lambda: "second" in screen(app))
-        await pilot.press("home", "down", "enter")
+        await pilot.press("home", "down")
+        await wait_until(lambda: "all of m3" in screen(app))
+        await pilot.press("enter")
         await wait_until(lambda: worker.all["trip"].asked == [("switch", "m3")])
         await idle(app)
 
@@ -96,7 +124,7 @@ async def test_a_document_is_attached_and_a_long_paste_is_offered_as_one(tmp_pat
     async with chat(FakeWorker("trip")) as (app, pilot):
         await enter(app, pilot, f"/attach {file}", wait=False)
         await opened(app, AttachScreen)
-        await wait_until(lambda: "13 tokens" in screen(app))
+        await wait_until(lambda: "13 tokens" in screen(app) and "4180 tokens are free" in screen(app))
         await pilot.press("enter")
         await wait_until(lambda: texts(app, Question) == ["notes.txt: so many words"])
         await idle(app)

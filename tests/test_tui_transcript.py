@@ -242,3 +242,26 @@ async def test_reasoning_opens_by_a_key() -> None:
         transcript.focus()
         await pilot.press("t")
         await wait_until(lambda: "hidden words" in host.shown)
+
+
+@pytest.mark.parametrize("turn", [1, 2500, 4990, 5000])
+async def test_it_goes_to_a_turn_of_a_long_session(turn: int) -> None:
+    async with showing(5000) as (host, transcript, pilot):
+        await transcript.go_to(turn)
+        await settled(transcript, pilot)
+        await wait_until(lambda: f"question {turn}." in host.shown)
+        assert len(transcript.children) <= Transcript.WINDOW + 2 * Transcript.STEP + 1
+        if turn < 5000:
+            await wait_until(lambda: f"question {turn}." in "".join(host.rows[:2]))
+            assert not transcript.following
+        await transcript.add(Note("new"))
+        await wait_until(lambda: "new" in host.shown)
+        assert transcript.following
+
+
+async def test_it_stays_where_it_is_if_there_is_no_such_turn() -> None:
+    async with showing(3) as (_, transcript, pilot):
+        await transcript.go_to(None)
+        await transcript.go_to(4)
+        await settled(transcript, pilot)
+        assert transcript.following and not transcript.query(".-found")

@@ -19,7 +19,7 @@ from kvchat.config import Config
 from kvchat.errors import SessionExists, SessionNotFound
 from kvchat.events import Delta, Event, Timings, TurnDone, Usage
 from kvchat.inspecting import Inspection
-from kvchat.records import SessionInfo
+from kvchat.records import SearchHit, SessionInfo
 from kvchat.tui.app import ChatApp
 from kvchat.tui.chat import ChatScreen
 from kvchat.tui.widgets import Answer, Note, Question
@@ -70,6 +70,10 @@ class FakeSession:
         self.draft = ""
         self.settings: dict[str, Any] = {}
         self.asked: list[tuple[Any, ...]] = []
+
+    @property
+    def title(self) -> str:
+        return self.worker.titles.get(self.name, "")
 
     def say(self, role: str, content: str) -> None:
         self.history.append(SimpleNamespace(role=role, content=content))
@@ -241,9 +245,21 @@ class FakeWorker:
     def tag(self, name: str, tags: tuple[str, ...]) -> None:
         self.tags[name] = tags
 
-    def search(self, text: str) -> list[SimpleNamespace]:
-        found = [(name, one.content) for name, session in self.all.items() for one in session.history]
-        return [SimpleNamespace(session=name, turn=1, snippet=said) for name, said in found if text in said]
+    def search(self, text: str) -> list[SearchHit]:
+        return [
+            SearchHit(name, 1 + place // 2, one.role, one.content, ())
+            for name, session in self.all.items()
+            for place, one in enumerate(session.history)
+            if text in one.content
+        ]
+
+    def preview(self, name: str) -> list[SimpleNamespace]:
+        assert threading.current_thread() is not threading.main_thread()
+        return self.all[name].messages()
+
+    def said(self, message_id: str) -> str:
+        assert threading.current_thread() is not threading.main_thread()
+        return f"all of {message_id}"
 
     def close(self) -> None:
         self.closed = True

@@ -47,9 +47,25 @@ class Acts:
     def do_resume(self, name: str) -> None:
         if not name:
             self.screen.attempt(self.screen.commands.run, "/sessions")
-        elif name != self.screen.session_name:
-            job = self.screen.open_session(lambda engine: engine.open(name, create=False))
-            self.screen.jobs.begin(f"opening {name}", job)
+        else:
+            self.resume(name)
+
+    def resume(self, name: str, turn: int | None = None) -> None:
+        """Go on with a session, and show a turn of it.
+
+        Raises:
+            InputError: that is another one than the open one, and the model is busy.
+        """
+        screen = self.screen
+
+        async def go_over() -> None:
+            await screen.open_session(lambda engine: engine.open(name, create=False))
+            await screen.transcript.go_to(turn)
+
+        if name != screen.session_name:
+            screen.jobs.begin(f"opening {name}", go_over())
+        else:
+            screen.jobs.beside(screen.transcript.go_to(turn))
 
     def do_fork(self, argument: str) -> None:
         chat = self.screen.session()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import events, on
 from textual.binding import Binding, BindingType
-from textual.widgets import Markdown, TextArea
+from textual.widgets import TextArea
 
 from kvchat.errors import InputError, KVChatError
 from kvchat.events import Listener
@@ -23,6 +23,8 @@ from kvchat.tui.shows import Shows
 from kvchat.tui.widgets import Prompt, Question, Transcript
 
 if TYPE_CHECKING:
+    from textual.widgets import Markdown
+
     from kvchat.config import Config
     from kvchat.worker import Worker
 
@@ -60,7 +62,7 @@ class ChatScreen(SessionScreen):
         Binding("escape", "stop", "Stop", id="stop"),
         Binding("ctrl+n", "command('/new')", "New", id="new"),
         Binding("ctrl+r", "command('/sessions')", "Sessions", id="picker"),
-        # The input has these two for itself.
+        # The input has these for itself.
         Binding("ctrl+e", "command('/edit')", "Edit", id="edit", priority=True),
         Binding("ctrl+y", "command('/copy')", "Copy the answer", id="copy", show=False, priority=True),
         Binding("f1", "command('/help')", "Help", id="help"),
@@ -68,6 +70,7 @@ class ChatScreen(SessionScreen):
         Binding("f3,ctrl+g", "command('/map')", "Map", id="map"),
         Binding("f4", "command('/inspect')", "Inspect the last turn", id="inspect", show=False),
         Binding("f5", "command('/branches')", "Branches", id="branches", show=False),
+        Binding("f6", "thoughts", "Open or close all reasoning", id="thoughts", show=False, priority=True),
         Binding("f8", "command('/retry')", "Answer again", id="retry", show=False),
         Binding("f9", "command('/continue')", "Continue the answer", id="continue", show=False),
         Binding("ctrl+t", "command('/attach')", "Attach a file", id="attach", show=False),
@@ -208,9 +211,9 @@ class ChatScreen(SessionScreen):
         self._leave_sessions()
         self.attempt(self.commands.run, f"/resume {self.sessions.names[event.option_index]}")
 
-    @on(Markdown.LinkClicked)
-    def _link(self, event: Markdown.LinkClicked) -> None:
-        # The model wrote it: where it leads is shown, not opened.
+    def on_markdown_link_clicked(self, event: Markdown.LinkClicked) -> None:
+        """Show where a link leads, but go nowhere: the model wrote it."""
+        # By its name: Markdown is read when the first answer is drawn.
         self.notify(neutralise(event.href), title="link", markup=False)
 
     # -- keys --------------------------------------------------------------------------------------------------------
@@ -232,6 +235,9 @@ class ChatScreen(SessionScreen):
 
     def action_keep(self, direction: int) -> None:
         self.attempt(self.commands.step_keep, direction)
+
+    def action_thoughts(self) -> None:
+        self.transcript.toggle_thoughts()
 
     def action_list(self) -> None:
         """Go to the session list; from there, close it."""

@@ -54,7 +54,7 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": Command("[TURN]", "what is kept of a turn, token by token"),
     "copy": Command("[code]", "copy the last answer, or its last block of code", anytime=True),
     "export": Command("FILE", "write this session to a file: .md, .json or .jsonl"),
-    "search": Command("WORDS", "find words in all sessions"),
+    "search": Command("WORDS", "find words in all sessions", anytime=True),
     "theme": Command("[NAME]", "choose the colours, for this run", anytime=True),
     "settings": Command("", "look at settings and change them", anytime=True),
     "clear": Command("", "empty the screen; the session stays as it is", anytime=True),

@@ -42,6 +42,11 @@ class SteadyScroll(VerticalScroll):
         self._held = None
         self._scroll_to(y=y, force=True)
 
+    def hold(self, child: Widget) -> None:
+        """Go to a child, so that it is the first that is seen, and stay there."""
+        self.following, self._held = False, (child, 0)
+        self.refresh(layout=True)
+
     def moved(self) -> None:
         """The place changed, or what is around it."""
 

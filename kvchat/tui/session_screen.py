@@ -78,7 +78,10 @@ class SessionScreen(Screen[None]):
         self.editing: Editing | None = None
         self.keep_ratio = float(config.compress.keep_ratio)
         """Of the open session."""
+        self.room: int | None = None
+        """Tokens that the window has left, as far as that is known."""
         self._connect = connect
+        self._title = ""
         self._reports: deque[Progress | Notice] = deque()
 
     def compose(self) -> ComposeResult:
@@ -99,9 +102,12 @@ class SessionScreen(Screen[None]):
         self._reports.append(event)
 
     def drain(self) -> None:
-        """Show what the listener was told."""
+        """Show what the listener was told, and a title that the model gave meanwhile."""
         while self._reports:
             self.show_event(self._reports.popleft())
+        if self.chat and self.chat.title != self._title:
+            self._title = self.chat.title
+            self.jobs.beside(self.show_sessions())
 
     def show_event(self, event: Progress | Notice) -> None:
         """Progress goes to the status line, a notice too, and into the transcript and a toast."""
@@ -161,7 +167,8 @@ class SessionScreen(Screen[None]):
             raise
         if before is not None:
             await self.drafts.keep(before, left)
-        self.chat = chat
+        self.chat, self.room = chat, None
+        self._title = chat.title
         self.title_bar.measure(0, chat.context_window, 0)
         await self.show_sessions()
         await self.show_history(chat)

@@ -6,15 +6,14 @@ from __future__ import annotations
 from asyncio import to_thread
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvchat.errors import InputError
-from kvchat.terminal import neutralise
 from kvchat.tui.commands import COMMANDS, number, usage
 from kvchat.tui.numbers import stats_table
 
 if TYPE_CHECKING:
-    from kvchat.store import Message, SearchHit
+    from kvchat.store import Message
     from kvchat.tui.chat import ChatScreen
 
 FORMATS = {".md": "md", ".markdown": "md", ".json": "json", ".jsonl": "jsonl"}
@@ -34,17 +33,25 @@ class Shows:
         self.screen.app.push_screen(HelpScreen(self.screen.keys(), COMMANDS))
 
     def do_sessions(self, _: str) -> None:
+        self._pick()
+
+    def do_search(self, words: str) -> None:
+        self._pick(f"/{words}")
+
+    def _pick(self, query: str = "") -> None:
         from kvchat.tui.picker import SessionPicker
 
         screen = self.screen
 
         async def pick() -> None:
-            picker = SessionPicker(await to_thread(screen.connected), screen.session_name, known=screen.sessions.infos)
+            engine = await to_thread(screen.connected)
+            picker = SessionPicker(engine, screen.session_name, engine.preview, screen.sessions.infos, query)
             picked = await screen.app.push_screen_wait(picker)
             await screen.show_sessions()
-            if picked:
-                line = f"/{'new' if picked.action == 'new' else 'resume'} {picked.name}".strip()
-                screen.attempt(screen.commands.run, line)
+            if picked and picked.action == "open":
+                screen.attempt(screen.commands.resume, picked.name, picked.turn)
+            elif picked:
+                screen.attempt(screen.commands.run, f"/new {picked.name}".strip())
 
         screen.jobs.beside(pick())
 
@@ -54,7 +61,9 @@ class Shows:
         screen, chat = self.screen, self.screen.session()
 
         async def choose() -> None:
-            chosen = await screen.app.push_screen_wait(BranchTree(await to_thread(chat.tree)))
+            engine = await to_thread(screen.connected)
+            tree = BranchTree(await to_thread(chat.tree), engine.said)
+            chosen = await screen.app.push_screen_wait(tree)
             if chosen is not None:
                 screen.attempt(screen.switch, chosen)
 
@@ -79,7 +88,7 @@ class Shows:
         screen, chat = self.screen, self.screen.session()
 
         async def ask() -> None:
-            attachment = await screen.app.push_screen_wait(AttachScreen(chat.count, path, text))
+            attachment = await screen.app.push_screen_wait(AttachScreen(chat.count, path, text, screen.room))
             if attachment:
                 screen.attempt(screen.attach, attachment.title, attachment.text)
 
@@ -116,13 +125,6 @@ class Shows:
             self.screen.note(stats_table(await to_thread(chat.stats)))
 
         self.screen.jobs.begin("measuring", show())
-
-    def do_search(self, words: str) -> None:
-        async def show() -> None:
-            engine = await to_thread(self.screen.connected)
-            self.screen.note(_found(await to_thread(engine.search, words), words))
-
-        self.screen.jobs.begin("searching", show())
 
     def do_map(self, _: str) -> None:
         screen = self.screen
@@ -169,12 +171,3 @@ def _write(path: Path, messages: Sequence[Message], name: str) -> None:
     ]
     with written(path) as stream:
         stream.write(transcript.write(spoken, FORMATS[path.suffix.lower()], name).encode())
-
-
-def _found(hits: Sequence[SearchHit], words: str) -> str:
-    lines = [f"{hit.session}{_turn(hit)}: {' '.join(hit.snippet.split())}" for hit in hits]
-    return neutralise("\n".join(lines) if lines else f"nothing found for {words}")
-
-
-def _turn(hit: Any) -> str:
-    return "" if hit.turn is None else f", turn {hit.turn}"

@@ -18,7 +18,9 @@ class Heading(Static):
 
 
 class Thought(Vertical):
-    """Reasoning: closed at first; the user may open it at any time, while it is being written too.
+    """Reasoning: closed at first, unless something around it has the class `-thoughts`.
+
+    The user may open it at any time, while it is being written too.
 
     Args:
         text: what there is of it, neutralised.
@@ -41,7 +43,7 @@ class Thought(Vertical):
         yield self._body
 
     def on_mount(self) -> None:
-        self._say()
+        self.open(any(node.has_class("-thoughts") for node in self.ancestors))
 
     @property
     def is_open(self) -> bool:
@@ -64,10 +66,14 @@ class Thought(Vertical):
         self._is_over = True
         self._say()
 
+    def open(self, is_open: bool) -> None:
+        """Open it, or close it."""
+        self._body.display = is_open
+        self._say()
+
     def toggle(self) -> None:
         """Open it if it is closed, and the other way round."""
-        self._body.display = not self._body.display
-        self._say()
+        self.open(not self.is_open)
 
     def _say(self) -> None:
         seconds = self._clock() - self._begun if self._clock and not self._is_over else self._seconds

@@ -12,6 +12,7 @@ from kvchat.errors import InputError
 from kvchat.terminal import neutralise
 from kvchat.tui.answer import Answer, code_blocks
 from kvchat.tui.items import Item, Question
+from kvchat.tui.thought import Thought
 from kvchat.tui.window import Window
 
 What = Literal["answer", "question", "code"]
@@ -110,6 +111,12 @@ class Transcript(Window):
         item = self._said(Answer)
         if item is not None and isinstance(item.widget, Answer):
             item.widget.toggle_thoughts()
+
+    def toggle_thoughts(self) -> None:
+        """Open all reasoning, that which is still to come too, or close all of it."""
+        self.toggle_class("-thoughts")
+        for thought in self.query(Thought):
+            thought.open(self.has_class("-thoughts"))
 
     # -- copying -----------------------------------------------------------------------------------------------------
 

@@ -187,6 +187,7 @@ class Turns:
         screen.clear_progress()
         if stats and chat is screen.chat:
             screen.keep_ratio = stats["keep_ratio"]
+            screen.room = stats["context_window"] - stats["position"]
             screen.title_bar.measure(stats["num_seen"], stats["context_window"], stats["offset"])
             screen.status.measure(stats)
             await screen.show_sessions()

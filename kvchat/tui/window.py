@@ -159,6 +159,24 @@ class Window(SteadyScroll):
                 await self._mount_below(self.WINDOW)
             self.stay_at(0)
 
+    async def go_to(self, turn: int | None) -> None:
+        """Show the question of a turn at the top; where there is no such turn, stay."""
+        async with self._changing:
+            self._sync()
+            asked = (n for n, item in enumerate(self._items) if item.turn == turn and item.kind is Question)
+            place = next(asked, None)
+            if place is None:
+                return
+            if not self._first <= place < self._last:
+                await self._unmount(self._items[self._first : self._last])
+                self._first = self._last = place
+                self.following = False
+                await self._mount_below(self.WINDOW - self.STEP)
+                await self._mount_above(self.STEP)
+            for widget in self.query(".-found"):
+                widget.remove_class("-found")
+            self.hold(self._items[place].mounted().add_class("-found"))
+
     def action_scroll_home(self) -> None:
         self._begin(self.to_beginning())
 
