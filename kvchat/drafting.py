@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any, cast, get_args
 
 from kvchat.errors import CapacityError, InputError
 from kvchat.residence import Residence
@@ -37,6 +37,15 @@ def drafts(messages: Sequence[Mapping[str, str]], path: Sequence[Message], resid
     if found:
         require_room(path, found, residence)
     return [draft for draft in found if draft[2].ids]
+
+
+def chained(found: Sequence[Drafted], parent: str | None, **about: Any) -> list[Message]:
+    """Messages that follow `parent` one after the other, with what is told `about` them."""
+    messages: list[Message] = []
+    for role, text, piece in found:
+        messages.append(Message.new(parent, cast(Role, role), text, piece.ids, piece.content_span, **about))
+        parent = messages[-1].id
+    return messages
 
 
 def require_room(path: Sequence[Message], found: Sequence[Drafted], residence: Residence) -> None:

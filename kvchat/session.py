@@ -15,28 +15,27 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
-from kvchat.branching import questions
-from kvchat.config import Config
-from kvchat.drafting import Drafted, drafts, piece_of, require_room
+from kvchat.course import Course
+from kvchat.drafting import drafts, piece_of, require_room
 from kvchat.engine import Engine, Stop
-from kvchat.errors import CapacityError, InputError, SessionChanged
+from kvchat.errors import CapacityError, InputError
 from kvchat.events import Delta, Draft, Event, FinishReason, Notice, Progress, TurnDone, Usage
 from kvchat.residence import Residence, Steps
 from kvchat.sampling import Sampler
 from kvchat.sections import GenerateConfig
 from kvchat.stats import describe
-from kvchat.store import Message, Role, SessionInfo, Store
+from kvchat.store import SessionInfo, Store
 from kvchat.template import Piece
-from kvchat.unfinished import Unfinished
+from kvchat.unfinished import Unfinished, recover
 
 INTERRUPTED: FinishReason = "interrupted"
 
 
-class Conversation:
+class Conversation(Course):
     """A path of messages and the KV that stands for it.
 
     Args:
@@ -47,22 +46,11 @@ class Conversation:
     """
 
     def __init__(self, info: SessionInfo, store: Store, engine: Engine, residence: Residence) -> None:
-        self.info = info
-        self.store = store
-        self.engine = engine
-        self.residence = residence
-        self.path: list[Message] = store.path(info.tip)
+        super().__init__(info, store, engine, residence)
         self.last: TurnDone | None = None
-        self.seal_s = 0.0
         self.failure: Exception | None = None
         """What went wrong in the background since the last call."""
         self.unfinished = Unfinished(store, info.id)
-        self._template = engine.model.template
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the path."""
-        return sum(len(message.token_ids) for message in self.path)
 
     # -- a turn ------------------------------------------------------------------------------------------------------
 
@@ -133,7 +121,7 @@ class Conversation:
                 self.store.add_messages(self.info.id, [cut], path[-1].id)
                 self.path = [*path, cut]
                 self.residence.go_back(path, len(said), recalled)
-            self.unfinished.forget()
+                recover(self)  # if it went on and could not be committed, what it said is a branch
 
     def _decode(
         self,
@@ -192,36 +180,11 @@ class Conversation:
         if not len(self.residence.saver):  # else when they are written
             self.store.fold()
 
-    def save(self) -> float:
-        """Write all that is not in the store yet; seconds that sealing the last answer's turn took."""
-        self.unseen(self.residence.save())
-        return self.seal_s
-
     def restore(self) -> Steps:
         """Bring the KV back before it is needed."""
         yield from self.residence.restore(self.path)
 
-    # -- the path ----------------------------------------------------------------------------------------------------
-
-    def begin(self, system: str | None) -> None:
-        """Write the opening of a new conversation."""
-        piece = self._template.system(system)
-        if piece.ids:
-            self._commit([("system", system or "", piece)])
-
-    def take(self, messages: Sequence[Mapping[str, str]], after: int | None = None) -> None:
-        """Commit messages after the path, text and ids; their KV is not computed yet.
-
-        With `after` they follow that many messages of it, and what they take the place of stays as a branch.
-
-        Raises:
-            InputError: an unknown role, a system message that is not the first, a blank message.
-            CapacityError: the window has no room for all; nothing is saved then.
-        """
-        found = drafts(messages, self.path[:after], self.residence)
-        if after is not None and after < len(self.path):
-            self.rewind(after)
-        self._commit(found)
+    # -- besides -----------------------------------------------------------------------------------------------------
 
     def append(self, messages: Sequence[Mapping[str, str]], stop: Stop) -> Generator[Progress | Notice, None, Usage]:
         """Take in messages, and compute and seal their KV; generates nothing. Errors as for `take`."""
@@ -232,37 +195,13 @@ class Conversation:
         fresh = given and len(self.path) == 1 and self.path[0].role == "system" and not self.path[0].content
         found = drafts(messages, [] if fresh else self.path, residence)
         if fresh:
-            self.rewind(0)
+            self._say_anew(0, found)
+        else:
+            self._commit(found)
         cached = residence.num_reused
-        self._commit(found)
         yield from residence.catch_up(self.path, len(self.path), "import", stop)
         residence.num_computed = 0
         return Usage(self.num_tokens, cached, residence.cache.num_seen - cached, 0)
-
-    def rewind(self, index: int) -> None:
-        """Go back to just before message `index` of the path; the branch left stays in the store."""
-        self.save()  # what is written later must not be of messages that are gone
-        self.store.set_tip(self.info.id, self.path[index - 1].id if index else None)
-        self.path = self.path[:index]
-        self.residence.crop(self.path)
-
-    def configure(self, settings: Mapping[str, Any], base: Config) -> None:
-        """Give the session settings of its own on top of `base`; None takes one away. Old segments stay as ranked."""
-        own = {key: value for key, value in {**self.info.settings, **settings}.items() if value is not None}
-        self.residence.configure(base.for_session(own, settings), self.path)
-        self.store.set_settings(self.info.id, own)
-        self.info = replace(self.info, settings=own)
-
-    def user_index(self, turns: int) -> int:
-        """Index in the path of the user's message `turns` turns ago; 1 = the newest.
-
-        Raises:
-            InputError: there are not so many turns.
-        """
-        asked = questions(self.path)
-        if not 1 <= turns <= len(asked):
-            raise InputError(f"this session has {len(asked)} turns; {turns} cannot be taken back")
-        return asked[-turns]
 
     def logprobs(self, prompt: str, continuation: str) -> list[tuple[str, float]]:
         """Natural log-probability of each token of `continuation` as the answer to `prompt`; nothing changes."""
@@ -286,18 +225,6 @@ class Conversation:
         asked = any(message.role == "user" for message in self.path)
         return self._template.user(text, first=not asked).ids + self._template.generation_prompt
 
-    def rebuild(self, retokenise: bool) -> None:
-        """Drop the KV of the path, to be computed again; `retokenise` makes new ids from the texts, as a new branch."""
-        said = [{"role": message.role, "content": message.content} for message in self.path]
-        opening = bool(said) and said[0]["role"] == "system" and not said[0]["content"]
-        found = drafts(said[opening:], [], self.residence) if retokenise else []
-        while cover := self.store.cover([message.id for message in self.path], self.residence.fingerprint):
-            for record, _ in cover:
-                self.store.drop_segment(record.id)
-        if found:
-            self.rewind(0)
-            self._commit(found)
-
     def stats(self) -> dict[str, Any]:
         """Tokens, pairs and bytes of the whole, of each segment and, in proportion, of each turn."""
         self.save()
@@ -305,26 +232,6 @@ class Conversation:
         return describe(self)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
-
-    def unseen(self, steps: Steps) -> None:
-        """Take steps that nobody follows; what they say is told with the next turn."""
-        self.residence.notices += [event for event in steps if isinstance(event, Notice)]
-
-    def _commit(self, found: Sequence[Drafted], **about: Any) -> None:
-        """Append messages to the path, in the store first. Raises SessionChanged."""
-        tip = parent = self.path[-1].id if self.path else None
-        messages = []
-        for role, text, piece in found:
-            messages.append(Message.new(parent, cast(Role, role), text, piece.ids, piece.content_span, **about))
-            parent = messages[-1].id
-        try:
-            self.store.add_messages(self.info.id, messages, tip)
-        except SessionChanged as error:
-            if messages[-1].role != "assistant" or tip is None:
-                raise
-            self.store.add_branch(self.info.id, messages)
-            raise SessionChanged(f"{error}; this answer is kept beside it, where `kvchat search` finds it") from None
-        self.path += messages
 
     def _room(self) -> int:
         """Tokens that a reply may still have, leaving space for its closing."""

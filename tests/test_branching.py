@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from kvchat.anatomy import Anatomy
 from kvchat.asynchronous import AsyncSession
 from kvchat.branching import first_line
 from kvchat.config import Config
-from kvchat.errors import CapacityError, InputError, OutOfMemory
+from kvchat.errors import CapacityError, InputError, OutOfMemory, StoreError
 from kvchat.events import Delta, Event, Notice, TurnDone
 from kvchat.handle import Session
 from kvchat.store import Message, Store
@@ -102,6 +103,27 @@ def test_editing_refuses_what_cannot_be_and_leaves_all_as_it_was(opener: Open) -
     with pytest.raises(CapacityError):
         done(session.edit(1, "x" * 5000))
     assert session.messages() == before and len(session.tree()) == 2
+
+
+def test_at_no_moment_an_edited_session_has_neither_its_old_path_nor_the_new_one(
+    opener: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opener().open("trip")
+    session.ask(QUESTIONS[0])
+    store, paths = session._conversation.store, list[list[str]]()
+    write = store._write
+
+    @contextmanager
+    def watched(*how: Any) -> Iterator[None]:
+        with write(*how):
+            yield
+        paths.append([one.content for one in store.path(store.session("trip").tip) if one.role == "user"])
+
+    monkeypatch.setattr(store, "_write", watched)
+    done(session.edit(1, "Where did we eat?"))
+    session.settle()
+    assert paths[0] == [QUESTIONS[0]] and paths[-1] == ["Where did we eat?"]
+    assert all(path in (paths[0], paths[-1]) for path in paths)
 
 
 def test_switching_brings_sealed_kv_back_without_prefill(opener: Open) -> None:
@@ -236,6 +258,30 @@ def test_an_answer_that_cannot_go_on_is_as_it_was(opener: Open, monkeypatch: pyt
     assert session.messages() == before
     assert probe(session) == state
     assert unfinished(session) is None
+
+
+def test_an_answer_that_went_on_and_could_not_be_stored_is_a_branch(
+    opener: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvchat.unfinished.AFTER_S", 0.0)
+    session = opener().open("trip")
+    cut = session.ask(QUESTIONS[0]).text
+    before, state, store = session.messages(), probe(session), session._conversation.store
+    add = store.add_messages
+
+    def fails(*_: Any) -> None:
+        monkeypatch.setattr(store, "add_messages", add)
+        raise StoreError("busy")
+
+    monkeypatch.setattr(store, "add_messages", fails)
+    with pytest.raises(StoreError, match="busy"):
+        done(session.go_on(max_new_tokens=5))
+    assert session.messages() == before and probe(session) == state
+    assert unfinished(session) is None
+    longer = next(node for node in session.tree() if not node.on_path)
+    session.switch(longer.id)
+    assert session.messages()[-1].content.startswith(cut.rstrip("\ufffd"))
+    assert len(session.messages()[-1].token_ids) == len(before[-1].token_ids) + 5
 
 
 def test_stopping_before_a_new_word_leaves_the_answer_as_it_was(opener: Open) -> None:
