@@ -174,7 +174,10 @@ class Holding:
         back = [self.recalled[start] for start in sorted(self.recalled) if start in there]
         plain = [entry for entry in self.known if entry.start in there and entry.start not in self.recalled]
         turned = shifts(plain, self.offset) | quoted(back, self.asked_at - self.offset)
-        self.cache.arrange(turned, self.offset, Gap(self.asked_at, sum(one.length for one in back)))
+        gap = Gap(self.asked_at, sum(one.length for one in back))
+        # The tail of some layers may be turned already: that cannot be tried again.
+        work = partial(self.cache.arrange, turned, self.offset, gap)
+        memory.again(work, self._let_go_for_good, "moving turns to other positions", self.engine.model.device)
 
     def crop(self, path: Sequence[Message]) -> None:
         """Forget what lies beyond the end of the path."""
@@ -233,6 +236,11 @@ class Holding:
         self.known, self.offset, self.expected, self.recalled = [], 0, 0, {}
         self.engine.free()
 
+    def _let_go_for_good(self) -> bool:
+        """`let_go`, after which what failed is not tried again."""
+        self.let_go()
+        return False
+
     def _let_go_sealed(self, path: Sequence[Message]) -> bool:
         """Let all go if the tail has exactly what the store has sealed: to go on from that would be another state."""
         covered = self.store.cover([message.id for message in path], self.fingerprint)
@@ -273,6 +281,8 @@ class Holding:
             parts = {one.entry.id: one.part for one in self.recalled.values()}
             damaged = self._again(partial(self.tiers.hold, wanted, parts), "holding more of older turns")
         except OutOfMemory as error:
+            if not self.tiers.is_tidy:
+                self.let_go()
             if self._load_s is None:
                 raise
             if not self.short:

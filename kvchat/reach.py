@@ -19,8 +19,9 @@ from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_s
 from kvchat.errors import CapacityError, CodecError, ConfigError
 from kvchat.events import Notice, Progress
 from kvchat.holding import Holding
+from kvchat.records import num_answered
 from kvchat.room import Cap
-from kvchat.sealing import Ranker
+from kvchat.sealing import Ranker, prefix_length
 from kvchat.sections import LEAST_ROWS
 from kvchat.store import Message
 
@@ -109,21 +110,27 @@ class Reach(Holding):
     def recall(self, path: Sequence[Message]) -> Generator[Progress | Notice, None, None]:
         """Bring back what the path's last message, a question, concerns, until it is answered.
 
-        Segments of which all is in memory need not come, and if that is all of them nothing is looked for.
+        The newest segments of which all is in memory stay where they are. If all is in memory nothing is looked for.
         """
         yield from ()
         self.recalled = {}
-        if self.selector is None or not self.known:
-            return
-        whole, some = self._whole(), [entry for entry in self.known if not entry.lost]
-        if all(entry.start in whole for entry in some):
+        whole = self._whole() if self.selector and self.known else set[int]()
+        if self.selector is None or all(entry.start in whole for entry in self.known if not entry.lost):
             return
         bounds = self.bounds(path)
+        if self.cache.num_seen > bounds[-2]:  # read before: it is read again, behind what comes
+            self.cut(bounds[-2])
+        if "attention" in self.config.recall.by:  # the question is read once more
+            self.expect(path, len(path[-1].token_ids))
+        some = [entry for entry in self.known if not entry.lost]
         candidates = [turn for entry in some for turn in self._turns(entry, path, bounds)]
         scores = self.selector.scores(path[-1], path, candidates)
         order = best(scores, candidates)[: self.config.recall.turns]
+        near = bounds[num_answered(path)] - self.config.compress.recent_tokens
+        stay = {entry.start for entry in some if entry.end > near} & whole
         # Where nothing tells one from another nothing comes.
-        self._bring_back([candidates[at] for at in order if scores[at] > min(scores)], len(path[-1].token_ids))
+        chosen = [candidates[at] for at in order if scores[at] > min(scores)]
+        self._bring_back([one for one in chosen if self._entry_at(one.start).start not in stay], path)
         self.asked_at = self.cache.num_seen
         self.hold(path)
 
@@ -134,17 +141,21 @@ class Reach(Holding):
         begins = [at for at in range(first, last) if at == first or path[at].role == "user"]
         return [Candidate(bounds[low], bounds[high], low, high) for low, high in pairwise([*begins, last])]
 
-    def _bring_back(self, turns: Sequence[Candidate], asked: int) -> None:
-        """Choose these turns to come, as far as an eighth of the window and what a question of `asked` tokens leaves.
+    def _bring_back(self, turns: Sequence[Candidate], path: Sequence[Message]) -> None:
+        """Choose these turns to come, as far as an eighth of the window and what the path's last message leaves.
 
-        The first may take more: a part of a document takes a quarter.
+        The first may take more: a part of a document takes three eighths. With a turn of the first segment comes what
+        begins the conversation, which would else be out of memory meanwhile.
         """
         spans: dict[int, list[tuple[int, int]]] = {}
         for turn in turns:
             spans.setdefault(self._entry_at(turn.start).start, []).append((turn.start, turn.end))
+        if spans and self.known[0].start in spans:
+            prefix = prefix_length(path, self.config.compress.num_sink_tokens)
+            spans[self.known[0].start].append((self.known[0].start, min(prefix, self.known[0].end)))
         headers = {one.start: one.header for one in self.tiers.residents}
         window = self.engine.model.context_window
-        free = min(window * 5 // 8, window - self.spare_positions - asked) - self._least()
+        free = min(window * 5 // 8, window - self.spare_positions - len(path[-1].token_ids)) - self._least()
         left, most = min(window // 8, free), min(window * 3 // 8, free)
         for start, some in spans.items():
             entry = self._entry_at(start)

@@ -102,6 +102,12 @@ class Residence(Restoring):
             saved = end if waiting.start == saved else saved
         return saved
 
+    @property
+    def _segment_min(self) -> int:
+        """Tokens of the tail that make a segment; fewer than the setting where memory has no room for them to wait."""
+        least = self.config.compress.segment_min
+        return min(least, self.cap.tokens // 4) if self.cap else least
+
     def take_load_s(self) -> float:
         """Seconds that restoring took, reported once; it also ends the turn's count of computed tokens."""
         seconds, self._load_s, self.num_computed = self._load_s or 0.0, 0.0, 0
@@ -123,12 +129,14 @@ class Residence(Restoring):
     def catch_up(self, path: Sequence[Message], last: int, phase: Phase, stop: Stop) -> Steps:
         """Compute the KV of messages before index `last` that the cache does not stand for, sealing on the way."""
         bounds, ids, before = self.bounds(path), self.ids(path), self.cache.num_seen
+        most = self.cap.tokens // 2 if self.cap else bounds[-1]
         if before > bounds[-1]:  # a reply that was interrupted before its first token
             self.cut(bounds[-1])
         for index in range(1, last + 1):
-            long = bounds[index] - self.cache.tail_start >= self.config.compress.segment_min
+            long = bounds[index] - self.cache.tail_start >= self._segment_min
+            ends = index == last or bounds[index + 1] - self.cache.num_seen > most
             # Short messages are computed together: one pass over many tokens is far quicker than many passes.
-            if bounds[index] <= self.cache.num_seen or not (long or index == last):
+            if bounds[index] <= self.cache.num_seen or not (long or ends):
                 continue
             yield from self.make_room(path[:index], bounds[index] - self.cache.num_seen)
             yield from self.prefill(ids, bounds[index], phase, stop)
@@ -144,15 +152,16 @@ class Residence(Restoring):
         """Have all KV before the path's last message, a question, and what of it the question concerns.
 
         Damage may lie where nothing can be removed from: once it was met MOST_DAMAGED times nothing is brought back.
+        A question that was answered already is forgotten if anything might come back, which stands before it.
         """
         for left in range(MOST_DAMAGED, -1, -1):
             yield from self.restore(path)
             yield from self.tell()
             yield from self.catch_up(path, len(path) - 1, "rebuild", stop)
-            seen = self.cache.num_seen
+            seen = min(self.cache.num_seen, self.bounds(path)[-2])
             if left:
                 yield from self.recall(path)
-            if self.cache.num_seen == seen:
+            if self.cache.num_seen >= seen:
                 return
             self.let_go()  # what was to come is damaged: begin anew with what the store has left
 
@@ -237,7 +246,7 @@ class Residence(Restoring):
         computed = self.num_computed
         yield from self.catch_up(path, len(path), "seal", lambda: False)
         self.num_computed = computed
-        if self.cache.tail_length >= self.config.compress.segment_min:
+        if self.cache.tail_length >= self._segment_min:
             yield from self._sealed(path, len(path))
         yield from self._save_waiting(path)
         self.hold(path)
@@ -322,6 +331,7 @@ class Residence(Restoring):
         begun, compress = time.perf_counter(), self.config.compress
         expect = partial(self.expect, path)
         ranking, cuts = yield from rank_turns(self.engine, self.cache, path, first, last, self.ranker, expect)
+        self.expected = 0  # or less would be held than when the conversation is resumed
         ranking = replace(ranking, method=record.scorer, offset=self.cache.offset)
         keys, values = self.cache.tail(record.start, record.end)
         codecs = codecs_for(cuts, compress.rank_chunks, record.codec.split(","))
@@ -356,6 +366,6 @@ class Residence(Restoring):
                     reading = read_segment("raw", keys, values, ranking)
                     saving = self.saver.begin(record, reading.header, [], self.cache.tail_length)
                     if (yield from self.saver.put(saving, reading.frames)):
-                        self.waiting.append((record, record.end))
+                        self.waiting.append((saving.record, record.end))
         except (StoreDamaged, OutOfMemory) as error:
             yield Notice(f"the newest turns' KV could not be saved: {error}")

@@ -111,7 +111,9 @@ class Tiers:
         self.cache.keep([piece for piece in self.cache.pieces if piece.start != start])
 
     def hold(self, wanted: Mapping[str, int], parts: Mapping[str, Part] | None = None) -> list[Resident]:
-        """Shrink or grow segments to so many chunks, shrinks first so that the peak stays low.
+        """Shrink or grow segments to so many chunks: in one go, for every time all rows are packed anew.
+
+        Where memory ran out when that was tried before, shrinks come first, so that the peak is lower.
 
         parts: which tokens of some segments; of the others all.
         Returns the segments of which chunks that were to come are damaged; they stay as small as they were.
@@ -120,16 +122,24 @@ class Tiers:
         larger = [replace(one, chunks=max(one.chunks, wanted.get(one.id, 0))) for one in shrunk]
         others = {one.start for one, old in zip(shrunk, self.residents, strict=True) if one.part != old.part}
         held = {Piece(one.start, chunk) for one in shrunk for chunk in range(one.chunks)}
-        self.residents = shrunk
+        tidy, self.residents = self.is_tidy, shrunk
+        if not tidy:
+            self.cache.keep(held)
         rows, came = self._grown(shrunk, larger, others)
-        if came:  # all at once: every time all rows are packed anew
+        if came:
             self.cache.exchange(held, rows)
             self.residents = [after if after.start in came else one for one, after in zip(shrunk, larger, strict=True)]
-        elif held != set(self.cache.pieces):  # this time, or when memory ran out before
+        else:
             self.cache.keep(held)
         damaged = [one for one, after in zip(shrunk, larger, strict=True) if after.chunks > one.chunks]
         self.residents = [one for one in self.residents if one.chunks]
         return [one for one in damaged if one.start not in came]
+
+    @property
+    def is_tidy(self) -> bool:
+        """Whether all that is in memory is of residents, as it is unless memory ran out before some of it had gone."""
+        held = {Piece(one.start, chunk) for one in self.residents for chunk in range(one.chunks)}
+        return held.issuperset(self.cache.pieces)
 
     def _grown(
         self, shrunk: Sequence[Resident], larger: Sequence[Resident], others: Collection[int]

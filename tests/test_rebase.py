@@ -31,7 +31,7 @@ from kvchat.catalogue import positions
 from kvchat.codecs import decode_frame
 from kvchat.config import Config
 from kvchat.engine import Engine
-from kvchat.errors import CapacityError
+from kvchat.errors import CapacityError, OutOfMemory
 from kvchat.events import Notice, TurnDone
 from kvchat.residence import Residence
 from kvchat.sealing import read_header
@@ -507,3 +507,139 @@ def test_damage_that_cannot_be_removed_does_not_keep_a_question_waiting(
         monkeypatch.setattr(one.residence, "recall", damaged)
         assert ask(one, "word3?").usage.recalled == ()
         assert len(asked) == 8
+
+
+def again(one: Conversation) -> TurnDone:
+    """Have the newest question answered once more; what it brings back is still there."""
+    one.rewind(one.user_index(1) + 1)
+    events = [*one.answer(one.residence.config.generate, lambda: False, 0.0)]
+    return next(event for event in events if isinstance(event, TurnDone))
+
+
+@pytest.mark.parametrize("least", [40, 100])
+def test_a_question_answered_once_more_stands_behind_what_it_brings_back(store: Store, least: int) -> None:
+    config = settled(**{"compress.kv_budget": "400 rows", "compress.segment_min": least})
+    with conversation(store, new_engine(), config) as one:
+        one.begin("Be brief.")
+        number = 0
+        while number < 40 or one.residence.cache.tail_length:
+            say(one, number := number + 1)
+        done = ask(one, "What of word3?")
+        assert bool(one.residence.waiting) == (least == 100)  # sealed with the question, or still exact
+        more = again(one)
+        assert more.usage.recalled == done.usage.recalled != () and more.text == done.text
+        assert one.residence.asked_at == one.residence.bounds(one.path)[-3]
+
+
+def concern(one: Conversation, text: str) -> None:
+    """Bring back what a question that is not asked concerns."""
+    for _ in one.residence.recall([*one.path, replace(one.path[-1], role="user", content=text)]):
+        pass
+
+
+def places(one: Conversation) -> set[int]:
+    forms = [form for layer in one.residence.cache.layers for form in layer.forms]
+    return {place for form in forms for place in form.positions.tolist()}
+
+
+def test_the_system_prompt_stays_when_a_turn_right_after_it_comes_back(store: Store) -> None:
+    with conversation(store, new_engine(), settled(**{"compress.kv_budget": "300 rows"})) as one:
+        one.begin("Be brief.")
+        for number in range(40):
+            say(one, number)
+        prompt = set(range(one.residence.bounds(one.path)[1]))
+        concern(one, "word0?")
+        assert 0 in one.residence.recalled and prompt <= places(one)
+        assert_as_reference(one)
+
+
+def test_the_newest_segments_stay_where_they_are_whatever_is_asked(store: Store) -> None:
+    more = {"compress.kv_budget": "500 rows", "compress.segment_min": 120, "compress.recent_tokens": 200}
+    with conversation(store, new_engine(window=1024), settled(**more)) as one:
+        one.begin("Be brief.")
+        for number in range(60):
+            say(one, number)
+        residence, before = one.residence, places(one)
+        newest = {place for place in before if place >= residence.known[-1].start}
+        low = residence.bounds(one.path).index(residence.known[-1].start)
+        asked = next(message.content for message in one.path[low:] if message.role == "user")
+        concern(one, f"{asked} word3?")
+        assert residence.recalled and residence.known[-1].start not in residence.recalled and newest <= places(one)
+
+
+def no_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_no_memory_for_what_comes_leaves_nothing_of_what_was_to_go(
+    store: Store, monkeypatch: pytest.MonkeyPatch, layer: int
+) -> None:
+    with conversation(store, new_engine(), settled(**{"compress.kv_budget": "300 rows"})) as one:
+        one.begin("Be brief.")
+        for number in range(40):
+            say(one, number)
+        residence, before = one.residence, logits(one)
+        with monkeypatch.context() as patch:
+            patch.setattr(residence.cache.layers[layer], "exchange", no_memory)
+            concern(one, "word35?")  # part of it is there, at another place
+        assert residence.short and residence.recalled and residence.tiers.is_tidy and residence.cache.is_whole
+        assert_as_reference(one)
+        residence.recalled = {}
+        residence.hold(one.path)
+        assert torch.equal(logits(one), before)
+
+
+def test_a_tail_that_is_turned_in_some_layers_only_is_let_go(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with conversation(store, new_engine(), settled(**{"compress.segment_min": 100})) as one:
+        one.begin("Be brief.")
+        number = 0
+        while not (one.residence.offset and one.residence.cache.tail_length):
+            say(one, number := number + 1)
+        residence, before = one.residence, logits(one)
+        with monkeypatch.context() as patch:
+            patch.setattr(residence.cache.layers[1], "_turn", no_memory)
+            residence.offset += 16
+            with pytest.raises(OutOfMemory):
+                residence.arrange()
+        assert not residence.cache.num_seen
+        for _ in one.restore():
+            pass
+        torch.testing.assert_close(logits(one), before, atol=2e-3, rtol=2e-3)
+
+
+def test_a_limit_of_memory_holds_while_turns_wait_to_be_sealed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(window=4 * WINDOW)
+    with conversation(store, engine, settled(**{"compress.kv_budget": "330 rows", "compress.segment_min": 512})) as one:
+        seen = watch_memory(engine, monkeypatch)
+        for number in range(12):
+            say(one, number)
+        assert 250 < max(seen) <= 330
+        # Two messages of which each has room, but not both at once.
+        one.take([{"role": "user", "content": "a" * 50}, {"role": "assistant", "content": "b" * 125}])
+        assert ask(one, "word3?").usage.completion_tokens
+        assert max(seen) <= 330
+
+
+def test_a_limit_of_memory_holds_while_attention_chooses(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(window=2 * WINDOW)
+    with conversation(store, engine, settled(**{"compress.kv_budget": "330 rows", "recall.by": "attention"})) as one:
+        for number in range(20):
+            say(one, number)
+        seen = watch_memory(engine, monkeypatch)
+        ask(one, f"word3 {'x' * 110}")
+        assert 250 < max(seen) <= 330
+
+
+def test_scoring_an_answer_leaves_no_less_than_is_held_after_resuming(store: Store) -> None:
+    config = settled(**{"compress.kv_budget": "330 rows", "compress.scorer": "kvzip", "compress.keep_ratio": 1.0})
+    engine = new_engine()
+    with conversation(store, engine, config) as one:
+        for number in range(12):
+            say(one, number)
+        ask(one, "x" * 20)
+        assert not one.residence.cache.tail_length  # sealed with the answer
+        with conversation(store, engine, config) as resumed:
+            for _ in resumed.restore():
+                pass
+            assert torch.equal(logits(resumed), logits(one))
