@@ -174,9 +174,8 @@ class Holding:
         back = [self.recalled[start] for start in sorted(self.recalled) if start in there]
         plain = [entry for entry in self.known if entry.start in there and entry.start not in self.recalled]
         turned = shifts(plain, self.offset) | quoted(back, self.asked_at - self.offset)
-        gap = Gap(self.asked_at, sum(one.length for one in back))
         # The tail of some layers may be turned already: that cannot be tried again.
-        work = partial(self.cache.arrange, turned, self.offset, gap)
+        work = partial(self.cache.arrange, turned, self.offset, Gap(self.asked_at, sum(one.length for one in back)))
         memory.again(work, self._let_go_for_good, "moving turns to other positions", self.engine.model.device)
 
     def crop(self, path: Sequence[Message]) -> None:

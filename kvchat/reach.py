@@ -85,6 +85,12 @@ class Reach(Holding):
         """Positions at the end of the window that are left for scoring."""
         return self.engine.model.context_window // 16 if self.engine.anatomy.turns else 0
 
+    @property
+    def _segment_min(self) -> int:
+        """Tokens of the tail that make a segment; fewer than the setting where memory has no room for them to wait."""
+        least = self.config.compress.segment_min
+        return min(least, self.cap.tokens // 4) if self.cap else least
+
     def longest(self, used: int) -> int:
         """The most tokens that can follow so many: what the window has left, or half of it after a re-base."""
         window, cap = self.engine.model.context_window, self.cap

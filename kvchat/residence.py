@@ -102,12 +102,6 @@ class Residence(Restoring):
             saved = end if waiting.start == saved else saved
         return saved
 
-    @property
-    def _segment_min(self) -> int:
-        """Tokens of the tail that make a segment; fewer than the setting where memory has no room for them to wait."""
-        least = self.config.compress.segment_min
-        return min(least, self.cap.tokens // 4) if self.cap else least
-
     def take_load_s(self) -> float:
         """Seconds that restoring took, reported once; it also ends the turn's count of computed tokens."""
         seconds, self._load_s, self.num_computed = self._load_s or 0.0, 0.0, 0
