@@ -12,15 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import platformdirs
-from pydantic import BaseModel, PrivateAttr, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 
 from kvchat.errors import ConfigError
 from kvchat.sections import (
@@ -36,6 +28,8 @@ from kvchat.sections import (
     TuiConfig,
 )
 
+PREFIX = "KVCHAT_"
+"""Of variables."""
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -43,10 +37,10 @@ OF_SESSIONS = ("compress", "codec", "recall", "generate")
 """Sections that a session can have its own settings of."""
 
 
-class Config(BaseSettings):
+class Config(BaseModel):
     """All settings. Build it with `Config.load`."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="KVCHAT_", env_nested_delimiter="__")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: ModelConfig = ModelConfig()
     store: StoreConfig = StoreConfig()
@@ -82,18 +76,6 @@ class Config(BaseSettings):
         return self
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # `load` merges file, variables and flags itself: only there is the file's path known.
-        return (init_settings,)
-
-    @classmethod
     def load(cls, path: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
         """Settings from the file at `path` (default: the usual places), the environment, then `overrides`.
 
@@ -106,8 +88,8 @@ class Config(BaseSettings):
         if path and not path.is_file():
             raise ConfigError(f"there is no config file {path}; leave --config out or name an existing file")
         try:
-            tree = TomlConfigSettingsSource(cls, file)() if file.is_file() else {}
-            variables = EnvSettingsSource(cls)()
+            tree = tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
+            variables = _of_environment(cls)
             config = cls(**_merge(_merge(tree, variables), _nested(overrides or {})))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not valid TOML: {error}") from None
@@ -179,10 +161,24 @@ class Config(BaseSettings):
         return Path(self.store.path).expanduser() if self.store.path else default_folder("data") / "kvchat.db"
 
 
+def _of_environment(cls: type[Config]) -> dict[str, Any]:
+    """What the environment sets, as a tree of sections."""
+    if not any(name.upper().startswith(PREFIX) for name in os.environ):
+        return {}
+    from pydantic_settings import BaseSettings, EnvSettingsSource  # it takes as long to read as all else here
+
+    class Variables(cls, BaseSettings):  # type: ignore[misc, valid-type]
+        pass
+
+    return EnvSettingsSource(Variables, env_prefix=PREFIX, env_nested_delimiter="__")()
+
+
 def default_folder(kind: Literal["data", "cache", "config"]) -> Path:
     """Where sessions, converted models or settings lie: in the checkout, but for models, else the platform's folder."""
     if kind != "cache" and (CHECKOUT / "pyproject.toml").is_file():
         return CHECKOUT / "sessions" if kind == "data" else CHECKOUT
+    import platformdirs
+
     folders = platformdirs.PlatformDirs("kvchat", appauthor=False)
     paths = {"data": folders.user_data_path, "cache": folders.user_cache_path, "config": folders.user_config_path}
     return paths[kind]
@@ -215,7 +211,7 @@ def dotted(tree: Mapping[str, Any]) -> list[str]:
 
 def _variable(key: str) -> str:
     """The environment's variable that sets it: of the setting itself, or of its section as JSON."""
-    own = "KVCHAT_" + key.replace(".", "__").upper()
+    own = PREFIX + key.replace(".", "__").upper()
     is_own = any(name.upper() == own or name.upper().startswith(f"{own}__") for name in os.environ)
     return own if is_own else own.partition("__")[0]
 

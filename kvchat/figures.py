@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from kvchat.bandwidths import told
-
 MOST_RANGES = 4
 """Runs of turns that are named; more are only counted."""
 
@@ -25,7 +23,10 @@ def format_stats(stats: Mapping[str, Any]) -> str:
     else:
         lines.append(f"{stats['num_turns']} turns, {stats['num_tokens']} tokens, {disk}")
     lines.append(format_room(**stats["store"]))
-    lines += [told(stats["bandwidths"])] if "bandwidths" in stats else []
+    if "bandwidths" in stats:
+        from kvchat.bandwidths import told  # which the screen's first paint need not wait for
+
+        lines.append(told(stats["bandwidths"]))
     lines += _segments(stats["segments"]) if held else [_segment(segment, held) for segment in stats["segments"]]
     return "\n".join(lines)
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textual.app import ComposeResult
 from textual.containers import Horizontal
 from textual.content import Content
-from textual.widgets import Label, ProgressBar
+from textual.widgets import Label
 
 from kvchat.events import Phase, Progress
 from kvchat.figures import meter
 from kvchat.terminal import neutralise
 from kvchat.tui.numbers import megabytes
 from kvchat.tui.widgets import Plain
+
+if TYPE_CHECKING:
+    from textual.widgets import ProgressBar
 
 PHASES: dict[Phase, str] = {
     "download": "downloading the model",
@@ -65,16 +68,17 @@ class StatusBar(Horizontal):
     def __init__(self) -> None:
         super().__init__()
         self._notice = self._held = ""
+        self._bar: ProgressBar | None = None
 
     def compose(self) -> ComposeResult:
         yield Label("", id="state", markup=False)
-        yield ProgressBar(id="progress", show_eta=False)
         yield Label("", id="told", markup=False)
 
     def say(self, words: str) -> None:
         """Show `words` and no bar."""
         self.query_one("#state", Label).update(neutralise(words))
-        self.query_one("#progress").display = False
+        if self._bar:
+            self._bar.display = False
 
     def tell(self, notice: str) -> None:
         """Show a notice, or none, until there is another."""
@@ -99,6 +103,10 @@ class StatusBar(Horizontal):
         elif progress.phase not in ("convert", "load"):
             words += f" {progress.done}" + (f" of {progress.total} tokens" if progress.total else " tokens")
         self.say(words)
-        bar = self.query_one("#progress", ProgressBar)
-        bar.display = True
-        bar.update(total=progress.total or None, progress=progress.done)
+        if not self._bar:
+            from textual.widgets import ProgressBar  # which the first paint need not wait for
+
+            self._bar = ProgressBar(id="progress", show_eta=False)
+            self.mount(self._bar, after="#state")
+        self._bar.display = True
+        self._bar.update(total=progress.total or None, progress=progress.done)

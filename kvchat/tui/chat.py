@@ -91,8 +91,12 @@ class ChatScreen(SessionScreen):
         self.prompt.completer = completer(self)
         self.jobs.busy = True
         self.jobs.say("starting…")
-        # Reading torch keeps the interpreter busy: the screen is drawn before it.
-        self.call_after_refresh(self._start)
+        # Reading torch keeps the interpreter busy: the screen is drawn before it, with the footer, which comes last.
+        self.call_after_refresh(self._start_when_drawn)
+
+    def _start_when_drawn(self) -> None:
+        is_drawn = any(key.region for key in self.query("Footer > *"))
+        self.call_after_refresh(self._start if is_drawn else self._start_when_drawn)
 
     def _start(self) -> None:
         self.jobs.busy = False
