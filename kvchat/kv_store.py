@@ -69,12 +69,17 @@ class KVStore:
 
     def fold(self) -> None:
         """Fold the log into the file unless another process reads it: a log that is lost then takes little along."""
-        with suppress(StoreError), explained(self.file):
-            self._db.execute("PRAGMA busy_timeout = 0").fetchall()
-            try:
-                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            finally:
-                self._db.execute(self._patience).fetchall()
+        with suppress(StoreError), explained(self.file), self.waiting(0):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    @contextmanager
+    def waiting(self, ms: int) -> Iterator[None]:
+        """What is written inside waits at most so long for another process that writes."""
+        self._db.execute(f"PRAGMA busy_timeout = {ms}").fetchall()
+        try:
+            yield
+        finally:
+            self._db.execute(self._patience).fetchall()
 
     def segment(self, segment_id: str) -> SegmentRecord | None:
         """The record of a segment, None if it is not there."""

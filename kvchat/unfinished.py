@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 AFTER_S = 0.4
 """Seconds after which it is written down again."""
+PATIENCE_MS = 50
+"""While another process writes: the next token waits for it, and it is tried again soon."""
 
 
 class Unfinished:
@@ -43,7 +45,7 @@ class Unfinished:
         A store that cannot be written costs only that.
         """
         if self._clock() - self._kept_at >= AFTER_S:
-            with suppress(StoreError):
+            with suppress(StoreError), self._store.waiting(PATIENCE_MS):
                 self.keep(parent, [*said, *more])
             self._kept_at = self._clock()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,21 @@ def test_an_answer_in_the_making_is_kept_twice_a_second(tmp_path: Path) -> None:
     kept.grow("b2:unknown", [], [1])  # costs nothing but that it is not kept
     assert store.unfinished(info.id) is None
     store.close()
+
+
+def test_an_answer_in_the_making_waits_for_no_other_process(tmp_path: Path) -> None:
+    with closing(Store(tmp_path / "s.db")) as store, closing(Store(tmp_path / "s.db")) as other:
+        info, message = store.create_session("trip", "tiny", {}), Message.new(None, "user", "Hi", [1], (0, 1))
+        store.add_messages(info.id, [message], None)
+        said, times = list[str](), count()
+        kept = Unfinished(store, info.id, lambda: float(next(times)))
+        store._db.conn.set_trace_callback(said.append)
+        with other._write():
+            kept.grow(message.id, [], [7])
+        assert said[0] == "PRAGMA busy_timeout = 50" and said[-1] == "PRAGMA busy_timeout = 10000"
+        assert store.unfinished(info.id) is None
+        kept.grow(message.id, [], [7, 8])
+        assert store.unfinished(info.id) == (message.id, [7, 8])
 
 
 def cut_off(worker: Worker, session: Session, parent: str, ids: list[int]) -> None:
