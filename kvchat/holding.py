@@ -125,10 +125,9 @@ class Holding:
             wanted = self._wanted(path)
             still = {name for name in wanted if self.saver.has(name)}
             wanted |= {name: min(wanted[name], held.get(name, 0)) for name in still}
-        damaged = [*self._arrive(wanted), *self._fit(wanted)]
-        self.arrange()
-        for start in damaged:
+        for start in [*self._arrive(wanted), *self._fit(wanted)]:
             self._lose(start, path)
+        self.arrange()
 
     def _arrive(self, wanted: dict[str, int]) -> list[int]:
         """Have tiers know the segments of which something is to come; the starts of those that cannot be read."""

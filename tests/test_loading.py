@@ -223,3 +223,17 @@ def test_damage_in_what_comes_together_costs_that_segment_alone(pool: Executor) 
     assert [one.start for one in damaged] == [70]
     assert {piece.start for piece in tiers.cache.pieces} == {0, 160}
     assert [one.start for one in tiers.residents] == [0, 160]
+
+
+@pytest.mark.parametrize("codec", ["k8v8", "k4v4", "raw"])
+def test_a_piece_without_rows_in_some_layers_is_in_all_of_them(
+    pool: Executor, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    frames = Frames()
+    residents = segments(frames, [codec], [70, 90, 60])
+    tiers = new_tiers(frames, pool)
+    tiers.bring(residents)
+    monkeypatch.setattr("kvchat.tiers.excerpts", refused)
+    assert not tiers.hold({"0": 3, "1": 3, "2": 2}, {"1": Part(((75, 77),))})
+    assert tiers.cache.is_whole and len([piece for piece in tiers.cache.pieces if piece.start == 70]) == 3
+    assert sum(tiers.cache.rows(piece) for piece in tiers.cache.pieces if piece.start == 70) > 0

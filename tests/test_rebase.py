@@ -643,3 +643,23 @@ def test_scoring_an_answer_leaves_no_less_than_is_held_after_resuming(store: Sto
             for _ in resumed.restore():
                 pass
             assert torch.equal(logits(resumed), logits(one))
+
+
+def test_no_positions_stay_free_for_what_turns_out_to_be_damaged(store: Store) -> None:
+    with conversation(store, new_engine(), settled(**{"compress.kv_budget": "300 rows"})) as one:
+        one.begin("Be brief.")
+        for number in range(40):
+            say(one, number)
+        residence = one.residence
+        concern(one, "word12?")
+        back = next(iter(residence.recalled.values()))
+        assert residence.cache.gap.length == back.length
+        held = {one.id: one.chunks for one in residence.tiers.residents}
+        assert held[back.entry.id] > 1
+        residence.tiers.hold(held | {back.entry.id: 1}, {back.entry.id: back.part})
+        update = "UPDATE frames SET body = zeroblob(length(body)) WHERE segment_id = ? AND chunk > 0"
+        store._db.execute(update, [back.entry.id])
+        store._db.conn.commit()
+        residence.hold(one.path)
+        assert not residence.recalled and not residence.cache.gap.length
+        assert_as_reference(one)

@@ -78,7 +78,7 @@ def before(rows: CodedKV, position: int) -> CodedKV:
 def within(rows: CodedKV, spans: Spans) -> CodedKV:
     """The rows of tokens in these spans; of keys in 4 bits whole groups, which share a scale, so some rows more.
 
-    Planes are shared with `rows`: only the runs are others, until these are packed.
+    Planes are shared with `rows`: only the runs are others, until these are packed. Runs without such rows stay, empty.
     """
     runs, grouped = rows.runs, rows.form.key_bits == 4
     run, offset = rows_of(runs[:, ROWS])
@@ -91,7 +91,9 @@ def within(rows: CodedKV, spans: Spans) -> CodedKV:
     chosen[:, FIRST] += offset[begins]
     chosen[:, ROWS] = ends - begins
     chosen[:, UNIT] += offset[begins] // GROUP if grouped else 0
-    return replace(rows, runs=chosen)
+    others = np.delete(runs, run[begins], axis=0)  # without rows: in every layer are the same pieces
+    others[:, ROWS] = 0
+    return replace(rows, runs=np.concatenate([chosen, others]))
 
 
 def rows_of(lengths: Runs) -> tuple[Runs, Runs]:
