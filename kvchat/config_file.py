@@ -13,8 +13,8 @@ from typing import Any
 import tomlkit
 from pydantic import ByteSize
 from tomlkit.exceptions import TOMLKitError
+from tomlkit.items import Comment, Whitespace
 from tomlkit.items import Table as Section
-from tomlkit.items import Whitespace
 
 from kvchat.config import Config, dotted
 from kvchat.errors import ConfigError
@@ -79,9 +79,9 @@ def _switched(text: str, key: str, is_there: bool, is_set: bool) -> str:
     has_default = annotation(key) is None or value_of(Config(), key) is not None
     if is_there == is_set or (is_there and has_default):
         return text
-    before, after = (name, f"# {name}") if is_there else (f"# {name}", name)
-    pattern = rf"(^\[{re.escape(section)}\]\s*$(?:\n(?!\[).*$)*?\n){re.escape(before)}(?= = )"
-    return re.sub(pattern, lambda found: found[1] + after, text, count=1, flags=re.MULTILINE)
+    before, after = ("", "# ") if is_there else ("# ", "")
+    pattern = rf"(^\[{re.escape(section)}\][^\n]*$(?:\n(?!\[).*$)*?\n[ \t]*){before}({re.escape(name)})(?=[ \t]*=)"
+    return re.sub(pattern, lambda found: found[1] + after + found[2], text, count=1, flags=re.MULTILINE)
 
 
 def _put(document: tomlkit.TOMLDocument, key: str, value: Any) -> None:
@@ -105,6 +105,10 @@ def _set(table: Table, key: str, name: str, value: Any) -> None:
     default = None if annotation(key) is None else value_of(Config(), key)
     if value is None and (name not in table or default is None):
         table.pop(name, None)
+    elif isinstance(value, Mapping) and isinstance(there := table.get(name), Section):
+        for gone in there.keys() - value.keys():
+            del there[gone]
+        there.update(value)
     elif name in table or not isinstance(table, Section):
         table[name] = _item(default if value is None else value)
     else:
@@ -112,14 +116,18 @@ def _set(table: Table, key: str, name: str, value: Any) -> None:
 
 
 def _append(table: Section, name: str, value: Any, meaning: str) -> None:
-    """Add a line at the end of a section, before the empty lines that part it from the next."""
-    body, blank = table.value.body, []
-    while body and isinstance(body[-1][1], Whitespace):
-        blank.append(body.pop())
-    if meaning:
+    """Add a line at the end of a section, before the empty line that parts it from the next and what stands there."""
+    body, rest = table.value.body, []
+    while body and isinstance(body[-1][1], Whitespace | Comment):
+        rest.append(body.pop())
+    while rest and isinstance(rest[-1][1], Comment):
+        body.append(rest.pop())
+    if body and not isinstance(last := body[-1][1], Section):
+        last.trivia.trail = last.trivia.trail or "\n"  # there is none at the end of a file
+    if meaning and not any(isinstance(item, Section) for _, item in body):  # behind those it would be theirs
         table.add(tomlkit.comment(meaning))
     table.add(name, _item(value))
-    body.extend(reversed(blank))
+    body.extend(reversed(rest))
 
 
 def _item(value: Any) -> Any:

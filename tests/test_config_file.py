@@ -6,6 +6,7 @@ import os
 import stat
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,6 +119,34 @@ def test_other_ways_to_write_a_file_stay_as_they_are(before: str, after: str, fi
     write(file, {"compress.keep_ratio": 0.3})
     assert file.read_text() == after.replace("{meaning}", MEANINGS["compress.keep_ratio"])
     assert Config.load(file).compress.keep_ratio == 0.3
+
+
+@pytest.mark.parametrize(
+    ("before", "values", "after"),
+    [
+        ("[generate]\ntop_k = 5", {"generate.top_p": 0.5}, "[generate]\ntop_k = 5\n# {top_p}\ntop_p = 0.5\n"),
+        (
+            "[generate]\ntop_k = 5\n# more\n\n# of codecs\n[codec]\n",
+            {"generate.top_p": 0.5},
+            "[generate]\ntop_k = 5\n# more\n# {top_p}\ntop_p = 0.5\n\n# of codecs\n[codec]\n",
+        ),
+        ("[generate] # x\n  seed=1 # why\n", {"generate.seed": None}, "[generate] # x\n  # seed=1 # why\n"),
+        (
+            "[tui]\n[tui.keys]\nmap = 'f4' # x\n",
+            {"tui.titles": False},
+            "[tui]\ntitles = false\n\n[tui.keys]\nmap = 'f4' # x\n",
+        ),
+        (
+            "[tui.keys]\nmap = 'f4' # x\nstop = 'f8'\n",
+            {"tui.keys": {"map": "f9"}},
+            '[tui.keys]\nmap = "f9" # x\n',
+        ),
+    ],
+)
+def test_comments_stay_where_they_belong(before: str, values: dict[str, Any], after: str, file: Path) -> None:
+    file.write_text(before)
+    write(file, values)
+    assert file.read_text() == after.replace("{top_p}", MEANINGS["generate.top_p"])
 
 
 def test_a_file_that_is_missing_is_made_and_a_key_of_a_table_too(tmp_path: Path) -> None:
