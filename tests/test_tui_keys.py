@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,6 +13,7 @@ from textual.theme import Theme
 
 from kvchat.config import Config
 from kvchat.errors import ConfigError
+from kvchat.events import Notice
 from kvchat.sections import TuiConfig
 from kvchat.tui.app import ChatApp
 from kvchat.tui.chat import ChatScreen
@@ -206,3 +208,35 @@ async def test_a_key_opens_and_closes_all_reasoning_that_to_come_too() -> None:
         await wait_until(lambda: screen(app).count("so it is") == 2)
         await pilot.press("f6")
         await wait_until(lambda: "so it is" not in screen(app))
+
+
+async def test_keys_go_to_the_first_message_and_the_last_and_what_was_asked_for_is_gone_to() -> None:
+    worker = FakeWorker("trip")
+    for turn in range(20):
+        worker.all["trip"].say("user", f"question {turn}.")
+        worker.all["trip"].say("assistant", "a line\n\n" * 6)
+    async with chat(worker) as (app, pilot):
+        await pilot.press("ctrl+home")
+        await wait_until(lambda: "question 0." in screen(app) and "more below" in screen(app))
+        await pilot.press("ctrl+end")
+        await wait_until(lambda: "question 19." in screen(app) and "more below" not in screen(app))
+        for line in ("/tag", "/nonsense", "/retry"):
+            await pilot.press("ctrl+home")
+            await wait_until(lambda: "question 0." in screen(app))
+            await enter(app, pilot, line)
+            await wait_until(lambda: app.transcript.following)
+            app.prompt.clear()
+        assert texts(app, Question)[-1] == "question 19."
+        await pilot.press("ctrl+home")
+        await wait_until(lambda: "question 0." in screen(app))
+        worker.listener(Notice("by the way"))
+        await wait_until(lambda: "by the way" in screen(app))
+        assert not app.transcript.following
+
+
+async def test_a_narrow_title_bar_still_names_the_session() -> None:
+    async with chat(FakeWorker("trip"), size=(40, 12)) as (app, pilot):
+        await enter(app, pilot, "hello")
+        await wait_until(lambda: re.match(r" trip +4012 / 8192 tokens\s", screen(app)))
+        await pilot.resize_terminal(*WIDE)
+        await wait_until(lambda: re.match(r" kvchat  trip · tiny +4012 / 8192 tokens ━", screen(app)))

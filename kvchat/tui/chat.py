@@ -75,6 +75,8 @@ class ChatScreen(SessionScreen):
         Binding("f9", "command('/continue')", "Continue the answer", id="continue", show=False),
         Binding("ctrl+t", "command('/attach')", "Attach a file", id="attach", show=False),
         Binding("ctrl+l", "list", "Go to the list of sessions", id="sessions", show=False),
+        Binding("ctrl+home", "to_beginning", "Go to the first message", id="first_message", show=False),
+        Binding("ctrl+end", "to_end", "Go to the last message", id="last_message", show=False),
         Binding("ctrl+up", "keep(1)", "Keep more", id="keep_more", show=False, priority=True),
         Binding("ctrl+down", "keep(-1)", "Keep less", id="keep_less", show=False, priority=True),
     ]
@@ -88,6 +90,7 @@ class ChatScreen(SessionScreen):
 
     def on_mount(self) -> None:
         self.set_interval(0.1, self.drain)
+        self.sessions.display = self.app.size.width >= NARROW
         self.prompt.completer = completer(self)
         self.jobs.busy = True
         self.jobs.say("starting…")
@@ -260,6 +263,12 @@ class ChatScreen(SessionScreen):
         self.set_class(event.size.width < NARROW, "-narrow")
         if not self.sessions.has_focus:
             self.sessions.display = event.size.width >= NARROW
+
+    def action_to_beginning(self) -> None:
+        self.jobs.beside(self.transcript.to_beginning())
+
+    def action_to_end(self) -> None:
+        self.jobs.beside(self.transcript.to_end())
 
     def action_scroll(self, pages: int) -> None:
         scroll = self.transcript.scroll_page_down if pages > 0 else self.transcript.scroll_page_up

@@ -33,6 +33,8 @@ class Popup(OptionList, can_focus=False):
         background: $surface;
         padding: 0 1;
         scrollbar-size-vertical: 1;
+
+        & > .option-list--option { text-wrap: nowrap; text-overflow: ellipsis; }
     }
     """
 

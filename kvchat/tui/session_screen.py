@@ -125,9 +125,14 @@ class SessionScreen(Screen[None]):
         self.status.say(self.jobs.told)
 
     def note(self, text: str, kind: str = "") -> Note:
-        """Add a line of the program to the transcript; `kind` is a class of the stylesheet."""
+        """Add a line of the program to the transcript; `kind` is a class of the stylesheet.
+
+        What the user asked for is gone to; a notice, or the line of a turn, leaves who reads elsewhere alone.
+        """
         note = Note(text, classes=kind)
         self.transcript.mount(note)
+        if kind in ("", "-error"):
+            self.jobs.beside(self.transcript.to_end())
         return note
 
     # -- the session -------------------------------------------------------------------------------------------------

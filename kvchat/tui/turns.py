@@ -70,6 +70,7 @@ class Turns:
             raise
 
     async def _again(self, chat: Session) -> None:
+        await self.screen.transcript.to_end()
         before, answer = self.screen.transcript.last_reply(), Answer()
         for widget in before:
             widget.display = False
@@ -101,6 +102,7 @@ class Turns:
             raise
 
     async def _continued(self, chat: Session) -> None:
+        await self.screen.transcript.to_end()
         reply = self.screen.transcript.last_reply()
         before = next((widget for widget in reply if isinstance(widget, Answer)), None)
         if before is None:
@@ -125,7 +127,7 @@ class Turns:
         done = self._last = await self._stream(start, answer)
         self.screen.jobs.say(speed_of(done.timings))
         self.screen.title_bar.measure(done.usage.prompt_tokens + done.usage.completion_tokens, chat.context_window)
-        self.screen.jobs.beside(self.measure(chat, done, self.screen.note(turn_line(done, "sealing"))))
+        self.screen.jobs.beside(self.measure(chat, done, self.screen.note(turn_line(done, "sealing"), "-turn")))
 
     async def _stream(self, start: Callable[[], Iterator[Event]], answer: Answer) -> TurnDone:
         """Run the turn that `start` begins in a thread, and show its events as they come.

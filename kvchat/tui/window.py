@@ -22,7 +22,7 @@ class MoreBelow(Static):
     """Says that the end is out of sight; a click goes there."""
 
     def __init__(self) -> None:
-        super().__init__("↓ more below · End", markup=False)
+        super().__init__("↓ more below · Ctrl+End", markup=False)
 
     def on_click(self, event: events.Click) -> None:
         event.stop()
@@ -48,9 +48,9 @@ class Window(SteadyScroll):
     MoreBelow {
         layer: hint;
         dock: bottom;
-        width: auto;
+        width: 100%;
         height: 1;
-        padding: 0 1;
+        text-align: center;
         background: $panel;
         color: $text-muted;
     }
