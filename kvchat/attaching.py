@@ -113,6 +113,7 @@ def attach(conversation: Conversation, document: Document, stop: Stop) -> Genera
             yield from residence.seal_up_to(path, first + low, "import", stop)
         if (yield from residence.borrow(source, path, first + low, first + high)):
             borrowed += source.end - source.start
+            yield Progress("import", residence.cache.num_seen, residence.bounds(path)[-1])
     yield from residence.catch_up(path, len(path), "import", stop)
     residence.num_computed = 0
     tokens = sum(len(message.token_ids) for message in path[first:])

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -19,12 +20,12 @@ from typing import Any, TypeVar, cast
 from kvchat import memory
 from kvchat.bandwidths import Bandwidths
 from kvchat.config import Config
-from kvchat.errors import OutOfMemory
-from kvchat.events import Event, Progress
+from kvchat.errors import OutOfMemory, StoreError
+from kvchat.events import Event, Progress, TurnDone
+from kvchat.footprint import expected_bytes, held_bytes, is_gone, per_token
 from kvchat.host import HostedStore
 from kvchat.jobs import Jobs
 from kvchat.planning import Figures, contexts_of, of_entry
-from kvchat.residence import Residence
 from kvchat.session import Conversation
 from kvchat.utility import HOST, MEMORY, Context, Place, Uses, make_room
 
@@ -49,12 +50,6 @@ class _Lying:
     id: str
     context: Context
     place: Place
-
-
-def held_bytes(residence: Residence) -> int:
-    """KV in memory of one session."""
-    model, cache = residence.engine.model, residence.cache
-    return cache.sealed_bytes + cache.tail_length * model.pairs_per_token * model.bytes_per_pair
 
 
 class Balance:
@@ -87,6 +82,8 @@ class Balance:
         self._ahead: dict[str, int] = {}
         """Leading chunks of segments that are to be in memory or host memory."""
         self._before = (0, 0.0)
+        self._last: dict[int, TurnDone] = {}
+        """Of each session the turn that was learnt from last."""
 
     # -- for the worker ----------------------------------------------------------------------------------------------
 
@@ -114,9 +111,12 @@ class Balance:
 
     def finish(self, conversation: Conversation) -> Iterator[Event]:
         """After the last visible token of a turn."""
+        if not self.is_whole(conversation):  # another session came before, for which it was finished
+            return
         yield from self.held(conversation, conversation.finish())
-        load_s = 0.0
-        if (last := conversation.last) is not None:
+        load_s, session = 0.0, conversation.info.id
+        if (last := conversation.last) is not None and last is not self._last.get(session):
+            self._last[session] = last
             load_s, tokens = last.timings.load_s, last.usage.prefilled_tokens
             if tokens >= MANY_TOKENS:
                 self.bandwidths.add_prefill(tokens, (last.timings.ttft_s or 0.0) - load_s)
@@ -143,12 +143,15 @@ class Balance:
         self.uses.add(session, self._clock())
         self._before = self._served()
         if self._budget:
-            growth = self._expected(conversation) + tokens * _per_token(residence) - held_bytes(residence)
+            growth = self._expected(conversation) + tokens * per_token(residence) - held_bytes(residence)
             self._make_room(conversation, max(0, growth))
-        if self._whole.pop(session, None) is not None and residence.tiers.residents:
+        if session in self._whole and residence.tiers.residents:
             begun = time.perf_counter()
             residence.hold(conversation.path)
+            if is_gone(residence):
+                residence.let_go()
             self._measured(time.perf_counter() - begun)
+        self._whole.pop(session, None)  # last: what failed is done the next time
 
     def _used(self, conversation: Conversation, load_s: float) -> None:
         """A session was used, for which KV was loaded in so many seconds: learn from it, and hold the budget."""
@@ -162,6 +165,7 @@ class Balance:
     def forget(self, conversation: Conversation) -> None:
         """A session was closed."""
         self._whole.pop(conversation.info.id, None)
+        self._last.pop(conversation.info.id, None)
 
     def worth(self, segment_id: str, chunk: int) -> float:
         """As `host.Worth`, from any thread: every byte takes as long to read, so that uses decide."""
@@ -186,10 +190,14 @@ class Balance:
         mine = held_bytes(active.residence) + growth
         if mine + sum(held_bytes(one.residence) for one in others) <= self._budget:
             return
+        for one in others:
+            if self.is_whole(one) and one.residence.num_saved < one.residence.cache.num_seen:
+                self._jobs.in_background(one.finish, one)  # while it has what that is computed from
         lying = [part for one in others for part in self._parts(one)]
         caps = {MEMORY: max(0, self._budget - mine), HOST: self.host.cap if self.host else 0}
         contexts, before = [one.context for one in lying], [one.place for one in lying]
-        after, decisions = make_room(contexts, before, caps, self.bandwidths.costs())
+        # All is in the store, and comes back whole: nothing is given up here.
+        after, decisions = make_room(contexts, before, caps, self.bandwidths.costs(), moving=True)
         self.why.extend(map(str, decisions))
         moved = [replace(one, place=place) for one, place in zip(lying, after, strict=True)]
         for one in others:
@@ -233,14 +241,16 @@ class Balance:
         residence, session, now = conversation.residence, conversation.info.id, self._clock()
         held, model = {one.id: one.chunks for one in residence.tiers.residents}, residence.engine.model
         known = [entry for entry in residence.known if not entry.lost]
-        nbytes = self._store.frame_bytes([entry.id for entry in known])
+        nbytes: dict[str, int] = {}
+        with suppress(StoreError):  # of a damaged page; it blocks nobody else
+            nbytes = self._store.frame_bytes([entry.id for entry in known])
         figures = [
             of_entry(entry, conversation.info.name, nbytes.get(entry.id), model.pairs_per_token) for entry in known
         ]
         places = [self._place(entry.id, held.get(entry.id, 0), entry.num_chunks) for entry in known]
         uses = [self.uses.frequency((session, entry.start), now) for entry in known]
         if length := residence.cache.tail_length:
-            pairs, size = length * model.pairs_per_token, length * _per_token(residence)
+            pairs, size = length * model.pairs_per_token, length * per_token(residence)
             figures.append(Figures(f"{conversation.info.name} tail", length, [pairs], None, "", "", size, size))
             places.append(Place(1, 1, 1))
             uses.append(0.0)
@@ -258,16 +268,17 @@ class Balance:
         residence = conversation.residence
         if (known := self._whole.get(conversation.info.id)) is not None:
             return known
-        if held := held_bytes(residence):
-            return held
-        compress, tokens = residence.config.compress, conversation.num_tokens
-        older = max(0, tokens - compress.recent_tokens)
-        return int((tokens - older + compress.keep_ratio * older) * _per_token(residence))
+        return held_bytes(residence) or expected_bytes(residence, conversation.num_tokens)
 
     def _know(self) -> None:
         """Whose segments are whose, for `worth`."""
-        owners = dict(self._owners)
-        for one in self._opened():
+        if self.host is None:
+            return
+        with suppress(StoreError):
+            self.host.forget_all_but(self._store.stored_chunks(self.host.chunks()))
+        there, opened = self.host.chunks(), {one.info.id: one for one in self._opened()}
+        owners = {name: owner for name, owner in self._owners.items() if name in there or owner[0] in opened}
+        for one in opened.values():
             held = {resident.id: resident.chunks for resident in one.residence.tiers.residents}
             for name, (session, start, _) in owners.items():
                 if session == one.info.id:
@@ -275,8 +286,7 @@ class Balance:
             known = one.residence.known
             owners |= {entry.id: (one.info.id, entry.start, held.get(entry.id, 0)) for entry in known}
         self._owners = owners
-        if self.host:
-            self.host.rate()
+        self.host.rate()
 
     def _served(self) -> tuple[int, float]:
         """Bytes of frames that were loaded so far, and seconds of all reads."""
@@ -288,8 +298,3 @@ class Balance:
         (nbytes, read_s), before = self._served(), self._before
         self.bandwidths.add_load(nbytes - before[0], seconds, read_s - before[1])
         self._before = self._served()
-
-
-def _per_token(residence: Residence) -> int:
-    model = residence.engine.model
-    return model.pairs_per_token * model.bytes_per_pair

@@ -181,7 +181,8 @@ class Checks(KVStore):
     def _damaged_segments(self, owners: Mapping[str, set[str]], everything: bool) -> Iterable[Damaged]:
         """Of the sessions in `owners`, or of all."""
         for row in self._rows("SELECT id FROM segments ORDER BY start_token, id"):
-            record = self._segments([row["id"]])[row["id"]]
+            if (record := self.segment(row["id"])) is None:
+                continue  # it had the frames of one that was damaged, and went with it
             names = sorted({name for message in record.messages for name in owners.get(message, ())})
             problems = list(self._segment_problems(record)) if names or everything else []
             if problems:

@@ -12,7 +12,7 @@ import heapq
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
@@ -92,11 +92,11 @@ class HostCache:
         """
         self._hurry()
         for segment_id, count in leading.items():
-            there = self._there(segment_id, range(count))
-            missing = [
-                chunk for chunk in range(count) if (chunk, 0) not in there and self._would_stay(segment_id, chunk)
-            ]
             with suppress(CodecError, StoreError):  # who needs it finds out
+                there = self._there(segment_id, range(count))
+                missing = [
+                    chunk for chunk in range(count) if (chunk, 0) not in there and self._would_stay(segment_id, chunk)
+                ]
                 for chunk, group, read in self._learning(segment_id, missing):
                     work = partial(self._read_ahead, (segment_id, chunk, group), self._versions[segment_id], read)
                     self._ahead.append(submit(self._pool, work))
@@ -115,8 +115,16 @@ class HostCache:
         with self._lock:
             for key in [key for key in self._frames if key[0] == segment_id]:
                 self._nbytes -= len(self._frames.pop(key))
+            # What is read again stands there anew: in order twice, its bytes would be counted twice when it goes.
+            self._order = [one for one in self._order if one[1][0] != segment_id]
+            heapq.heapify(self._order)
             self._groups.pop(segment_id, None)
             self._versions.pop(segment_id, None)
+
+    def forget_all_but(self, stored: Collection[str]) -> None:
+        """Drop what the store has no more; nobody asks for it, so that nothing else would find out."""
+        for segment_id in self.chunks().keys() - {*stored}:
+            self.forget(segment_id)
 
     def stats(self) -> dict[str, int]:
         """Frames served from here and from below, their bytes, and what is here."""
@@ -256,4 +264,5 @@ class HostedStore(Store):
         return {row["id"]: row["nbytes"] for row in self._rows(FOUND, ids=json.dumps(list(ids)))}
 
     def _version(self, segment_id: str) -> object:
-        return [row["created"] for row in self._rows(FOUND, ids=json.dumps([segment_id]))]
+        with self._damage_of(segment_id):
+            return [row["created"] for row in self._rows(FOUND, ids=json.dumps([segment_id]))]

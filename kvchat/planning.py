@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from kvchat.bandwidths import Bandwidths
@@ -83,14 +83,19 @@ def of_record(record: SegmentRecord, session: str) -> Figures:
 
 def would_decide(store: Store, config: Config, costs: Bandwidths | None = None) -> list[Decision]:
     """What gives way if all stored sessions were opened now, with the limits that are set; nothing without any."""
-    caps = limits(config)
-    contexts, places = list[Context](), list[Place]()
+    caps, rates = limits(config), (costs or Bandwidths()).costs()
+    contexts, places, seen = list[Context](), list[Place](), set[str]()
     for info in store.sessions():
         with suppress(StoreDamaged):
-            for context, place in _stored(store, info, config):
+            for context, place in _stored(store, info, config, seen):
                 contexts.append(context)
                 places.append(place)
-    return make_room(contexts, places, caps, (costs or Bandwidths()).costs())[1]
+    # What is open gives nothing up, and comes back whole; only the disk's limit takes something away.
+    disk = {DISK: caps[DISK]} if DISK in caps else {}
+    moved, decisions = make_room(
+        contexts, places, {tier: caps[tier] for tier in caps.keys() - disk}, rates, moving=True
+    )
+    return decisions + make_room(contexts, moved, disk, rates)[1]
 
 
 def limits(config: Config) -> Mapping[int, float]:
@@ -99,15 +104,20 @@ def limits(config: Config) -> Mapping[int, float]:
     return {tier: float(cap) for tier, cap in caps.items() if cap or tier == HOST}
 
 
-def _stored(store: Store, info: SessionInfo, config: Config) -> Iterable[tuple[Context, Place]]:
-    """A session's sealed segments, held as they would be if it were open."""
+def _stored(store: Store, info: SessionInfo, config: Config, seen: set[str]) -> Iterable[tuple[Context, Place]]:
+    """A session's sealed segments, held as they would be if it were open.
+
+    seen: segments of which other sessions have the frames already; these are there once.
+    """
     cover = store.cover([message.id for message in store.path(info.tip)], fingerprint_id(info.fingerprint))
     records = [record for record, _ in cover if record.kind == "sealed"]
     held = would_hold(config.compress, records, info.num_tokens)
     known, places = list[Figures](), list[Place]()
     for record, chunks in zip(records, held, strict=True):
         with suppress(CodecError):
-            known.append(of_record(record, info.name))
+            figures = of_record(record, info.name)
+            known.append(replace(figures, frames=0) if record.id in seen else figures)
+            seen.add(record.id)
             places.append(Place(min(chunks, record.stored_chunks), record.stored_chunks, record.stored_chunks))
     age_s = (datetime.now(UTC) - datetime.fromisoformat(info.updated)).total_seconds()
     frequency = math.exp(-max(0.0, age_s) / TAU_S)

@@ -232,54 +232,62 @@ def _coarser(context: Context) -> tuple[float, float]:
     return context.coarser
 
 
-def options(context: Context, place: Place, tier: int) -> Iterator[Place]:
-    """What a context could be instead: fewer chunks, coarser once, the last chunk one tier lower, text only."""
+def options(context: Context, place: Place, tier: int, moving: bool = False) -> Iterator[Place]:
+    """What a context could be instead: fewer chunks, coarser once, the last chunk one tier lower, text only.
+
+    moving: only the third.
+    """
     if not place.disk:
         return
-    if (last := place.disk - 1) > 0:
+    if (last := place.disk - 1) > 0 and not moving:
         yield Place(min(place.memory, last), min(place.host, last), last, place.coarse)
-    if context.coarser and not place.coarse:
+    if context.coarser and not place.coarse and not moving:
         yield replace(place, coarse=True)
     if tier == MEMORY and place.memory:
         yield replace(place, memory=place.memory - 1)
     if tier == HOST and place.host > place.memory:
         yield replace(place, host=place.host - 1)
-    yield Place(0, 0, 0)
+    if not moving:
+        yield Place(0, 0, 0)
 
 
 # -- making room ------------------------------------------------------------------------------------------------------
 
 
 def make_room(
-    contexts: Sequence[Context], places: Sequence[Place], caps: Mapping[int, float], costs: Costs
+    contexts: Sequence[Context],
+    places: Sequence[Place],
+    caps: Mapping[int, float],
+    costs: Costs,
+    moving: bool = False,
 ) -> tuple[list[Place], list[Decision]]:
     """Until each tier keeps to its cap, let go what loses the least utility a byte that it frees, the first of equals.
 
     First memory, then host memory, then disk, so that what moves down is part of what the next tier decides on. A tier
     without a cap has room for all. A smaller cap takes the same steps and then more, so that what it leaves in a tier
-    is part of what a larger one does. Where nothing frees any more, what is left stays.
+    is part of what a larger one does. Where nothing frees any more, what is left stays. `moving`: as of `options`.
     """
     now, decisions = list(places), list[Decision]()
     for tier in (MEMORY, HOST, DISK):
         used = sum(taken(context, place, tier) for context, place in zip(contexts, now, strict=True))
         if used <= caps.get(tier, math.inf):
             continue
-        steps = [_best(context, now[index], tier, costs, index) for index, context in enumerate(contexts)]
+        steps = [_best(context, now[index], tier, costs, index, moving) for index, context in enumerate(contexts)]
         heap = [(step.drop / step.freed, step.index, step) for step in steps if step]
         heapq.heapify(heap)
         while heap and used > caps[tier]:
             _, index, step = heapq.heappop(heap)
             decisions.append(step)
             now[index], used = step.after, used - step.freed
-            if further := _best(contexts[index], now[index], tier, costs, index):
+            if further := _best(contexts[index], now[index], tier, costs, index, moving):
                 heapq.heappush(heap, (further.drop / further.freed, index, further))
     return now, decisions
 
 
-def _best(context: Context, place: Place, tier: int, costs: Costs, index: int) -> Decision | None:
+def _best(context: Context, place: Place, tier: int, costs: Costs, index: int, moving: bool) -> Decision | None:
     """The option that loses the least for a byte that it frees, the first of equals; None if none frees any."""
     before, held, best = utility(context, place, costs), taken(context, place, tier), None
-    for option in options(context, place, tier):
+    for option in options(context, place, tier, moving):
         freed = held - taken(context, option, tier)
         if freed <= 0:
             continue

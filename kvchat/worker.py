@@ -179,7 +179,8 @@ class Worker(Shelf):
     def _mend(self, stop: Stop) -> None:
         for one in filter(self.balance.is_whole, self._conversations()):
             one.engine.prepare(one.residence.cache)
-            self.jobs.in_spare_time(partial(one.residence.mend, one.path, stop), f"{one.info.name}: computing lost KV")
+            mend = partial(one.residence.mend, one.path, stop)
+            self.jobs.in_spare_time(lambda: self.balance.held(one, mend()), f"{one.info.name}: computing lost KV")  # noqa: B023
         self._save(stop)
 
     def _probe(self, stop: Stop) -> None:

@@ -481,6 +481,24 @@ def test_damage_is_said_and_computed_again(store: Store) -> None:
     assert victim["frames_of"] not in {row["frames_of"] for row in aliases(store)}
 
 
+def test_repair_removes_a_damaged_document_with_all_that_has_its_frames(store: Store, engine: Engine) -> None:
+    with with_document(store, engine, "one"):
+        pass
+    victim = aliases(store)[1]
+    store._db.execute("UPDATE frames SET body = zeroblob(length(body)) WHERE segment_id = ?", [victim["frames_of"]])
+    store._db.conn.commit()
+    assert any("was removed" in line for line in store.repair())
+    assert store.verify() == [] and victim["id"] not in {row["id"] for row in aliases(store)}
+
+
+def test_every_part_that_is_had_is_told_so_that_others_can_give_way(store: Store, engine: Engine) -> None:
+    document, _ = built(store, engine)
+    with conversation(store, engine, CONFIG, "one") as one:
+        one.begin("Be brief.")
+        told = [event.done for event in attach(one, document, lambda: False) if isinstance(event, Progress)]
+        assert len(told) >= len(document.messages) // 2 and told == sorted(told) and told[-1] == one.num_tokens
+
+
 def test_damage_that_is_found_while_attaching_is_said_and_computed_again(store: Store, engine: Engine) -> None:
     document, _ = built(store, engine)
     victim = store._rows("SELECT id FROM segments ORDER BY start_token DESC LIMIT 1")[0]["id"]

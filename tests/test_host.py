@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvchat.bandwidths import START, Bandwidths
 from kvchat.codecs.frame import pack
-from kvchat.errors import CorruptFrame
+from kvchat.errors import CorruptFrame, StoreDamaged
 from kvchat.host import HostCache, HostedStore
 from tests.store_parts import converse, segment
 
@@ -129,6 +130,29 @@ def test_another_version_of_a_segment_is_read_anew_and_a_dropped_one_too(below: 
     assert len(below.reads) == 3 * GROUPS
 
 
+def test_what_is_read_again_after_it_was_dropped_gives_up_its_bytes_once(pool: Executor) -> None:
+    sizes, worths = {"a": 10, "b": 10, "c": 20}, {"a": 1.0, "b": 2.0, "c": 3.0}
+
+    def fetch(name: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, partial[bytes]]]:
+        yield from ((chunk, 0, partial(bytes, bytearray(b"x" * sizes[name]))) for chunk in chunks)
+
+    host = HostCache(fetch, pool, 20, lambda name, _: worths[name])
+    read(host, "a", [0])
+    host.forget("a")
+    for name in "abc":
+        read(host, name, [0])
+        assert host.stats()["nbytes"] == sum(map(len, host._frames.values())) <= host.cap
+    assert host.chunks() == {"c": 1}
+
+
+def test_what_the_store_has_no_more_is_dropped_when_that_is_told(below: Below, pool: Executor) -> None:
+    host = HostCache(below.fetch, pool, 100 * SIZE, lambda *_: 1.0)
+    for name in "ab":
+        read(host, name, [0])
+    host.forget_all_but(["b", "c"])
+    assert host.chunks() == {"b": 1} and host.stats()["nbytes"] == GROUPS * SIZE
+
+
 def test_reading_ahead_does_not_wait_and_gives_way_to_who_reads(below: Below, pool: Executor) -> None:
     host = HostCache(below.fetch, pool, 100 * SIZE, lambda *_: 1.0)
     below.gate.clear()
@@ -184,6 +208,28 @@ def test_a_store_reads_through_it_and_forgets_what_it_drops(tmp_path: Path, pool
     store.read_ahead({record.id: 2})
     settled(host, pool)
     assert host.stats()["frames"] == 4
+    store.close()
+
+
+def test_a_damaged_page_is_a_miss_and_keeps_nothing_else_from_being_read_ahead(tmp_path: Path, pool: Executor) -> None:
+    store = HostedStore(tmp_path / "s.db")
+    _, path = converse(store, "trip", "a", "b")
+    record, frames = segment(path, 0, 2)
+    store.put_segment(record, frames)
+    host, rows = store.serve_from(pool, 1 << 20, lambda *_: 1.0), store._rows
+
+    def damaged(sql: str, **values: object) -> list[Any]:
+        if "bad" in str(values):
+            raise StoreDamaged("a page") from ValueError("malformed")
+        return rows(sql, **values)
+
+    store._rows = damaged  # type: ignore[method-assign]
+    with pytest.raises(CorruptFrame):
+        [*store.readings("bad", [0])]
+    store.read_ahead({"bad": 1, record.id: 2})
+    assert host is not None
+    settled(host, pool)
+    assert host.chunks() == {record.id: 2}
     store.close()
 
 

@@ -60,6 +60,7 @@ ORDER = [
         "reach",
         "restoring",
         "residence",
+        "footprint",
     ),
     *(
         "stats",

@@ -144,6 +144,21 @@ def test_a_chunk_that_is_not_worth_its_loading_is_given_up_and_text_is_left_wher
     assert place == Place(0, 0, 0) and decision.drop < 0 and "only text is left" in str(decision)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_only_to_move_is_neither_given_up_nor_written_anew(seed: int) -> None:
+    source, slow = random.Random(seed), Costs(disk=1e3, decode=1e3, fixed_s=1.0, prefill=1e9)
+    contexts = made_up(source, 8)
+    caps = {tier: source.random() * used(contexts, whole(contexts), MEMORY) / 2 for tier in (MEMORY, HOST)}
+    places, decisions = make_room(contexts, whole(contexts), caps, slow, moving=True)
+    assert [place.disk for place in places] == [len(context.chunks) for context in contexts]
+    assert all(used(contexts, places, tier) <= cap for tier, cap in caps.items())
+    assert decisions and all("moves to" in str(one) and one.drop > 0 for one in decisions)
+    assert any(
+        place.disk < len(context.chunks)
+        for place, context in zip(make_room(contexts, whole(contexts), caps, slow)[0], contexts, strict=True)
+    )
+
+
 def test_a_codec_gets_coarser_once_and_takes_and_is_worth_less() -> None:
     context = Context("a", 50_000, 1.0, (Chunk(0.9, 200, 100), Chunk(0.1, 200, 100)), (0.5, 0.9))
     coarse = Place(0, 0, 2, coarse=True)

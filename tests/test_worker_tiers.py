@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvchat.balance import held_bytes
 from kvchat.config import Config
+from kvchat.errors import StoreDamaged, StoreError
+from kvchat.footprint import held_bytes
 from kvchat.handle import Session
 from kvchat.planning import would_decide
 from kvchat.worker import Worker
+from tests.test_attach import TEXT
 from tests.tiny import make_model
 
 SETTINGS = {
@@ -166,3 +170,164 @@ def test_what_would_be_decided_for_stored_sessions_can_be_asked(opener: Open, tm
     told = [str(one) for one in worker.jobs.call(lambda: would_decide(worker._store, tight))]
     assert any(" of memory for " in line for line in told) and any(" of disk for " in line for line in told)
     assert told[0].startswith("s0 ")  # not used for longest
+
+
+def gave_way(worker: Worker, session: Session) -> bool:
+    """Whether part of it is in memory, and part is not."""
+    one = session._conversation
+    return worker.jobs.call(lambda: not worker.balance.is_whole(one) and bool(one.residence.tiers.residents))
+
+
+def test_a_session_with_a_limit_of_its_own_asks_no_more_of_others_than_that(opener: Open) -> None:
+    worker = opener()
+    sessions(worker, 2)
+    with worker.open("long") as long:
+        for number in range(8):
+            for question in QUESTIONS:
+                long.ask(f"{number}: {question}")
+    worker.close()
+    worker = opener(compress__kv_budget="256 rows", model__memory_budget=500_000)
+    for name in ("s0", "s1"):
+        worker.open(name).ask("Go on.")
+    worker.open("long").prefetch()
+    assert worker.jobs.call(lambda: [*worker.balance.why]) == [] and held(worker) <= 500_000
+
+
+def test_others_give_way_to_what_is_computed_in_spare_time(opener: Open) -> None:
+    worker = opener()
+    lost, *_ = sessions(worker, 4)
+    for question in QUESTIONS * 2:
+        lost.ask(question)
+    lost.settle()
+    said = [message.id for message in lost.messages()]
+    cover = worker.jobs.call(lambda: worker._store.cover(said, lost._conversation.residence.fingerprint))
+    worker.close()
+    worker = opener(model__memory_budget=KEPT * 6 // 10)
+    for record, _ in cover:
+        worker.jobs.call(partial(worker._store.drop_segment, record.id))
+    lost, *others = [worker.open(f"s{number}") for number in range(4)]
+    for one in others:
+        one.ask("And then?")
+    most = 0
+
+    def watched(event: Any) -> None:
+        nonlocal most
+        most = max(most, sum(held_bytes(one.residence) for one in worker._conversations()))
+
+    worker.jobs._listener = watched
+    worker.jobs.call(lambda: worker._mend(lambda: False))
+    assert lost._conversation.residence.cache.num_seen == lost._conversation.num_tokens
+    mine = held_bytes(lost._conversation.residence)
+    assert held(worker) <= max(KEPT * 6 // 10, mine) and most < 300_000  # by no more than is computed at once
+
+
+def test_what_could_not_come_back_comes_before_anything_is_computed(
+    opener: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, worker = opener("free.db"), opener(model__memory_budget=KEPT * 6 // 10)
+    expected, opened = sessions(free, 6), sessions(worker, 6)
+    number = 0
+    while not any(gave_way(worker, one) for one in opened):
+        for each in (expected, opened):
+            each[number].ask("More?")
+        number += 1
+    number = next(number for number, one in enumerate(opened) if gave_way(worker, one))
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._store, "stored_chunks", lambda ids: raising(StoreError("database is locked")))
+        with pytest.raises(StoreError, match="locked"):
+            opened[number].logprobs("a", "b")
+    assert probe(opened[number]) == probe(expected[number])
+
+
+def raising(error: Exception) -> Any:
+    raise error
+
+
+def test_what_gave_way_and_is_gone_from_the_store_is_computed_again(opener: Open) -> None:
+    worker = opener(model__memory_budget=250_000)
+    with worker.open("one", system="Be brief.") as one:
+        done = one.attach("report.txt", TEXT)
+        one.ask("Where is it?")
+        one.settle()
+        whole = [*one._conversation.residence.tiers.residents]
+        for number in range(8):
+            worker.open(f"s{number}").ask(QUESTIONS[1])
+            if gave_way(worker, one):
+                break
+        assert gave_way(worker, one)
+        worker.delete(done.document)
+        one.logprobs("a", "b")
+        now = [(each.start, each.chunks) for each in one._conversation.residence.tiers.residents]
+        assert now == [(each.start, each.chunks) for each in whole]
+
+
+def test_a_session_that_cannot_be_read_keeps_no_other_from_its_turn(
+    opener: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = opener(model__memory_budget=KEPT // 2)
+    opened = sessions(worker, 3)
+    monkeypatch.setattr(worker._store, "frame_bytes", lambda ids: raising(StoreDamaged("a page")))
+    for one in opened:
+        assert one.ask("And then?").finish_reason
+    assert held(worker) <= KEPT // 2
+
+
+def test_what_is_appended_is_finished_before_it_gives_way(opener: Open) -> None:
+    worker = opener(model__memory_budget=160_000)
+    one, other = sessions(worker, 2)
+    messages = [
+        {"role": "user", "content": "words and more " * 10},
+        {"role": "assistant", "content": "yes " * 10},
+    ]
+    gate, threads = threading.Event(), list[threading.Thread]()
+    worker.jobs.put(lambda: (gate.wait(10), None)[1])
+    for work in (lambda: one.append(messages), lambda: other.ask("long " * 30)):  # before `append` is finished
+        threads.append(threading.Thread(target=work))
+        threads[-1].start()
+        while worker.jobs._jobs.qsize() < len(threads):
+            pass
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert one.ask("So?").usage.prefilled_tokens < 60
+
+
+def test_of_each_turn_is_learnt_once(opener: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvchat.balance.MANY_TOKENS", 8)
+    worker, learnt = opener(), list[int]()
+    monkeypatch.setattr(worker.balance.bandwidths, "add_prefill", lambda tokens, seconds: learnt.append(tokens))
+    one = worker.open("one")
+    one.ask("Hello, how are you today?")
+    one.append([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}])
+    one.settle()
+    assert len(learnt) == 1
+
+
+def test_host_memory_lets_go_what_a_deleted_session_had(opener: Open) -> None:
+    worker = opener(model__memory_budget=120_000)
+    opened = sessions(worker, 3)
+    for one in opened:
+        one.ask("Go on.")
+    opened[0].close()
+    host = worker.balance.host
+    before = set(worker.jobs.call(lambda: host and host.chunks()) or ())
+    worker.delete("s0")
+    assert before - worker.jobs.call(lambda: worker._store.stored_chunks(before)).keys()
+    for one in opened[1:]:
+        one.ask("And then?")
+    there = worker.jobs.call(lambda: host and host.chunks()) or {}
+    assert there and worker.jobs.call(lambda: worker._store.stored_chunks([*there])).keys() == there.keys()
+
+
+def test_what_two_sessions_share_counts_once_on_disk(opener: Open) -> None:
+    worker = opener()
+    [one] = sessions(worker, 1)
+    one.settle()
+    one.fork("two")
+    used = worker.jobs.call(
+        lambda: sum(row["nbytes"] for row in worker._store._rows("SELECT nbytes FROM segments WHERE kind = 'sealed'"))
+    )
+    for limit, least in ((1.2, 0), (0.8, 1)):
+        config = worker.config.replaced({"store.disk_budget": int(limit * used)})
+        told = worker.jobs.call(partial(would_decide, worker._store, config))
+        assert min(1, len(told)) == least

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kvchat.balance import Balance, held_bytes
+from kvchat.balance import Balance
 from kvchat.bandwidths import Bandwidths
 from kvchat.bench.history import drain, timed
 from kvchat.bench.many import Bench, Messages, ingest, part, told
@@ -34,6 +34,7 @@ from kvchat.compress.compressor import chunks_within
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.events import Listener, Notice
+from kvchat.footprint import held_bytes
 from kvchat.host import HostedStore
 from kvchat.jobs import Jobs
 from kvchat.planning import COARSE, contexts_of, of_record

@@ -78,7 +78,7 @@ def by_utility(
         others = [at for at in range(len(flat)) if at not in set(mine)]
         room = caps[MEMORY] - sum(taken(contexts[at], places[at], MEMORY) for at in mine)
         some, before = [rated[at] for at in others], [places[at] for at in others]
-        moved, _ = make_room(some, before, {MEMORY: max(0.0, room)}, costs)
+        moved, _ = make_room(some, before, {MEMORY: max(0.0, room)}, costs, moving=True)
         for at, place in zip(others, moved, strict=True):
             places[at] = Place(place.memory, place.memory, places[at].disk, places[at].coarse)
     return Simulated(mean(waits), hits / len(trace))

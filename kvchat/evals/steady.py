@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,9 @@ def record(conversation: Conversation, case: Case, sample: int, seed: int) -> di
             searched=len(searched),
             found=sum(is_found(conversation, kept, index) for index in searched),
             turns=len(users),
-            recallable=sum(can_be_had(conversation, whole, bounds[at], bounds[at + 1]) for at in users),
+            recallable=sum(
+                can_be_had(conversation, whole, bounds[at], bounds[end]) for at, end in pairwise([*users, len(kept)])
+            ),
             tried=len(tried),
             came=sum(comes_back(conversation, start) for start, _ in tried),
         )
