@@ -79,9 +79,9 @@ class Jobs:
             if not future.done():
                 future.set_exception(error)
 
-        self.put(job, fail)
-        if aside:
+        if aside:  # first: it goes with the job at the latest, and holds on to nothing
             self._asides.put(job)
+        self.put(job, fail)
         return future.result()
 
     def stream(

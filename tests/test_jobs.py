@@ -112,6 +112,21 @@ def test_when_the_thread_ends_whatever_waits_for_it_fails() -> None:
     jobs.close()
 
 
+def test_what_was_done_aside_is_not_held_by_an_idle_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(None)
+    put = jobs.put
+
+    def put_and_wait(work: Callable[[], None], fail: Callable[[BaseException], None] = lambda _: None) -> None:
+        put(work, fail)
+        monkeypatch.setattr(jobs, "put", put)
+        jobs.call(lambda: None)
+
+    monkeypatch.setattr(jobs, "put", put_and_wait)
+    assert outcome(lambda: jobs.call(lambda: 1, aside=True)) == 1
+    assert jobs._asides.empty()
+    jobs.close()
+
+
 def test_what_is_done_aside_waits_for_one_step_of_a_turn_alone() -> None:
     done, told, jobs = list[str](), threading.Event(), Jobs(None)
 
