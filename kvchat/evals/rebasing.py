@@ -81,7 +81,8 @@ def costs(engine: Engine, config: Config, case: Case, window: int) -> list[Cost]
     if not any(moved):
         raise InputError(f"{case.name} does not fill a window of {window} tokens; give a longer conversation")
     chosen = {"before": [not one for one in moved], "right after one": first, "all after": moved}
-    return [_cost(when, [pair for pair, one in zip(pairs, some, strict=True) if one]) for when, some in chosen.items()]
+    of_each = {when: [pair for pair, one in zip(pairs, some, strict=True) if one] for when, some in chosen.items()}
+    return [_cost(when, some) for when, some in of_each.items() if some]
 
 
 def _foretold(engine: Engine, config: Config, case: Case) -> Iterator[Foretold]:
