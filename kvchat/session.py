@@ -74,6 +74,8 @@ class Conversation(Course):
         """
         if not self.path or self.path[-1].role != "user":
             raise InputError("there is no question to answer; send a message first")
+        if self.unfinished.kept and not said:
+            recover(self, beside=True)  # an answer that failed
         residence, opening = self.residence, (*self._template.generation_prompt, *said)
         if not exact:
             yield from residence.prepare(self.path, stop)

@@ -32,7 +32,8 @@ class Unfinished:
         self._store = store
         self._session_id = session_id
         self._clock = clock
-        self._kept = False
+        self.kept = False
+        """Whether the store has some of an answer that is no message yet."""
         self._kept_at = clock()
 
     def begin(self) -> None:
@@ -52,20 +53,20 @@ class Unfinished:
     def keep(self, parent: str, ids: Sequence[int]) -> None:
         """Write it down now. Raises StoreError."""
         self._store.set_unfinished(self._session_id, parent, ids)
-        self._kept = True
+        self.kept = True
 
     def forget(self) -> None:
         """The answer is a message now. If the store cannot be written, who opens the session again finds that out."""
-        if self._kept:
+        if self.kept:
             with suppress(StoreError):
                 self._store.clear_unfinished(self._session_id)
-                self._kept = False
+                self.kept = False
 
 
-def recover(conversation: Conversation) -> None:
+def recover(conversation: Conversation, beside: bool = False) -> None:
     """Make a message of an answer that a crash cut off, as if it had been stopped.
 
-    If the conversation has gone on from another message meanwhile, it is kept as a branch.
+    It is kept as a branch if the conversation has gone on from another message meanwhile, or is to go on `beside` it.
     """
     store, session_id = conversation.store, conversation.info.id
     found = store.unfinished(session_id)
@@ -74,7 +75,7 @@ def recover(conversation: Conversation) -> None:
     parent, ids = found
     tip = conversation.path[-1].id if conversation.path else None
     message = _message(conversation, parent, ids)
-    if ids and tip == parent:
+    if ids and tip == parent and not beside:
         store.add_messages(session_id, [message], tip)
         conversation.path = store.path(message.id)
     elif ids and not _is_said(store.tree(session_id), message):

@@ -285,6 +285,28 @@ def test_an_answer_that_went_on_and_could_not_be_stored_is_a_branch(
     assert len(session.messages()[-1].token_ids) == len(before[-1].token_ids) + 5
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_what_was_said_before_memory_ran_out_is_a_branch_of_what_comes_next(
+    opener: Open, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    monkeypatch.setattr("kvchat.unfinished.AFTER_S", 0.0)
+    session = opener().open("trip")
+    engine = session._conversation.engine
+
+    def fails(*_: Any) -> Iterator[int]:
+        yield from engine.model.template.assistant("Partly").ids[11:-2]
+        raise OutOfMemory("there is no memory for that")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "decode", fails)
+        with pytest.raises(OutOfMemory):
+            session.ask(QUESTIONS[0])
+    whole = session.regenerate() if again else session.ask(QUESTIONS[1])
+    assert said(session) == [QUESTIONS[0], *([] if again else [QUESTIONS[1]]), whole.text]
+    assert [node.text for node in session.tree() if not node.on_path] == ["Partly"]
+    assert unfinished(session) is None
+
+
 def test_stopping_before_a_new_word_leaves_the_answer_as_it_was(opener: Open) -> None:
     session = opener().open("trip")
     session.ask(QUESTIONS[0])
