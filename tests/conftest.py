@@ -40,7 +40,29 @@ def loops_in_the_interpreter() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
+        patch_once(patched, interpreter)
         yield
+
+
+def patch_once(patched: pytest.MonkeyPatch, interpreter: Any) -> None:
+    """Let a kernel make Triton's language interpreted once for each module it calls, not in every call: half its time.
+
+    What such a call sets stays as it is until the kernel ends, and has no other effect.
+    """
+    patch, run, done = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
+
+    def patch_lang(function: Any) -> Any:
+        if id(function.__globals__) not in done:
+            done.add(id(function.__globals__))
+            return patch(function)
+        return None
+
+    def run_anew(*args: Any, **named: Any) -> None:
+        done.clear()
+        run(*args, **named)
+
+    patched.setattr(interpreter, "_patch_lang", patch_lang)
+    patched.setattr(interpreter.GridExecutor, "__call__", run_anew)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,27 +16,22 @@ from kvchat.model import Model, load
 from kvchat.sections import ModelConfig
 from tests.tiny import CHATML, FAMILIES, tiny_network, tiny_tokenizer
 
-PRINT_FINGERPRINT = """
+LOAD_THREE = """
 import json, sys
-from pathlib import Path
-from kvchat.sections import ModelConfig
-from kvchat.model import load
-config = ModelConfig(name=sys.argv[1], dtype="float32", device="cpu", attention="reference")
-print(json.dumps(load(config, cache=Path(sys.argv[2])).fingerprint))
-"""
-
-LOAD_TWO = """
-import sys
 from pathlib import Path
 from kvchat.sections import ModelConfig
 from kvchat.errors import ModelError
 from kvchat.model import load
-print(load(ModelConfig(name=sys.argv[1], device="cpu"), cache=Path(sys.argv[3])).name)
+folder, there, nowhere, cache = *sys.argv[1:4], Path(sys.argv[4])
+print(load(ModelConfig(name=there, device="cpu"), cache=cache).name)
 try:
-    load(ModelConfig(name=sys.argv[2]), cache=Path(sys.argv[3]))
+    load(ModelConfig(name=nowhere), cache=cache)
 except ModelError as error:
     print(error)
+config = ModelConfig(name=folder, dtype="float32", device="cpu", attention="reference")
+print(json.dumps(load(config, cache=cache).fingerprint))
 """
+"""What another process says: the name of a model of the hub, why there is none of another, a folder's fingerprint."""
 
 
 def settings(path: Path | str, **more: str) -> ModelConfig:
@@ -93,13 +88,22 @@ def test_loading_is_silent_and_leaves_the_settings_of_transformers(folder, capfd
     assert phases == [("load", False), ("load", True)]
 
 
-def test_a_fingerprint_is_the_same_in_every_process(folder, loaded):
-    command = [sys.executable, "-c", PRINT_FINGERPRINT, str(folder), str(folder / "cache")]
-    runs = [
-        subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE) for seed in "12"
-    ]
-    for run in runs:
-        assert json.loads(run.communicate()[0]) == loaded.fingerprint
+@pytest.fixture(scope="module")
+def elsewhere(folder, tmp_path_factory) -> subprocess.CompletedProcess[str]:
+    """LOAD_THREE run without a network, with a cache of the hub's files, and with other hashes than here."""
+    cache = tmp_path_factory.mktemp("elsewhere")
+    hub = cache / "hub" / "models--some--tiny"
+    save(hub / "snapshots" / ("a" * 40))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    apart = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "PYTHONHASHSEED": seed}
+    command = [sys.executable, "-c", LOAD_THREE, str(folder), "some/tiny", "nobody/nothing", str(cache)]
+    return subprocess.run(command, env=apart, capture_output=True, text=True, check=True)
+
+
+def test_a_fingerprint_is_the_same_in_every_process(elsewhere, loaded):
+    assert json.loads(elsewhere.stdout.splitlines()[2]) == loaded.fingerprint
     assert set(loaded.fingerprint) == {"weights", "config", "tokenizer", "template", "dtype", "rope", "format"}
 
 
@@ -213,18 +217,11 @@ def test_auto_takes_a_dtype_that_the_device_computes_in(folder):
     assert {parameter.dtype for parameter in model.network.parameters()} == {model.dtype}
 
 
-def test_a_hub_id_is_taken_from_the_local_cache_and_is_one_line_without_a_network(tmp_path):
-    snapshot = tmp_path / "hub" / "models--some--tiny" / "snapshots" / ("a" * 40)
-    save(snapshot)
-    (tmp_path / "hub" / "models--some--tiny" / "refs").mkdir()
-    (tmp_path / "hub" / "models--some--tiny" / "refs" / "main").write_text("a" * 40)
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", LOAD_TWO, "some/tiny", "nobody/nothing", str(tmp_path)]
-    run = subprocess.run(command, env=offline, capture_output=True, text=True, check=True)
-    loaded, refused = run.stdout.splitlines()
+def test_a_hub_id_is_taken_from_the_local_cache_and_is_one_line_without_a_network(elsewhere):
+    loaded, refused, _ = elsewhere.stdout.splitlines()
     assert loaded == "some/tiny"
     assert refused.startswith("cannot get the model 'nobody/nothing' from Hugging Face (")
-    assert run.stderr == ""
+    assert elsewhere.stderr == ""
 
 
 @pytest.mark.weights

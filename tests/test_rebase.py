@@ -180,8 +180,10 @@ def test_logits_after_a_rebase_are_those_of_rows_that_stood_there_from_the_start
         offsets = set[int]()
         for number in range(40):
             say(one, number)
-            offsets.add(one.residence.cache.offset)
-            assert_as_reference(one)
+            offset = one.residence.cache.offset
+            if offset not in offsets or number % 3 == 0:
+                assert_as_reference(one)
+            offsets.add(offset)
         assert len(offsets) > 3
         shifted = one.residence.cache.layers[0].shifts
         assert len(set(shifted.values())) > 1  # gaps were closed, the newest turns keep their distance
