@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -220,7 +221,8 @@ class Engine:
         return Session().messages() if name == "lisbon" else []
 
     def said(self, message_id: str) -> str:
-        return {**{str(place): one.content for place, one in enumerate(Session().said)}, **OTHERS}[message_id]
+        texts = [*(text for both in ASKED for text in both), LAST, ANSWER]
+        return OTHERS.get(message_id) or texts[int(message_id)]
 
     def close(self) -> None:
         pass
@@ -253,7 +255,12 @@ SCENES = {
 def shown(app: ChatApp) -> str:
     """What is on the screen, line by line."""
     strips = app.screen._compositor.render_strips()
-    return "\n".join("".join(part.text for part in strip).rstrip() for strip in strips) + "\n"
+    return undated("\n".join("".join(part.text for part in strip).rstrip() for strip in strips) + "\n")
+
+
+def undated(text: str) -> str:
+    """The same on another day."""
+    return re.sub(r"\d{4}-\d\d-\d\d( |&#160;)\d\d:\d\d", r"2026-11-28\g<1>09:30", text)
 
 
 async def still(app: ChatApp, pilot: Pilot[None]) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.scenes import SCENES, acted
+from tests.scenes import SCENES, acted, undated
 
 SIZE = (110, 32)
 SHOTS = {"chat": "kvchat-dark", "map": "kvchat-dark", "inspector": "kvchat-dark", "picker": "kvchat-light"}
@@ -24,7 +24,7 @@ def bare(svg: str) -> str:
 async def shot(name: str, theme: str) -> str:
     """A scene as SVG."""
     async with acted(SCENES[name], SIZE, theme) as (app, _):
-        return bare(app.export_screenshot(title="kvchat"))
+        return undated(bare(app.export_screenshot(title="kvchat")))
 
 
 def main() -> None:

@@ -227,6 +227,9 @@ async def test_keys_go_to_the_first_message_and_the_last_and_what_was_asked_for_
             await wait_until(lambda: app.transcript.following)
             app.prompt.clear()
         assert texts(app, Question)[-1] == "question 19."
+        await enter(app, pilot, "/one")
+        await enter(app, pilot, "/two")
+        await wait_until(lambda: "/two" in screen(app).split("╰")[0] and "command /one" not in screen(app))
         await pilot.press("ctrl+home")
         await wait_until(lambda: "question 0." in screen(app))
         worker.listener(Notice("by the way"))

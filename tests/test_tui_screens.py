@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,30 @@ async def test_a_screen_does_not_keep_an_answer_from_being_shown() -> None:
         await idle(app)
         await pilot.press("escape")
         await wait_until(lambda: "echo: hello" in screen(app) and not texts(app, Note)[-1].endswith("sealing…"))
+
+
+async def test_screens_can_be_read_in_a_tiny_terminal() -> None:
+    worker = FakeWorker("trip")
+    worker.all["trip"].say("user", "one")
+    worker.all["trip"].say("assistant", "first")
+    async with chat(worker, size=(40, 12)) as (app, pilot):
+        await pilot.press("f5")
+        await wait_until(lambda: "first" in screen(app) and "here" in screen(app))
+        await pilot.press("escape", "f1")
+        await wait_until(lambda: "PageDown" in screen(app))
+        assert re.search(r"PageDown +Page down", screen(app))
+        await pilot.press("escape", "f3")
+        await wait_until(lambda: "segments" in screen(app))
+        assert app.segment_map.size.height >= 2 and app.prompt.region.bottom <= 11
+
+
+async def test_an_answer_that_was_cut_is_told_of_when_its_session_is_opened() -> None:
+    worker = FakeWorker("trip", "work")
+    for name, reason in (("trip", "interrupted"), ("work", "stop")):
+        worker.all[name].say("user", "one")
+        worker.all[name].say("assistant", "half")
+        worker.all[name].history[-1].finish_reason = reason
+    async with chat(worker) as (app, pilot):
+        assert "/continue" in texts(app, Note)[-1]
+        await enter(app, pilot, "/resume work")
+        assert not texts(app, Note)

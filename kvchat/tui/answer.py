@@ -48,7 +48,8 @@ class Answer(Vertical):
     """
 
     DEFAULT_CSS = """
-    Answer { height: auto; padding: 0 1; }
+    Answer { height: auto; padding: 0 1; margin: 0 0 1 0; }
+    Answer > *:last-child { margin-bottom: 0; }
     CodeBlock { height: auto; margin: 0 0 1 0; padding: 0 1; border: round $panel; border-title-color: $text-muted;
         border-subtitle-color: $text-muted; }
     Thought { height: auto; margin: 0 0 1 0; color: $text-muted; }

@@ -52,13 +52,14 @@ class BranchTree(ModalScreen[str | None]):
         &.-wide #both { layout: horizontal; }
 
         #message {
-            height: 8;
+            height: 40%;
+            max-height: 8;
             border: round $panel;
             border-title-color: $text-muted;
             padding: 0 1;
             scrollbar-size-vertical: 1;
         }
-        &.-wide #message { width: 45%; height: 100%; }
+        &.-wide #message { width: 45%; height: 100%; max-height: 100%; }
         &.-wide BranchLines { height: 100%; width: 1fr; }
         #text { width: 100%; height: auto; }
         #effect { width: 100%; height: 1; padding: 0 2; text-wrap: nowrap; text-overflow: ellipsis; }

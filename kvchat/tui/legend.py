@@ -93,7 +93,7 @@ def _has(row: Row, heading: str, words: Sequence[str]) -> bool:
 
 def _lines(rows: Sequence[Row], width: int) -> Iterator[Content]:
     """Two columns; what is too long in the right one goes on below itself."""
-    first = min(WIDEST, max(row.left.cell_length for row in rows))
+    first = min(WIDEST, max(row.left.cell_length for row in rows), max(8, width - 28))
     for row in rows:
         told = textwrap.wrap(row.right, max(20, width - first - 4)) or [""]
         left = Content("  ") + row.left

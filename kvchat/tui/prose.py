@@ -26,9 +26,11 @@ class Prose(Vertical):
     """
 
     DEFAULT_CSS = """
-    Prose { height: auto; }
+    Prose { height: auto; margin: 0 0 1 0; }
+    Prose > *:last-child { margin-bottom: 0; }
     Prose > Lines { height: auto; margin: 0 0 1 0; }
     Prose > Table { padding: 0; margin: 0 0 1 0; }
+    Prose > Table > MarkdownTable { margin: 0; }
     """
 
     def __init__(self) -> None:

@@ -38,6 +38,13 @@ if TYPE_CHECKING:
     from kvchat.worker import Worker
 
 
+CUT = {
+    "interrupted": "This answer was interrupted; /continue goes on with it, /retry begins it anew.",
+    "length": "This answer was cut at max_new_tokens; /continue goes on with it.",
+}
+"""What is said of an answer by how it ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class Editing:
     """The message of a turn is in the input, to be said anew."""
@@ -129,6 +136,9 @@ class SessionScreen(Screen[None]):
 
         What the user asked for is gone to; a notice, or the line of a turn, leaves who reads elsewhere alone.
         """
+        last = self.transcript.last_reply()[:1]
+        if kind == "-error" and isinstance(last[0] if last else None, Note) and last[0].has_class(kind):
+            last[0].remove()  # only the newest of errors in a row matters
         note = Note(text, classes=kind)
         self.transcript.mount(note)
         if kind in ("", "-error"):
@@ -223,6 +233,8 @@ class SessionScreen(Screen[None]):
         self.prompt.remember(asked)
         if not asked:
             self.note("A new session. Type a message and press Enter; /help lists commands.")
+        elif (reason := getattr(messages[-1], "finish_reason", None)) in CUT:
+            self.note(CUT[reason])
 
     # -- what changes it ---------------------------------------------------------------------------------------------
 
