@@ -33,11 +33,18 @@ from kvchat.model import Model
 from kvchat.residence import Residence
 from kvchat.session import Conversation
 from tests.test_eval import SETTINGS, case
+from tests.tiny import make_model
 
 
 @pytest.fixture
 def engine(tiny_model: Model) -> Engine:
     return Engine(tiny_model, 64)
+
+
+@pytest.fixture(scope="module")
+def small() -> Engine:
+    """Of two layers, for what depends on no number that a network computes."""
+    return Engine(make_model(layers=2), 64)
 
 
 def long(turns: int = 24) -> Case:
@@ -125,23 +132,23 @@ def test_a_history_is_fed_once_for_all_that_counts_only_when_a_question_is_asked
     assert [span["tokens"] for span in lines[0]["spans"]] == tokens
 
 
-def test_the_order_of_settings_does_not_matter(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_settings_does_not_matter(small: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
     begin = Conversation.begin
     monkeypatch.setattr(Conversation, "begin", lambda self, system: (begun.append(""), begin(self, system))[1])
     settings = settings_of(["session"], {"recall.by": ["text", "off"], "compress.keep_ratio": [0.3, 0.5]}, Config())
-    lines, _ = measure(engine, tmp_path, settings)
+    lines, _ = measure(small, tmp_path, settings)
     assert len(begun) == 6 + 2
     told = [(line["keep"], line["settings"]["recall.by"]) for line in lines]
     assert told == [(0.3, "text"), (0.3, "off"), (0.5, "text"), (0.5, "off")]
 
 
-def test_other_tasks_recall_only_where_that_is_asked_for(engine: Engine, tmp_path: Path) -> None:
-    history = planted(engine)
+def test_other_tasks_recall_only_where_that_is_asked_for(small: Engine, tmp_path: Path) -> None:
+    history = planted(small)
     settings = settings_of(["session"], {"recall.by": ["off", "text"]}, Config())
     for given, wanted in (({}, "off"), ({"recall.by": "text"}, "text")):
         config = Config.load(overrides={**SETTINGS, **given})
-        runner = Grid("recall", engine, config, tmp_path / f"{wanted}.jsonl", lambda _: None, step=24)
+        runner = Grid("recall", small, config, tmp_path / f"{wanted}.jsonl", lambda _: None, step=24)
         plain, *_ = runner.run([history], [Setting("session")])
         assert plain["settings"]["recall.by"] == wanted
         some, more = runner.run([history], settings)
@@ -251,11 +258,11 @@ def test_forward_passes_are_counted(engine: Engine) -> None:
     assert work.tokens == 5
 
 
-def test_a_turn_more_costs_the_session_the_same_and_epicache_the_history_again(engine: Engine) -> None:
+def test_a_turn_more_costs_the_session_the_same_and_epicache_the_history_again(small: Engine) -> None:
     history, config = long(24), Config.load(overrides=SETTINGS)
     probes = [8, 16, 24]
-    ours = added(engine, config, Residence, history, probes)
-    theirs = added(engine, config, EpiCache, history, probes)
+    ours = added(small, config, Residence, history, probes)
+    theirs = added(small, config, EpiCache, history, probes)
     turn = ours[0].history / 8
     assert [one.turns for one in ours] == probes and all(one.ready == 0 for one in ours)
     assert all(turn < one.tokens < 4 * turn for one in ours)
@@ -264,14 +271,14 @@ def test_a_turn_more_costs_the_session_the_same_and_epicache_the_history_again(e
 
 
 @pytest.mark.parametrize("method", ["window", "recompress", "epicache"])
-def test_baselines_keep_to_a_cap(engine: Engine, method: str) -> None:
+def test_baselines_keep_to_a_cap(small: Engine, method: str) -> None:
     config = Config.load(overrides={**SETTINGS, "compress.kv_budget": "300 rows", "compress.keep_ratio": 1.0})
     assert settings_of([method], {}, config)
-    with new_conversation(engine, config, METHODS[method]) as conversation:
+    with new_conversation(small, config, METHODS[method]) as conversation:
         for _ in fed(conversation, long(16), range(1, 17), lambda _: None):
             residence = conversation.residence
         assert rows_a_head(residence, conversation.path) == 300
-        cache, each = residence.cache, engine.model.pairs_per_token
+        cache, each = residence.cache, small.model.pairs_per_token
         if isinstance(residence, EpiCache):
             with residence.asked(conversation.path):
                 residence.choose("x")
