@@ -2,6 +2,6 @@
 
 import sys
 
-from kvchat.cli import main
+from kvchat.cli.app import main
 
 sys.exit(main())

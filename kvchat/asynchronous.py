@@ -13,7 +13,7 @@ from kvchat.events import Event, Reply, Usage
 from kvchat.handle import Session
 from kvchat.inspecting import Inspection
 from kvchat.probe import Finding
-from kvchat.store import Message
+from kvchat.store.store import Message
 
 
 class AsyncSession:

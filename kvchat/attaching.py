@@ -16,9 +16,9 @@ from kvchat.documents import MOST_TOKENS, Document
 from kvchat.engine import Stop
 from kvchat.errors import InputError, SessionNotFound
 from kvchat.events import Notice, Progress
-from kvchat.room import Cap
+from kvchat.residence.room import Cap
 from kvchat.session import Conversation
-from kvchat.store import Message, SegmentRecord, Store
+from kvchat.store.store import Message, SegmentRecord, Store
 from kvchat.transcript import check_text
 
 LEAST_TOKENS = 32

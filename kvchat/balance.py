@@ -23,9 +23,9 @@ from kvchat.config import Config
 from kvchat.errors import OutOfMemory, StoreError
 from kvchat.events import Event, Progress, TurnDone
 from kvchat.footprint import expected_bytes, held_bytes, is_gone, per_token
-from kvchat.host import HostedStore
 from kvchat.jobs import Jobs
 from kvchat.planning import Figures, contexts_of, of_entry
+from kvchat.residence.host import HostedStore
 from kvchat.session import Conversation
 from kvchat.utility import HOST, MEMORY, Context, Place, Uses, make_room
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvchat.errors import InputError
-from kvchat.store import Message
+from kvchat.store.store import Message
 
 if TYPE_CHECKING:
     from kvchat.session import Conversation

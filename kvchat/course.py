@@ -15,8 +15,8 @@ from kvchat.drafting import Drafted, chained, drafts
 from kvchat.engine import Engine
 from kvchat.errors import InputError, SessionChanged
 from kvchat.events import Notice
-from kvchat.residence import Residence, Steps
-from kvchat.store import Message, SessionInfo, Store
+from kvchat.residence.residence import Residence, Steps
+from kvchat.store.store import Message, SessionInfo, Store
 
 
 class Course:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
 from kvchat.errors import CapacityError, InputError
-from kvchat.residence import Residence
-from kvchat.store import Message, Role
+from kvchat.residence.residence import Residence
+from kvchat.store.store import Message, Role
 from kvchat.template import ChatTemplate, Piece
 
 Drafted = tuple[str, str, Piece]

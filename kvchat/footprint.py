@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 
 
 def per_token(residence: Residence) -> int:

@@ -25,7 +25,7 @@ from kvchat.jobs import raise_failure
 from kvchat.probe import Finding, check
 from kvchat.session import Conversation
 from kvchat.stats import episodes_of
-from kvchat.store import Message
+from kvchat.store.store import Message
 
 if TYPE_CHECKING:
     from kvchat.worker import Worker

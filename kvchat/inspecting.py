@@ -19,12 +19,12 @@ import numpy.typing as npt
 
 from kvchat.branching import question_at, questions
 from kvchat.cache.segment import Ranking
-from kvchat.catalogue import Entry
 from kvchat.errors import CodecError
-from kvchat.loading import Resident
-from kvchat.residence import Residence
-from kvchat.sealing import read_header, shielded
-from kvchat.store import SegmentRecord
+from kvchat.residence.catalogue import Entry
+from kvchat.residence.loading import Resident
+from kvchat.residence.residence import Residence
+from kvchat.residence.sealing import read_header, shielded
+from kvchat.store.store import SegmentRecord
 
 if TYPE_CHECKING:
     from kvchat.session import Conversation

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from kvchat.bandwidths import Bandwidths
-from kvchat.catalogue import Entry
 from kvchat.codecs import SegmentHeader
 from kvchat.config import Config
 from kvchat.errors import CodecError, StoreDamaged
 from kvchat.fingerprint import fingerprint_id
-from kvchat.records import SegmentRecord
-from kvchat.shed import BITS, bits
-from kvchat.store import SessionInfo, Store
-from kvchat.tiers import would_hold
+from kvchat.residence.catalogue import Entry
+from kvchat.residence.tiers import would_hold
+from kvchat.store.records import SegmentRecord
+from kvchat.store.shed import BITS, bits
+from kvchat.store.store import SessionInfo, Store
 from kvchat.utility import DISK, HOST, MEMORY, TAU_S, Chunk, Context, Decision, Place, Ranked, make_room, qualities
 
 COARSE = "k4v4"

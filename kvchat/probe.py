@@ -19,7 +19,7 @@ from torch import Tensor
 from kvchat.engine import Engine, Stop, likeliest
 from kvchat.errors import CodecError, InputError, OutOfMemory, StoreError
 from kvchat.events import Notice
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 from kvchat.session import Conversation
 
 QUESTION = "What have we talked about so far? Answer in one sentence."

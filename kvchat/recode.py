@@ -21,8 +21,8 @@ from kvchat.codecs.fit import Part, fit_basis
 from kvchat.codecs.frame import plane_bytes
 from kvchat.codecs.header import ARCHIVE, find_codec
 from kvchat.errors import CorruptFrame
-from kvchat.records import SegmentRecord, segment_id
-from kvchat.store import Store
+from kvchat.store.records import SegmentRecord, segment_id
+from kvchat.store.store import Store
 
 CPU = torch.device("cpu")
 

@@ -24,11 +24,11 @@ from kvchat.drafting import drafts, piece_of, require_room
 from kvchat.engine import Engine, Stop
 from kvchat.errors import CapacityError, InputError
 from kvchat.events import Delta, Draft, Event, FinishReason, Notice, Progress, TurnDone, Usage
-from kvchat.residence import Residence, Steps
+from kvchat.residence.residence import Residence, Steps
 from kvchat.sampling import Sampler
 from kvchat.sections import GenerateConfig
 from kvchat.stats import describe
-from kvchat.store import SessionInfo, Store
+from kvchat.store.store import SessionInfo, Store
 from kvchat.template import Piece
 from kvchat.unfinished import Unfinished, recover
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from kvchat.errors import InputError
-from kvchat.host import HostedStore
 from kvchat.jobs import Jobs
 from kvchat.locks import SessionLock
+from kvchat.residence.host import HostedStore
 from kvchat.session import Conversation
-from kvchat.store import Message, SearchHit, SessionInfo
+from kvchat.store.store import Message, SearchHit, SessionInfo
 
 
 class Shelf:

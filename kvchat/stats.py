@@ -13,13 +13,13 @@ import numpy as np
 
 from kvchat.cache.coded import ROWS, START
 from kvchat.cache.ragged import SegmentedCache
-from kvchat.catalogue import Entry, positions
 from kvchat.episodes.embedder import Embedder, find_embedder
 from kvchat.episodes.listing import episodes
 from kvchat.episodes.vectors import Vectors
 from kvchat.fingerprint import fingerprint_id
-from kvchat.residence import Residence
-from kvchat.store import Message, SegmentRecord, SessionInfo, Store
+from kvchat.residence.catalogue import Entry, positions
+from kvchat.residence.residence import Residence
+from kvchat.store.store import Message, SegmentRecord, SessionInfo, Store
 
 if TYPE_CHECKING:
     from kvchat.session import Conversation

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from kvchat.errors import StoreError
-from kvchat.store import Message, Store
+from kvchat.store.store import Message, Store
 
 if TYPE_CHECKING:
     from kvchat.session import Conversation

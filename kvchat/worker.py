@@ -23,20 +23,20 @@ from kvchat.errors import ConfigError, FingerprintMismatch, InputError, SessionE
 from kvchat.events import Listener, Notice
 from kvchat.fingerprint import TEXT_FIELDS, fingerprint_difference
 from kvchat.handle import Session
-from kvchat.host import HostedStore
 from kvchat.jobs import MEND_AFTER_S, SAVE_AFTER_S, Jobs, Owner, failure_notice
 from kvchat.locks import SessionLock, held_elsewhere, kept_closed
 from kvchat.model import load
 from kvchat.pool import new_pool
 from kvchat.portable import read_manifest, take_in
 from kvchat.recode import recode
-from kvchat.residence import Residence
-from kvchat.sealing import Ranker
+from kvchat.residence.host import HostedStore
+from kvchat.residence.residence import Residence
+from kvchat.residence.sealing import Ranker
+from kvchat.residence.tiers import would_hold
 from kvchat.session import Conversation
-from kvchat.shed import Allowance
 from kvchat.shelf import Shelf
-from kvchat.store import SessionInfo
-from kvchat.tiers import would_hold
+from kvchat.store.shed import Allowance
+from kvchat.store.store import SessionInfo
 from kvchat.titling import Titler
 from kvchat.unfinished import recover
 

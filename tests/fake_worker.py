@@ -12,7 +12,7 @@ from kvchat.config import Config
 from kvchat.errors import CapacityError
 from kvchat.events import Delta, Event, Listener, Notice, Progress, Timings, TurnDone, Usage
 from kvchat.probe import Finding
-from kvchat.records import SearchHit
+from kvchat.store.records import SearchHit
 
 USAGE = Usage(prompt_tokens=12, cached_tokens=8, prefilled_tokens=4, completion_tokens=2)
 STATS = {

@@ -32,7 +32,7 @@ from kvchat.handle import Session
 from kvchat.model import Model
 from kvchat.portable import write
 from kvchat.recode import recode
-from kvchat.shed import Allowance
+from kvchat.store.shed import Allowance
 from kvchat.worker import Worker
 from tests.tiny import make_model
 

@@ -32,7 +32,7 @@ from kvchat.codecs.fit import Part, fit_basis
 from kvchat.codecs.frame import unpack
 from kvchat.codecs.header import ARCHIVE, SegmentHeader
 from kvchat.errors import KVChatError
-from kvchat.store import Store
+from kvchat.store.store import Store
 from tests.store_parts import converse, read_all, segment
 
 PREFIX = struct.Struct("<4s16sBI")

@@ -24,7 +24,7 @@ from kvchat.branching import Node
 from kvchat.config import Config
 from kvchat.events import Delta, Event, Timings, TurnDone, Usage
 from kvchat.inspecting import Inspection
-from kvchat.records import Message, SearchHit, SessionInfo
+from kvchat.store.records import Message, SearchHit, SessionInfo
 from kvchat.tui.app import ChatApp
 from tests.fake_inspection import inspection
 from tests.tui_host import wait_until

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvchat.codecs.frame import pack
 from kvchat.portable.read import Reader
-from kvchat.store import Kind, Message, Role, SegmentRecord, SessionInfo, Store
+from kvchat.store.store import Kind, Message, Role, SegmentRecord, SessionInfo, Store
 
 MODEL = "tiny"
 FINGERPRINT = {"weights": "w1", "template": "t1"}

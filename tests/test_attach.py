@@ -27,8 +27,8 @@ from kvchat.events import Notice, Progress
 from kvchat.portable import read_manifest, take_in, write
 from kvchat.recode import recode
 from kvchat.session import Conversation
-from kvchat.shed import Allowance
-from kvchat.store import Store
+from kvchat.store.shed import Allowance
+from kvchat.store.store import Store
 from tests.test_rebase import (
     WINDOW,
     ask,

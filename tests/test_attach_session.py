@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from kvchat import plain
 from kvchat.asynchronous import AsyncSession
-from kvchat.cli import main
+from kvchat.cli import plain
+from kvchat.cli.app import main
+from kvchat.cli.line_chat import LineChat
 from kvchat.config import Config
 from kvchat.errors import CapacityError, InputError
 from kvchat.events import Notice, Progress
-from kvchat.line_chat import LineChat
 from kvchat.worker import Worker
 from tests.fake_worker import FakeWorker
 from tests.test_attach import LONG, TEXT

@@ -19,7 +19,7 @@ from kvchat.config import Config
 from kvchat.errors import CapacityError, InputError, OutOfMemory, StoreError
 from kvchat.events import Delta, Event, Notice, TurnDone
 from kvchat.handle import Session
-from kvchat.store import Message, Store
+from kvchat.store.store import Message, Store
 from kvchat.unfinished import AFTER_S, Unfinished
 from kvchat.worker import Worker
 from tests.tiny import make_model

@@ -19,7 +19,7 @@ from kvchat.evals.feeding import feed, new_conversation
 from kvchat.evals.report import markdown
 from kvchat.evals.scored import Prefill, Scored, prefilled
 from kvchat.model import Model
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 from tests.test_eval import SETTINGS, case, kl
 
 Run = Callable[..., list[dict[str, Any]]]

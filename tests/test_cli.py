@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from kvchat import plain
-from kvchat.cli import main, program
+from kvchat.cli import plain
+from kvchat.cli.app import main, program
 from kvchat.config import Config
 from tests.fake_worker import STATS, USAGE, FakeSession, FakeWorker
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from kvchat import recode
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.codecs import encode_segment
 from kvchat.errors import SessionBusy
 from kvchat.fingerprint import fingerprint_id
 from kvchat.locks import SessionLock
-from kvchat.records import segment_id
-from kvchat.store import Message, SegmentRecord, Store
+from kvchat.store.records import segment_id
+from kvchat.store.store import Message, SegmentRecord, Store
 from tests.store_parts import FINGERPRINT, converse, segment, talk
 from tests.test_codecs import normal, random_ranking
 from tests.test_recode import worker

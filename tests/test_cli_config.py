@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.meanings import MEANINGS
 from tests.test_config_file import OURS, changed, file
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from kvchat.cli import EXIT_CODES, main, program
-from kvchat.groups import GROUPS
-from kvchat.store import Store
+from kvchat.cli.app import EXIT_CODES, main, program
+from kvchat.cli.groups import GROUPS
+from kvchat.store.store import Store
 from tests.fake_worker import FakeWorker
 from tests.store_parts import converse
 
@@ -126,7 +126,7 @@ def test_short_help_is_whole_and_in_groups(capsys: pytest.CaptureFixture[str]) -
 def test_help_imports_neither_torch_nor_textual() -> None:
     heavy = "{'torch', 'textual', 'rich', 'transformers', 'numpy'} & set(sys.modules)"
     calls = "[c.main(words.split()) for words in ('--help', 'ask --help', 'eval fidelity --help', '--version')]"
-    code = f"import sys, kvchat.cli as c; {calls}; print(sorted({heavy}))"
+    code = f"import sys, kvchat.cli.app as c; {calls}; print(sorted({heavy}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.endswith("\n[]\n")
 
@@ -284,7 +284,7 @@ def test_bash_takes_over_what_it_is_offered(
 def test_a_large_module_is_never_needed_to_complete(several: Path) -> None:
     given = {"COMP_WORDS": "kvchat show t", "COMP_CWORD": "2", "_KVCHAT_COMPLETE": "complete_bash"}
     code = (
-        "import sys, kvchat.cli as c\n"
+        "import sys, kvchat.cli.app as c\n"
         "try: c.main([])\n"
         "finally: print(sorted({'torch', 'textual', 'numpy', 'rich'} & set(sys.modules)))"
     )

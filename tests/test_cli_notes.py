@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from kvchat.cli import main
-from kvchat.store import Store
+from kvchat.cli.app import main
+from kvchat.store.store import Store
 from tests.store_parts import converse, talk
 
 

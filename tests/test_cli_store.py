@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvchat.cli import main
-from kvchat.store import Message, Store
+from kvchat.cli.app import main
+from kvchat.store.store import Message, Store
 from tests.fake_worker import FakeWorker
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,8 +22,8 @@ from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader, encode_segment
 from kvchat.compress.compressor import chunks_within, rank
 from kvchat.engine import Engine
+from kvchat.residence.tiers import Resident, Tiers
 from kvchat.supported import cache_keyword
-from kvchat.tiers import Resident, Tiers
 from tests.tiny import make_model
 
 TURNS = [list(range(5, 45)), [7], list(range(90, 121)), list(range(30, 47))]

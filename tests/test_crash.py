@@ -19,7 +19,7 @@ import pytest
 from kvchat.events import Notice, Progress, TurnDone
 from kvchat.fingerprint import fingerprint_id
 from kvchat.handle import Session
-from kvchat.store import Store
+from kvchat.store.store import Store
 from tests.crash_child import DRAFT, QUESTIONS, start
 
 ROUNDS = int(os.environ.get("KVCHAT_CRASH_ROUNDS", "2"))

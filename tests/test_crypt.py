@@ -29,17 +29,19 @@ from keyring.backends.null import Keyring as Forgetful
 from keyring.errors import KeyringLocked
 
 import kvchat
-from kvchat import download, keys, kv_store, migrations, opening, recrypt, tui
+from kvchat import download, keys, opening, tui
 from kvchat.bench import history, llama_cpp
 from kvchat.cipher import PLAIN, Key, salt, sqlcipher
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.codecs.frame import pack
 from kvchat.config import Config
 from kvchat.errors import CorruptFrame, StoreError
-from kvchat.migrations import PAGE_SIZE, open_database
-from kvchat.salvage import copy_beside
-from kvchat.shed import Allowance
-from kvchat.store import Store
+from kvchat.store import kv as kv_store
+from kvchat.store import migrations, recrypt
+from kvchat.store.migrations import PAGE_SIZE, open_database
+from kvchat.store.salvage import copy_beside
+from kvchat.store.shed import Allowance
+from kvchat.store.store import Store
 from kvchat.worker import Worker
 from tests.crash_child import QUESTIONS, SETTINGS
 from tests.store_parts import bytes_on_disk, converse, segment
@@ -692,7 +694,7 @@ def test_a_store_that_is_written_over_by_an_encrypted_one_is_seen_to_be_encrypte
 
 def test_a_plain_store_loads_no_package_of_encryption(path: Path) -> None:
     code = (
-        f"import sys; from kvchat.cli import main; main(['search', 'vines', '--store', {str(path)!r}]);"
+        f"import sys; from kvchat.cli.app import main; main(['search', 'vines', '--store', {str(path)!r}]);"
         "print({'sqlcipher3', 'keyring'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -704,9 +706,8 @@ def test_a_plain_store_loads_no_package_of_encryption(path: Path) -> None:
 
 def other(code: str, path: Path, **rest: str) -> subprocess.Popen[str]:
     """Another process, with a passphrase in its environment."""
-    begin = (
-        "import sys\nfrom pathlib import Path\nfrom kvchat import keys\nfrom kvchat.store import Store\nkeys.ROUNDS = 1"
-    )
+    begin = "import sys\nfrom pathlib import Path\nfrom kvchat import keys\nkeys.ROUNDS = 1"
+    begin += "\nfrom kvchat.store.store import Store"
     lines = f"{begin}\npath = Path({str(path)!r})\n{code}"
     environment = {**os.environ, keys.VARIABLE: PASSPHRASE, **rest}
     pipe = subprocess.PIPE
@@ -741,7 +742,7 @@ def test_finding_the_key_of_a_store_that_is_open_here_does_not_open_it_to_others
         keys.find_key(path)
         keys.find_key(path)
         with other(
-            "from kvchat.cli import main\nmain(['encrypt', '--passphrase', '--store', str(path)])", path
+            "from kvchat.cli.app import main\nmain(['encrypt', '--passphrase', '--store', str(path)])", path
         ) as process:
             assert "is open in another kvchat" in process.communicate()[1]
     whole(path, None)

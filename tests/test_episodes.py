@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.episodes.attending import attended
@@ -33,7 +33,7 @@ from kvchat.evals.cases import Case, Question
 from kvchat.evals.selecting import grouped, select
 from kvchat.model import Model
 from kvchat.sections import SELECTOR_NAMES
-from kvchat.store import Message, Store
+from kvchat.store.store import Message, Store
 from tests.store_parts import bytes_on_disk, converse, say, talk
 from tests.tiny import make_model
 

@@ -25,8 +25,8 @@ from kvchat.evals.planted import plant
 from kvchat.evals.report import Group, difference, grouped, interval, markdown, mean, values
 from kvchat.evals.rescoring import snapkv
 from kvchat.model import Model
-from kvchat.sealing import rank_turns
-from kvchat.store import Message
+from kvchat.residence.sealing import rank_turns
+from kvchat.store.store import Message
 from tests.test_template import SEPARATED
 from tests.tiny import make_model
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
@@ -30,7 +30,7 @@ from kvchat.evals.report import markdown as plainly
 from kvchat.evals.steady import Span, can_be_had, is_found, record, resident_bytes, stored_whole
 from kvchat.evals.work import added, counting
 from kvchat.model import Model
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 from kvchat.session import Conversation
 from tests.test_eval import SETTINGS, case
 from tests.tiny import make_model

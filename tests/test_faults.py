@@ -30,9 +30,9 @@ from kvchat import errors
 from kvchat.engine import Engine
 from kvchat.errors import KVChatError, SessionBusy, StoreDamaged, StoreError
 from kvchat.events import Notice, TurnDone
-from kvchat.migrations import PAGE_SIZE
 from kvchat.model import Model
-from kvchat.store import Store
+from kvchat.store.migrations import PAGE_SIZE
+from kvchat.store.store import Store
 from tests.fault_child import FIRST, OTHER, SECOND, STEPS, TURNS, State, begin, committed
 
 RUNS = int(os.environ.get("KVCHAT_FAULT_RUNS", "0"))

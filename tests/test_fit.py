@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvchat.anatomy import Anatomy
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.compress.gates import LEAST, Gate
 from kvchat.compress.policies import Policies, features
 from kvchat.compress.scorers import SCORERS
@@ -33,7 +33,7 @@ from kvchat.fitting.policies import Plan
 from kvchat.fitting.small import Shape
 from kvchat.learned import SHIPPED, load_weights
 from kvchat.model import Model
-from kvchat.store import Store
+from kvchat.store.store import Store
 from tests.test_eval import case
 from tests.test_scorers import kv, subject
 

@@ -14,7 +14,7 @@ from kvchat import learned
 from kvchat.cache.marks import Marks
 from kvchat.cache.ragged import Tap
 from kvchat.engine import Engine
-from kvchat.sealing import Ranker, score
+from kvchat.residence.sealing import Ranker, score
 from kvchat.sections import CompressConfig
 from tests.test_observing import finish
 from tests.test_scorers import subject

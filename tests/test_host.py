@@ -15,7 +15,7 @@ import pytest
 from kvchat.bandwidths import START, Bandwidths
 from kvchat.codecs.frame import pack
 from kvchat.errors import CorruptFrame, StoreDamaged
-from kvchat.host import HostCache, HostedStore
+from kvchat.residence.host import HostCache, HostedStore
 from tests.store_parts import converse, segment
 
 GROUPS = 2

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.errors import InputError, KVChatError, ModelError
 from kvchat.events import Delta, Event, Notice, Timings, TurnDone
 from kvchat.segment_page import page
-from kvchat.store import Store
+from kvchat.store.store import Store
 from tests.fake_worker import INFO, STATS, USAGE, FakeSession, FakeWorker
 from tests.hostile import HOSTILE, ON_A_LINE, is_harmless
 from tests.store_parts import converse

@@ -15,7 +15,7 @@ from kvchat.config import Config
 from kvchat.errors import InputError
 from kvchat.handle import Session
 from kvchat.inspecting import Inspection, _edges
-from kvchat.sealing import protected_tokens
+from kvchat.residence.sealing import protected_tokens
 from kvchat.worker import Worker
 from tests.tiny import make_model
 

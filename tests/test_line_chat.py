@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from kvchat import plain
-from kvchat.cli import main
+from kvchat.cli import plain
+from kvchat.cli.app import main
+from kvchat.cli.line_chat import LineChat
+from kvchat.cli.line_commands import ALSO, COMMANDS, help_text, parse
 from kvchat.errors import InputError, KVChatError
 from kvchat.events import Notice, Progress
-from kvchat.line_chat import LineChat
-from kvchat.line_commands import ALSO, COMMANDS, help_text, parse
 from tests.fake_worker import FakeWorker
 
 
@@ -102,7 +102,7 @@ def test_the_session_left_is_closed_and_the_last_one_too(worker: Any, monkeypatc
     closed = []
     monkeypatch.setattr("tests.fake_worker.FakeSession.close", lambda self: closed.append(self.name))
     monkeypatch.setattr(sys, "stdin", io.StringIO("/resume oslo\n"))
-    from kvchat.line_chat import chat
+    from kvchat.cli.line_chat import chat
 
     chat(worker, worker.open("trip"), plain.Status())
     assert closed == ["trip", "oslo"]

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvchat import loading
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.cache.segment import LayerKV, Ranking
 from kvchat.codecs import encode_segment
 from kvchat.codecs.coded import decoded
 from kvchat.errors import CorruptFrame
-from kvchat.loading import Part, Resident
-from kvchat.tiers import Tiers
+from kvchat.residence import loading
+from kvchat.residence.loading import Part, Resident
+from kvchat.residence.tiers import Tiers
 
 LAYERS, HEADS, DIM = 5, 2, 32
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -203,7 +203,7 @@ def test_some_tokens_of_several_segments_come_together_as_one_by_one(
         Tiers(SegmentedCache(LAYERS, HEADS, DIM, torch.bfloat16, DEVICE, decode), frames, pool) for _ in "ab"
     )
     found = held(together)
-    monkeypatch.setattr("kvchat.tiers.excerpts", refused)
+    monkeypatch.setattr("kvchat.residence.tiers.excerpts", refused)
     for one, other in zip(found, held(single), strict=True):
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
         assert torch.equal(one.positions, other.positions) and one.bounds == other.bounds
@@ -233,7 +233,7 @@ def test_a_piece_without_rows_in_some_layers_is_in_all_of_them(
     residents = segments(frames, [codec], [70, 90, 60])
     tiers = new_tiers(frames, pool)
     tiers.bring(residents)
-    monkeypatch.setattr("kvchat.tiers.excerpts", refused)
+    monkeypatch.setattr("kvchat.residence.tiers.excerpts", refused)
     assert not tiers.hold({"0": 3, "1": 3, "2": 2}, {"1": Part(((75, 77),))})
     assert tiers.cache.is_whole and len([piece for piece in tiers.cache.pieces if piece.start == 70]) == 3
     assert sum(tiers.cache.rows(piece) for piece in tiers.cache.pieces if piece.start == 70) > 0

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.config import Config
 from kvchat.errors import SessionBusy, SessionChanged, StoreError
 from kvchat.locks import SessionLock, held_elsewhere
-from kvchat.store import Store
+from kvchat.store.store import Store
 from kvchat.worker import Worker
 from tests.crash_child import start
 from tests.store_parts import converse, talk

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from kvchat import loading, model, residence, saving
+from kvchat import model
 from kvchat.cache import layer as layers
 from kvchat.cache.layer import RaggedLayer
 from kvchat.cache.ragged import SegmentedCache
@@ -23,7 +23,8 @@ from kvchat.errors import ModelError, OutOfMemory
 from kvchat.events import Event, Notice
 from kvchat.handle import Session
 from kvchat.jobs import Jobs
-from kvchat.store import Store
+from kvchat.residence import loading, residence, saving
+from kvchat.store.store import Store
 from kvchat.worker import Worker
 from tests.scarcity import ALWAYS, WORDS, Scarcity
 from tests.test_jobs import Somebody

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from sqlite_utils import Database
 
-from kvchat.migrations import MIGRATIONS
-from kvchat.store import Store
+from kvchat.store.migrations import MIGRATIONS
+from kvchat.store.store import Store
 from tests.store_parts import converse, segment
 
 TABLES = ("messages", "sessions", "branches", "segments", "segment_messages", "frames")

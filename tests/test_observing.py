@@ -22,7 +22,7 @@ from kvchat.compress.scorers.expected_attention import AHEAD
 from kvchat.compress.scorers.rkv import ALIKE, IMPORTANCE, OBSERVING
 from kvchat.compress.scorers.snapkv import WINDOW
 from kvchat.engine import Engine
-from kvchat.sealing import Ranker, score
+from kvchat.residence.sealing import Ranker, score
 from kvchat.sections import OBSERVING as JOINING
 from kvchat.sections import CompressConfig
 from tests.test_scorers import subject

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvchat import portable
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.codecs import frame
 from kvchat.config import Config
 from kvchat.download import BUILTIN, is_here
@@ -33,9 +33,9 @@ from kvchat.handle import Session
 from kvchat.model import Model
 from kvchat.portable import form, intake
 from kvchat.portable.form import Description, End, Manifest
-from kvchat.records import Message, SegmentRecord, segment_id
-from kvchat.shed import Allowance
-from kvchat.store import Store
+from kvchat.store.records import Message, SegmentRecord, segment_id
+from kvchat.store.shed import Allowance
+from kvchat.store.store import Store
 from kvchat.worker import Worker
 from tests.store_parts import FINGERPRINT, MODEL, converse, copy_of, read_all, say
 from tests.tiny import make_model

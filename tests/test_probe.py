@@ -17,14 +17,14 @@ import torch
 
 from kvchat import probe
 from kvchat import worker as worker_module
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.config import Config
 from kvchat.errors import StoreDamaged
 from kvchat.events import Notice, Progress
-from kvchat.migrations import PAGE_SIZE
 from kvchat.probe import disagreements, state_of
-from kvchat.residence import Residence
-from kvchat.store import SegmentRecord, Store
+from kvchat.residence.residence import Residence
+from kvchat.store.migrations import PAGE_SIZE
+from kvchat.store.store import SegmentRecord, Store
 from kvchat.worker import Worker
 from tests.test_session import QUESTIONS, SETTINGS, flip_a_bit
 from tests.tiny import make_model

@@ -99,8 +99,8 @@ def test_the_program_ends_with_its_terminal(shown: str, terminal: Terminal, env:
 LINES = """
 from types import SimpleNamespace as Fake
 from kvchat.hangup import as_exit
-from kvchat.line_chat import chat
-from kvchat.plain import Status
+from kvchat.cli.line_chat import chat
+from kvchat.cli.plain import Status
 
 said = lambda what: lambda: print(what)
 session = Fake(name="trip", model="tiny", context_window=100, settle=said("saved"), close=said("closed"))

@@ -27,16 +27,16 @@ from kvchat import probe
 from kvchat.branching import fork, questions
 from kvchat.cache.layer import Piece
 from kvchat.cache.segment import LayerKV
-from kvchat.catalogue import positions
 from kvchat.codecs import decode_frame
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import CapacityError, OutOfMemory
 from kvchat.events import Notice, TurnDone
-from kvchat.residence import Residence
-from kvchat.sealing import read_header
+from kvchat.residence.catalogue import positions
+from kvchat.residence.residence import Residence
+from kvchat.residence.sealing import read_header
 from kvchat.session import Conversation
-from kvchat.store import Store
+from kvchat.store.store import Store
 from tests.tiny import make_model
 
 WINDOW = 512

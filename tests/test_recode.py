@@ -15,7 +15,7 @@ import torch
 
 from kvchat import recode as recode_module
 from kvchat.cache.segment import Ranking
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.codecs import SegmentHeader, encode_segment
 from kvchat.codecs.channel import GROUP
 from kvchat.codecs.fit import Part
@@ -23,8 +23,8 @@ from kvchat.codecs.frame import pack, unpack
 from kvchat.config import Config
 from kvchat.errors import CodecError, CorruptFrame, UnknownCodec
 from kvchat.recode import CPU, _fill, read_part, recode
-from kvchat.records import segment_id
-from kvchat.store import SegmentRecord, Store
+from kvchat.store.records import segment_id
+from kvchat.store.store import SegmentRecord, Store
 from kvchat.worker import Worker
 from tests.store_parts import converse
 from tests.test_codecs import normal, random_ranking

@@ -21,10 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvchat import cipher, cli, kv_store, listing, migrations, readers
+from kvchat import cipher
+from kvchat.cli import app as cli
 from kvchat.codecs.frame import pack
-from kvchat.queries import KV_BYTES
-from kvchat.store import Message, SearchHit, SegmentRecord, SessionInfo, Store
+from kvchat.store import kv as kv_store
+from kvchat.store import listing, migrations, readers
+from kvchat.store.queries import KV_BYTES
+from kvchat.store.store import Message, SearchHit, SegmentRecord, SessionInfo, Store
 from tests.crash_child import start
 from tests.store_parts import FINGERPRINT, MODEL, Frames, converse, say, segment, talk
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvchat import saving, worker
+from kvchat import worker
 from kvchat.cache.pack import _uploaded
 from kvchat.cache.ragged import SegmentedCache
 from kvchat.codecs import coded_frame, decode_frame, decoded
@@ -23,8 +23,9 @@ from kvchat.engine import Engine
 from kvchat.errors import StoreError
 from kvchat.events import Notice
 from kvchat.handle import Session
-from kvchat.shed import Allowance
-from kvchat.store import Store
+from kvchat.residence import saving
+from kvchat.store.shed import Allowance
+from kvchat.store.store import Store
 from kvchat.worker import Worker
 from tests.store_parts import copy_of
 from tests.test_correct import Played

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import kvchat.evals.sensitivity as sensitivity
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import InputError
 from kvchat.evals.sensitivity import shares_of, similarities
 from kvchat.learned import load_shares, save_shares, version
 from kvchat.model import Model
-from kvchat.sealing import way
+from kvchat.residence.sealing import way
 from tests.tiny import make_model
 
 IDS = [*range(200), *range(200)]

@@ -18,8 +18,8 @@ from kvchat.config import Config
 from kvchat.errors import CapacityError, ConfigError, FingerprintMismatch, InputError, SessionNotFound, StoreError
 from kvchat.events import Delta, Notice, Progress, TurnDone
 from kvchat.handle import Session
-from kvchat.residence import Residence, Steps
-from kvchat.store import Store
+from kvchat.residence.residence import Residence, Steps
+from kvchat.store.store import Store
 from kvchat.worker import Worker
 from tests.store_parts import copy_of
 from tests.tiny import make_model

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvchat import learned
-from kvchat.cli import app
+from kvchat.cli.app import app
 from kvchat.config import Config
 from kvchat.errors import ConfigError, InputError
 from kvchat.handle import Session

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from kvchat.codecs.frame import pack
 from kvchat.errors import CorruptFrame
 from kvchat.sections import CODEC_NAMES
-from kvchat.shed import BITS, Allowance, Holding, Room, Sacrifice, bits, free_bytes, grouped, sacrifices
-from kvchat.store import Kind, Message, SegmentRecord, Store
+from kvchat.store.shed import BITS, Allowance, Holding, Room, Sacrifice, bits, free_bytes, grouped, sacrifices
+from kvchat.store.store import Kind, Message, SegmentRecord, Store
 from tests.store_parts import FINGERPRINT, MODEL, Frames, converse, segment, talk
 
 CHUNKS, CHUNK_BYTES = 4, 40_000

@@ -15,9 +15,9 @@ from kvchat.errors import ConfigError
 from kvchat.events import Notice
 from kvchat.fingerprint import fingerprint_id
 from kvchat.handle import Session
-from kvchat.limited_store import LimitedStore
-from kvchat.store import SessionInfo, Store
-from kvchat.tiers import would_hold
+from kvchat.residence.tiers import would_hold
+from kvchat.store.limited import LimitedStore
+from kvchat.store.store import SessionInfo, Store
 from kvchat.worker import Worker
 from tests.store_parts import copy_of
 from tests.test_session import QUESTIONS, SETTINGS, play, probe

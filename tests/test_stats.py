@@ -14,7 +14,7 @@ import pytest
 from kvchat.episodes.vectors import Vectors
 from kvchat.session import Conversation
 from kvchat.stats import describe_stored, rows_held, stored_episodes
-from kvchat.store import Store
+from kvchat.store.store import Store
 from tests.test_rebase import WINDOW, ask, conversation, new_engine, say, settled
 
 LIMIT = {"compress.kv_budget": "300 rows", "recall.by": "text"}

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvchat.errors import InputError, SessionExists, SessionNotFound, StoreError
-from kvchat.store import Message, SearchHit, Store
+from kvchat.store.store import Message, SearchHit, Store
 from tests.store_parts import FINGERPRINT, MODEL, converse, say, segment, talk
 
 
@@ -345,5 +345,5 @@ def test_stats_count_what_is_there(store: Store) -> None:
 
 
 def test_the_store_needs_no_torch() -> None:
-    code = "import sys, kvchat.store; raise SystemExit('torch' in sys.modules)"
+    code = "import sys, kvchat.store.store; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

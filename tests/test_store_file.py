@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlite_utils import Database
 
-from kvchat import salvage
-from kvchat.cli import main
+from kvchat.cli.app import main
 from kvchat.errors import StoreDamaged, StoreError
 from kvchat.locks import SessionLock
-from kvchat.migrations import PAGE_SIZE, open_database
-from kvchat.store import SegmentRecord, Store
+from kvchat.store import salvage
+from kvchat.store.migrations import PAGE_SIZE, open_database
+from kvchat.store.store import SegmentRecord, Store
 from tests.store_parts import FINGERPRINT, MODEL, Frames, bytes_on_disk, converse, say, segment, talk
 
 SECRET = "periwinkle zanzibarwhistle"
@@ -246,7 +246,7 @@ def test_a_process_that_is_killed_while_writing_loses_only_that(store: Store, pa
     code = f"""
 import os
 from pathlib import Path
-from kvchat.store import Store
+from kvchat.store.store import Store
 from tests.store_parts import say, segment
 store = Store(Path({str(path)!r}))
 chain = store.path({chain[-1].id!r})

@@ -17,8 +17,8 @@ from kvchat import portable
 from kvchat.cipher import Key
 from kvchat.config import Config
 from kvchat.errors import InputError, SessionNotFound, StoreError
-from kvchat.migrations import PAGE_SIZE
-from kvchat.store import SearchHit, Store
+from kvchat.store.migrations import PAGE_SIZE
+from kvchat.store.store import SearchHit, Store
 from kvchat.worker import Worker
 from tests.store_parts import FINGERPRINT, MODEL, bytes_on_disk, converse, talk
 from tests.tiny import make_model
@@ -147,8 +147,8 @@ def test_draft_and_unfinished_answer_are_there_after_a_kill(path: Path) -> None:
     with closing(Store(path)) as store:
         info, chain = converse(store, "trip", "Hello")
     lines = (
-        "import os, signal, pathlib, kvchat.store",
-        f"store = kvchat.store.Store(pathlib.Path({str(path)!r}))",
+        "import os, signal, pathlib, kvchat.store.store",
+        f"store = kvchat.store.store.Store(pathlib.Path({str(path)!r}))",
         f"store.set_draft({info.id}, 'half a sent')",
         f"store.set_unfinished({info.id}, {chain[0].id!r}, [1, 2, 3])",
         "os.kill(os.getpid(), signal.SIGKILL)",

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvchat.errors import CorruptFrame, StoreError
-from kvchat.readers import Readers
-from kvchat.store import Message, SegmentRecord, Store
+from kvchat.store.readers import Readers
+from kvchat.store.store import Message, SegmentRecord, Store
 from tests.store_parts import MODEL, Frames, converse, say, segment, talk
 
 WORDS = ("one", "two", "three", "four", "five", "six")

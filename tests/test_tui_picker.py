@@ -14,7 +14,7 @@ from textual.events import Paste
 from textual.pilot import Pilot
 
 from kvchat.errors import InputError, SessionExists
-from kvchat.records import Message, SearchHit, SessionInfo
+from kvchat.store.records import Message, SearchHit, SessionInfo
 from kvchat.tui.asking import Fields, Line, YesNo
 from kvchat.tui.entries import FOUND, marked
 from kvchat.tui.finding import ORDERS, Letters, Query, select

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvchat import cli
+from kvchat.cli import app as cli
 from kvchat.compress.compressor import rank
 from kvchat.compress.evolve import LEAST, UNIT, Shares, complete, equal, groups, num_tries, search
 from kvchat.compress.order import by_shares, ordered
@@ -24,7 +24,7 @@ from kvchat.evals.choice import Choice, cells
 from kvchat.evals.tuning import Plan, Tuned, tune
 from kvchat.learned import load_shares
 from kvchat.model import Model
-from kvchat.sealing import way
+from kvchat.residence.sealing import way
 from tests.test_choice import asked
 from tests.test_eval import SETTINGS
 from tests.tiny import make_model

@@ -19,7 +19,7 @@ from kvchat.config import Config
 from kvchat.errors import SessionExists, SessionNotFound
 from kvchat.events import Delta, Event, Timings, TurnDone, Usage
 from kvchat.inspecting import Inspection
-from kvchat.records import SearchHit, SessionInfo
+from kvchat.store.records import SearchHit, SessionInfo
 from kvchat.tui.app import ChatApp
 from kvchat.tui.chat import ChatScreen
 from kvchat.tui.widgets import Answer, Note, Question

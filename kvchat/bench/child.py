@@ -23,10 +23,10 @@ from kvchat.engine import Engine
 from kvchat.events import TurnDone
 from kvchat.model import load
 from kvchat.pool import new_pool
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 from kvchat.sections import GenerateConfig
 from kvchat.session import Conversation
-from kvchat.store import Store
+from kvchat.store.store import Store
 
 QUESTION = "What was the first thing that I told you?"
 

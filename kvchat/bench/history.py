@@ -27,9 +27,9 @@ from kvchat.errors import InputError, KVChatError
 from kvchat.events import Listener, Notice
 from kvchat.keys import child_environment
 from kvchat.pool import new_pool
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 from kvchat.session import Conversation
-from kvchat.store import Store
+from kvchat.store.store import Store
 
 WORDS = [
     "I",

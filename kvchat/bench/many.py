@@ -14,8 +14,8 @@ from kvchat.engine import Engine
 from kvchat.evals.cases import GENERAL, Question
 from kvchat.evals.measures import ANSWER_TOKENS, Truth, fidelity
 from kvchat.events import Listener, Notice
-from kvchat.host import HostedStore
-from kvchat.residence import Residence
+from kvchat.residence.host import HostedStore
+from kvchat.residence.residence import Residence
 from kvchat.session import Conversation
 
 CAP = 0.25

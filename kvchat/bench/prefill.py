@@ -9,7 +9,7 @@ from typing import Any
 from transformers import DynamicCache
 
 from kvchat.bench.history import WORDS, Spread, Subject, cut_back, drain, extend, plain_attention, ratio, spread, timed
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 
 FROM_NOTHING, BEHIND = 2048, 512
 """Tokens of a prefill: the beginning of the history, and a message behind it."""

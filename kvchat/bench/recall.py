@@ -8,7 +8,7 @@ from typing import Any
 
 from kvchat.bench.history import WORDS, Subject, drain, ratio, spread, timed
 from kvchat.episodes.selectors import Candidate
-from kvchat.store import Message
+from kvchat.store.store import Message
 
 SEGMENTS = 8
 QUESTION_WORDS = 24

@@ -21,9 +21,9 @@ from kvchat.codecs.header import ARCHIVE
 from kvchat.compress.compressor import codecs_for
 from kvchat.config import Config
 from kvchat.recode import dense
-from kvchat.records import SegmentRecord
-from kvchat.sealing import cuts_of
-from kvchat.store import Store
+from kvchat.residence.sealing import cuts_of
+from kvchat.store.records import SegmentRecord
+from kvchat.store.store import Store
 
 Frame = tuple[int, int, bytes]
 SAMPLE_TOKENS = 1536

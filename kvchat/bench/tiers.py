@@ -35,14 +35,14 @@ from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.events import Listener, Notice
 from kvchat.footprint import held_bytes
-from kvchat.host import HostedStore
 from kvchat.jobs import Jobs
 from kvchat.planning import COARSE, contexts_of, of_record
 from kvchat.pool import new_pool
 from kvchat.recode import recode
-from kvchat.records import SegmentRecord
-from kvchat.residence import Residence
+from kvchat.residence.host import HostedStore
+from kvchat.residence.residence import Residence
 from kvchat.session import Conversation
+from kvchat.store.records import SegmentRecord
 from kvchat.utility import DISK, MEMORY, Context, Place, make_room
 
 IN_HOST = 0.1

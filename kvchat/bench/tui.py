@@ -41,7 +41,7 @@ from kvchat.worker import Worker
 SIZE = (120, 40)
 CHILD = """
 import json, os, pathlib, sys, time
-import kvchat.cli
+import kvchat.cli.app
 from kvchat.config import Config
 from kvchat.tui import app
 config = Config(**json.loads(sys.argv[1]))

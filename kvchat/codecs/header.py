@@ -24,7 +24,7 @@ from kvchat.codecs.rotate import RotatedValues
 from kvchat.errors import CorruptFrame, UnknownCodec
 
 if TYPE_CHECKING:
-    from kvchat.records import SegmentRecord
+    from kvchat.store.records import SegmentRecord
 
 _KEYS: dict[int, Method] = {8: Keys8(), **{bits: ChannelKeys(bits) for bits in (4, 3, 2)}}
 _VALUES: dict[int, Method] = {8: Values8(), **{bits: RotatedValues(bits) for bits in (4, 3, 2)}}

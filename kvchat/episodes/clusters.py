@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kvchat.episodes.embedder import unit
 from kvchat.episodes.vectors import Array, Spread, steps
 from kvchat.errors import InputError
-from kvchat.vector_store import words
+from kvchat.store.vectors import words
 
 SEED = 42
 STARTS = 10

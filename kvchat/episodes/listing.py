@@ -11,7 +11,7 @@ import numpy as np
 from kvchat.episodes.clusters import Clusters, names
 from kvchat.episodes.embedder import unit
 from kvchat.episodes.vectors import Array, Vectors
-from kvchat.store import Message
+from kvchat.store.store import Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from kvchat.episodes.attending import attended
 from kvchat.episodes.embedder import Embedder
 from kvchat.episodes.vectors import Array, Spread, Vectors, steps
 from kvchat.errors import InputError
-from kvchat.store import Message, Store
+from kvchat.store.store import Message, Store
 
 STEADY = 10
 """Reciprocal rank fusion (Cormack et al., SIGIR 2009): the larger, the less the first places count before the next.

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvchat.episodes.embedder import Embedder, unit
-from kvchat.store import Message, Store
+from kvchat.store.store import Message, Store
 
 Array = npt.NDArray[np.float32]
 

@@ -27,9 +27,9 @@ from kvchat.compress.compressor import rank
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.errors import CodecError
-from kvchat.residence import Residence, Steps
-from kvchat.sealing import cuts_of, prefix_length, protected_tokens
-from kvchat.store import Message, Store
+from kvchat.residence.residence import Residence, Steps
+from kvchat.residence.sealing import cuts_of, prefix_length, protected_tokens
+from kvchat.store.store import Message, Store
 
 Rows = list[tuple[Tensor, Tensor]]
 """Keys and values (H, T, D) a layer."""

@@ -32,8 +32,8 @@ from kvchat.episodes.embedder import find_embedder
 from kvchat.errors import InputError
 from kvchat.evals.baselines import Unsaved, rows_a_head
 from kvchat.events import Phase
-from kvchat.residence import Steps
-from kvchat.store import Message, Store
+from kvchat.residence.residence import Steps
+from kvchat.store.store import Message, Store
 from kvchat.template import ChatTemplate
 
 Vectors = npt.NDArray[np.float32]

@@ -17,9 +17,9 @@ from kvchat.evals.epicache import EpiCache
 from kvchat.evals.rescoring import OneShot
 from kvchat.events import Notice
 from kvchat.pool import new_pool
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 from kvchat.session import Conversation
-from kvchat.store import Store
+from kvchat.store.store import Store
 
 Make = Callable[[Store, Engine, Config, Executor], Residence]
 """What makes the residence of a conversation."""

@@ -31,7 +31,7 @@ from kvchat.evals.rescoring import OneShot, Recompress, SnapRecompress
 from kvchat.events import Listener, Progress
 from kvchat.fingerprint import fingerprint_id
 from kvchat.learned import version
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 from kvchat.session import Conversation
 
 METHODS: dict[str, Make] = {

@@ -12,7 +12,7 @@ from kvchat.errors import InputError
 from kvchat.evals.cases import Case, Turn
 from kvchat.evals.feeding import fed, new_conversation
 from kvchat.evals.steady import rows
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from kvchat.evals.cases import Question
 from kvchat.evals.measures import ANSWER_TOKENS, MEASURES, Figures
-from kvchat.residence import Residence
+from kvchat.residence.residence import Residence
 from kvchat.session import Conversation
-from kvchat.store import Message
+from kvchat.store.store import Message
 
 
 @dataclass(frozen=True, slots=True)

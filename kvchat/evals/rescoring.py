@@ -26,8 +26,8 @@ from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.evals.baselines import Masked, Rows
 from kvchat.events import Notice, Progress
-from kvchat.sealing import describe, pass_length, protected_tokens, run_passes
-from kvchat.store import Message, Store
+from kvchat.residence.sealing import describe, pass_length, protected_tokens, run_passes
+from kvchat.store.store import Message, Store
 
 WINDOW = 32
 POOL = 5

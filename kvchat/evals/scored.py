@@ -33,12 +33,12 @@ from kvchat.evals.cases import Case, Question
 from kvchat.evals.feeding import about, feed, holding, new_conversation
 from kvchat.evals.measures import Truth, fidelity, truth
 from kvchat.events import Notice
-from kvchat.records import num_answered
-from kvchat.residence import Steps
-from kvchat.sealing import Ranker, describe, protected_tokens, ranked, score, way
+from kvchat.residence.residence import Steps
+from kvchat.residence.sealing import Ranker, describe, protected_tokens, ranked, score, way
 from kvchat.sections import CompressConfig
 from kvchat.session import Conversation
-from kvchat.store import Message, Store
+from kvchat.store.records import num_answered
+from kvchat.store.store import Message, Store
 
 Way = Callable[[Tensor], Tensor]
 """How pairs of different layers and heads compare: see `kvchat.compress.order`."""

@@ -23,7 +23,7 @@ from kvchat.episodes.vectors import Vectors
 from kvchat.errors import InputError
 from kvchat.evals.cases import Case
 from kvchat.events import Listener, Progress
-from kvchat.store import Message, Store
+from kvchat.store.store import Message, Store
 
 TOPS = (1, 4, 8)
 

@@ -13,11 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from kvchat.catalogue import Recalled
 from kvchat.evals.cases import Case
-from kvchat.residence import Residence
+from kvchat.residence.catalogue import Recalled
+from kvchat.residence.residence import Residence
 from kvchat.session import Conversation
-from kvchat.store import Message
+from kvchat.store.store import Message
 
 MIB = 1 << 20
 WORDS = 12

@@ -39,8 +39,8 @@ from kvchat.files import written
 from kvchat.fingerprint import digest
 from kvchat.learned import Kind
 from kvchat.model import Model
-from kvchat.sealing import Ranker, describe, score
-from kvchat.store import Message
+from kvchat.residence.sealing import Ranker, describe, score
+from kvchat.store.store import Message
 
 VERSION = 1
 """Raise it when the same conversation would be collected otherwise."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, get_args
 from kvchat.codecs import frame
 from kvchat.errors import CorruptFrame, InputError
 from kvchat.events import FinishReason, Timings, Usage
-from kvchat.records import Message
+from kvchat.store.records import Message
 
 MAGIC = b"KVCHAT\x1a\n"
 VERSION = 1

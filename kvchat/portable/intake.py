@@ -14,8 +14,8 @@ from kvchat.errors import InputError, SessionNotFound
 from kvchat.locks import SessionLock
 from kvchat.portable.form import Manifest
 from kvchat.portable.read import Reader
-from kvchat.records import Message, SessionInfo
-from kvchat.store import Store
+from kvchat.store.records import Message, SessionInfo
+from kvchat.store.store import Store
 
 
 def take_in(

@@ -15,7 +15,7 @@ from kvchat.fingerprint import fingerprint_id
 from kvchat.portable import form
 from kvchat.portable.blocks import Blocks, named
 from kvchat.portable.form import Description, Manifest
-from kvchat.records import Kind, Message, Role, SegmentRecord, message_id, segment_id
+from kvchat.store.records import Kind, Message, Role, SegmentRecord, message_id, segment_id
 
 Frames = Iterator[tuple[int, int, bytes]]
 

@@ -14,8 +14,8 @@ from kvchat.errors import CodecError, InputError, StoreError
 from kvchat.fingerprint import fingerprint_id
 from kvchat.portable import form
 from kvchat.portable.form import Description, End, Manifest
-from kvchat.records import Message, SegmentRecord
-from kvchat.store import Store
+from kvchat.store.records import Message, SegmentRecord
+from kvchat.store.store import Store
 
 BATCH = 1 << 20
 """Bytes after which a block of messages is full."""

@@ -12,7 +12,7 @@ from kvchat.tui.asking import Fields, YesNo
 from kvchat.tui.finding import title_of
 
 if TYPE_CHECKING:
-    from kvchat.store import SessionInfo
+    from kvchat.store.store import SessionInfo
     from kvchat.worker import Worker
 
 

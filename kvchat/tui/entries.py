@@ -15,7 +15,7 @@ from kvchat.tui.rows import lit, one_line, spread
 from kvchat.tui.widgets import age
 
 if TYPE_CHECKING:
-    from kvchat.store import Message, SearchHit, SessionInfo
+    from kvchat.store.store import Message, SearchHit, SessionInfo
 
 DIM, FOUND, TAG = "$foreground-muted", "bold underline $text-warning", "$text-secondary"
 SPEAKERS = {"user": "you", "assistant": "model", "system": "system"}

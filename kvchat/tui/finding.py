@@ -12,7 +12,7 @@ from textual.fuzzy import FuzzySearch
 from kvchat.tui.rows import one_line
 
 if TYPE_CHECKING:
-    from kvchat.store import SessionInfo
+    from kvchat.store.store import SessionInfo
 
 MOST_WAYS = 1000
 """Ways to find a word's letters in a title that are compared; the count grows exponentially with the word."""

@@ -13,7 +13,7 @@ from kvchat.tui.answer import Answer
 from kvchat.tui.plain_text import Note, Plain
 
 if TYPE_CHECKING:
-    from kvchat.store import Message
+    from kvchat.store.store import Message
 
 
 class Question(Plain):

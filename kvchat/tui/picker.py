@@ -24,7 +24,7 @@ from kvchat.tui.finding import ORDERS, Letters, Query, select
 from kvchat.tui.rows import WIDTHS, Rows, one_line
 
 if TYPE_CHECKING:
-    from kvchat.store import Message, SearchHit, SessionInfo
+    from kvchat.store.store import Message, SearchHit, SessionInfo
     from kvchat.worker import Worker
 
 Change = Callable[["App[Any]", "Worker", "SessionInfo"], Coroutine[Any, Any, Done | None]]

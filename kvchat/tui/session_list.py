@@ -14,7 +14,7 @@ from textual.widgets.option_list import Option
 from kvchat.terminal import neutralise
 
 if TYPE_CHECKING:
-    from kvchat.store import SessionInfo
+    from kvchat.store.store import SessionInfo
 
 DATED = re.compile(r"[\d.: -]+")
 """A name that says no more than when the session was begun."""

@@ -34,7 +34,7 @@ from kvchat.tui.widgets import Note, Prompt, Transcript
 if TYPE_CHECKING:
     from kvchat.config import Config
     from kvchat.handle import Session
-    from kvchat.store import SessionInfo
+    from kvchat.store.store import SessionInfo
     from kvchat.worker import Worker
 
 

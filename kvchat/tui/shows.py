@@ -13,7 +13,7 @@ from kvchat.tui.commands import COMMANDS, number, usage
 from kvchat.tui.numbers import stats_table
 
 if TYPE_CHECKING:
-    from kvchat.store import Message
+    from kvchat.store.store import Message
     from kvchat.tui.chat import ChatScreen
 
 FORMATS = {".md": "md", ".markdown": "md", ".json": "json", ".jsonl": "jsonl"}

@@ -15,7 +15,7 @@ from kvchat.tui.items import Item, Question, item_of, items_of
 from kvchat.tui.scroll import SteadyScroll
 
 if TYPE_CHECKING:
-    from kvchat.store import Message
+    from kvchat.store.store import Message
 
 
 class MoreBelow(Static):
