@@ -28,7 +28,7 @@ async def test_a_screen_looks_as_stored(name: str) -> None:
             assert not difference(file, text), difference(file, text)
 
 
-@pytest.mark.parametrize("name", SCENES.keys() - DIMMED)
+@pytest.mark.parametrize("name", sorted(SCENES.keys() - DIMMED))
 @pytest.mark.parametrize(("theme", "least"), [*zip(THEMES, (2.5, 2.3, 3.6), strict=True)])
 def test_text_can_be_read_in_every_theme(name: str, theme: str, least: float) -> None:
     found = styles(name, theme)
