@@ -26,6 +26,7 @@ from kvchat.events import Delta, Event, Timings, TurnDone, Usage
 from kvchat.inspecting import Inspection
 from kvchat.store.records import Message, SearchHit, SessionInfo
 from kvchat.tui.app import ChatApp
+from kvchat.tui.picker import SessionPicker
 from tests.fake_inspection import inspection
 from tests.tui_host import wait_until
 
@@ -266,7 +267,9 @@ def undated(text: str) -> str:
 async def still(app: ChatApp, pilot: Pilot[None]) -> None:
     """Wait until nothing changes any more."""
     before, same = "", 0
-    while same < 3:
+    # The list of sessions reads its preview a moment after the last key.
+    enough = 20 if isinstance(app.screen, SessionPicker) else 3
+    while same < enough:
         for field in app.screen.query("Input, TextArea"):
             if isinstance(field, (Input, TextArea)):
                 field.cursor_blink = False

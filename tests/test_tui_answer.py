@@ -16,7 +16,7 @@ from kvchat.tui import code
 from kvchat.tui.answer import Answer, code_blocks
 from kvchat.tui.code import CodeBlock
 from kvchat.tui.lines import Lines, row_starts
-from kvchat.tui.markdown_lines import lines_of, parser
+from kvchat.tui.markdown_lines import inline, lines_of, parser
 from kvchat.tui.splitting import LONGEST_LINE, MOST_SHOWN, SECTION, Clipper, Splitter, Step, clip
 from kvchat.tui.thought import Heading, Thought
 from tests.tui_host import wait_until
@@ -348,3 +348,8 @@ async def test_text_is_selected_in_code_as_it_was_written() -> None:
         await pilot.hover(block, offset=(6, 3))
         await pilot.mouse_up(block, offset=(6, 3))
         assert (host.screen.get_selected_text() or "").rstrip("\n") == "abcdefghij" * 9 + "\nnext"
+
+
+def test_lines_end_where_the_model_ends_them() -> None:
+    (token,) = parser().parseInline("Old pond\na frog leaps in")
+    assert inline(token.children or []).plain == "Old pond\na frog leaps in"

@@ -44,7 +44,7 @@ async def hosting(modal: ModalScreen[Any], size: tuple[int, int] = NARROW) -> As
         yield host, pilot
 
 
-async def wait_until(holds: Callable[[], Any], timeout: float = 10.0) -> None:
+async def wait_until(holds: Callable[[], Any], timeout: float = 30.0) -> None:
     """Let the app run until this is true."""
     end = monotonic() + timeout
     while not holds():

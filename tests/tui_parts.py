@@ -271,7 +271,7 @@ class FakeWorker:
         self.all[new].name = new
 
 
-async def wait_until(holds: Callable[[], Any], timeout: float = 10.0) -> None:
+async def wait_until(holds: Callable[[], Any], timeout: float = 30.0) -> None:
     end = monotonic() + timeout
     while not holds():
         assert monotonic() < end, "this never became true"

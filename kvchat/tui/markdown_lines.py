@@ -174,7 +174,7 @@ def inline(tokens: Iterable[Token]) -> Content:
             put(f"[{token.content or 'image'}]", "italic")
             put(f" ‹{token.attrs.get('src', '')}›", "$text-muted")
         elif token.type in ("softbreak", "hardbreak"):
-            put("\n" if token.type == "hardbreak" else " ")
+            put("\n")  # a model that ends a line means it, as in a poem
         else:
             put(token.content.replace("\n", " "), "$text-warning" if token.type == "code_inline" else "")
     return Content("".join(text), spans=spans)
