@@ -270,6 +270,8 @@ async def test_while_the_engine_is_busy_known_sessions_are_shown(engine: FakeEng
     engine.ready.clear()
     async with picking(engine) as (picker, _):
         assert "while the model is busy" in text(picker)
+        engine.ready.set()
+        await wait_until(lambda: "Garden in winter" in text(picker))
     engine.ready.clear()
     async with picking(engine, known=engine.all[:2]) as (picker, pilot):
         await wait_until(lambda: "Rust lifetimes" in text(picker))
