@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvchat.cache.assembly import Arrays, Assembly, Batch, Counts
+from kvchat.cache.assembly import Arrays, Batch, Counts
 from kvchat.cache.assembly import Part as Frame
 from kvchat.cache.coded import GROUP, UNIT_PLANES, CodedKV, Form, num_units
 from kvchat.cache.layer import Piece
@@ -27,7 +27,7 @@ from kvchat.codecs import decoded
 from kvchat.codecs.coded import coded_arrays, form_of
 from kvchat.errors import CorruptFrame
 from kvchat.pool import submit
-from kvchat.residence.loading import Fetch, Resident
+from kvchat.residence.loading import Fetch, Resident, assembly_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,11 +46,6 @@ class Cut:
     last: int
     counts: Counts
     arrays: Arrays
-
-    @property
-    def piece(self) -> Piece:
-        """Which piece it is of."""
-        return Piece(self.resident.start, self.chunk)
 
 
 def excerpts(
@@ -121,19 +116,10 @@ def _units(
 
 def _joined(form: Form, cuts: Sequence[Cut], device: torch.device) -> list[CodedKV]:
     """All rows of one form, layer by layer, on the device."""
-    pieces = [(piece, [*some]) for piece, some in groupby(cuts, lambda cut: cut.piece)]
-    headers = [one.header for one, _ in groupby(cut.resident for cut in cuts)] if form.key_bits == 8 else []
-    header = cuts[0].resident.header
-    assembly = Assembly(
-        form,
-        header.dtype,
-        [piece for piece, _ in pieces],
-        np.stack([np.concatenate([cut.counts for cut in some]) for _, some in pieces]),
-        [np.stack([each.params[name] for each in headers], axis=2) for name in UNIT_PLANES if headers],
-        header.head_dim,
-        device,
-    )
-    parts = [Frame(index, cut.first, cut.last) for index, (_, some) in enumerate(pieces) for cut in some]
+    pieces = [[*some] for _, some in groupby(cuts, lambda cut: (cut.resident.start, cut.chunk))]
+    counts = np.stack([np.concatenate([cut.counts for cut in some]) for some in pieces])
+    assembly = assembly_of(form, [(some[0].resident, some[0].chunk) for some in pieces], counts, device)
+    parts = [Frame(index, cut.first, cut.last) for index, some in enumerate(pieces) for cut in some]
     batch = Batch(assembly, parts)
     for index, cut in enumerate(cuts):
         if not batch.fill(index, cut.arrays):

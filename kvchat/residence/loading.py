@@ -16,7 +16,7 @@ from itertools import groupby, product, zip_longest
 import numpy as np
 import torch
 
-from kvchat.cache.assembly import Assembly, Batch
+from kvchat.cache.assembly import Assembly, Batch, Counts
 from kvchat.cache.assembly import Part as Frame
 from kvchat.cache.coded import UNIT_PLANES, CodedKV, Form
 from kvchat.cache.layer import Piece
@@ -120,13 +120,15 @@ def assembled(
             forms.setdefault(form_of(resident.header.method(chunk)), []).append((resident, chunk))
     of_forms = []
     for form in sorted(forms, reverse=True):
-        assembly = _assembly(form, forms[form], device)
+        counts = np.stack([one.header.ranking.counts(chunk) for one, chunk in forms[form]])
+        assembly = assembly_of(form, forms[form], counts, device)
         _bring(assembly, forms[form], fetch, pool)
         of_forms.append(assembly.finished())
     return list(zip(*of_forms, strict=True))
 
 
-def _assembly(form: Form, chunks: Chunks, device: torch.device) -> Assembly:
+def assembly_of(form: Form, chunks: Chunks, counts: Counts, device: torch.device) -> Assembly:
+    """Room for the rows of these chunks, of which there are (P, L, H) `counts`."""
     header = chunks[0][0].header
     # The scales of 8-bit keys serve a whole segment, and stand in its header.
     scaled = [one.header for one, _ in groupby(one for one, _ in chunks)] if form.key_bits == 8 else []
@@ -134,7 +136,7 @@ def _assembly(form: Form, chunks: Chunks, device: torch.device) -> Assembly:
         form,
         header.dtype,
         [Piece(one.start, chunk) for one, chunk in chunks],
-        np.stack([one.header.ranking.counts(chunk) for one, chunk in chunks]),
+        counts,
         [np.stack([each.params[name] for each in scaled], axis=2) for name in UNIT_PLANES if scaled],
         header.head_dim,
         device,
