@@ -10,8 +10,10 @@ import pytest
 
 from kvchat.errors import CapacityError, ModelError
 from kvchat.events import Delta, Event, Notice, Progress, Timings, TurnDone, Usage
+from kvchat.tui.answer import Answer
+from kvchat.tui.items import Question
 from kvchat.tui.numbers import Speed, speed_of
-from kvchat.tui.widgets import Answer, Note, Question
+from kvchat.tui.plain_text import Note
 from tests.tui_parts import NARROW, FakeSession, FakeWorker, chat, done, enter, idle, screen, texts, wait_until, words
 
 __all__ = ["NARROW", "FakeSession", "FakeWorker", "chat", "enter", "screen", "texts", "wait_until"]

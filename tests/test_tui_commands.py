@@ -11,10 +11,12 @@ from textual.command import CommandPalette
 
 from kvchat.errors import ModelError
 from kvchat.events import Delta
+from kvchat.tui.answer import Answer
 from kvchat.tui.commands import COMMANDS, help_text, parse, tags, turn_and_name
 from kvchat.tui.first_run import FirstRun
+from kvchat.tui.items import Question
 from kvchat.tui.keys import HelpScreen
-from kvchat.tui.widgets import Answer, Note, Question
+from kvchat.tui.plain_text import Note
 from tests.tui_parts import FakeSession, FakeWorker, chat, done, enter, idle, screen, texts, wait_until
 
 

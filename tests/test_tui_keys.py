@@ -18,9 +18,10 @@ from kvchat.sections import TuiConfig
 from kvchat.tui.app import ChatApp
 from kvchat.tui.chat import ChatScreen
 from kvchat.tui.drafts import Drafts
+from kvchat.tui.items import Question
+from kvchat.tui.plain_text import Note
 from kvchat.tui.session_list import age
 from kvchat.tui.themes import THEMES
-from kvchat.tui.widgets import Note, Question
 from tests.tui_parts import NARROW, WIDE, FakeWorker, chat, done, enter, idle, screen, texts, wait_until
 
 

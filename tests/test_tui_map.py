@@ -9,7 +9,7 @@ import pytest
 
 from kvchat.events import Delta, Notice, Timings, TurnDone, Usage
 from kvchat.tui.bars import StatusBar
-from kvchat.tui.widgets import Note
+from kvchat.tui.plain_text import Note
 from tests.test_segment_map import MIXED, many, segment
 from tests.tui_parts import NARROW, FakeSession, FakeWorker, chat, enter, screen, texts, wait_until
 

@@ -17,10 +17,11 @@ from kvchat.tui.attach import AttachScreen
 from kvchat.tui.branch_tree import BranchTree
 from kvchat.tui.chat import ChatScreen
 from kvchat.tui.inspector import Inspector
+from kvchat.tui.items import Question
 from kvchat.tui.keys import HelpScreen
 from kvchat.tui.picker import SessionPicker
+from kvchat.tui.plain_text import Note
 from kvchat.tui.settings import SettingsScreen
-from kvchat.tui.widgets import Note, Question
 from tests.tui_parts import FakeWorker, chat, enter, idle, screen, texts, wait_until
 
 

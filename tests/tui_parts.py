@@ -20,9 +20,11 @@ from kvchat.errors import SessionExists, SessionNotFound
 from kvchat.events import Delta, Event, Timings, TurnDone, Usage
 from kvchat.inspecting import Inspection
 from kvchat.store.records import SearchHit, SessionInfo
+from kvchat.tui.answer import Answer
 from kvchat.tui.app import ChatApp
 from kvchat.tui.chat import ChatScreen
-from kvchat.tui.widgets import Answer, Note, Question
+from kvchat.tui.items import Question
+from kvchat.tui.plain_text import Note
 from tests.fake_inspection import inspection
 
 WIDE, NARROW = (100, 32), (60, 20)

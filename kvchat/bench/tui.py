@@ -33,9 +33,11 @@ from kvchat.config import Config
 from kvchat.errors import InputError
 from kvchat.events import Listener, Notice
 from kvchat.keys import child_environment
+from kvchat.tui.answer import Answer
 from kvchat.tui.app import ChatApp
 from kvchat.tui.heap import calm, set_aside
-from kvchat.tui.widgets import Answer, Prompt, Transcript
+from kvchat.tui.prompt import Prompt
+from kvchat.tui.transcript import Transcript
 from kvchat.worker import Worker
 
 SIZE = (120, 40)

@@ -14,8 +14,8 @@ from kvchat.events import Listener
 from kvchat.tui.chat import ChatScreen
 from kvchat.tui.keymap import checked
 from kvchat.tui.palette import commands
+from kvchat.tui.prompt import Prompt
 from kvchat.tui.themes import DARK, THEMES
-from kvchat.tui.widgets import Prompt
 
 if TYPE_CHECKING:
     from kvchat.config import Config

@@ -14,8 +14,8 @@ from kvchat.events import Phase, Progress
 from kvchat.figures import meter
 from kvchat.terminal import neutralise
 from kvchat.tui.numbers import megabytes
+from kvchat.tui.plain_text import Plain
 from kvchat.tui.session_list import DATED
-from kvchat.tui.widgets import Plain
 
 if TYPE_CHECKING:
     from textual.widgets import ProgressBar

@@ -15,7 +15,7 @@ from textual.widgets.tree import TreeNode
 from kvchat.tui.branches import Branches, Fold
 from kvchat.tui.entries import SPEAKERS
 from kvchat.tui.rows import one_line
-from kvchat.tui.widgets import age
+from kvchat.tui.session_list import age
 
 if TYPE_CHECKING:
     from kvchat.branching import Node

@@ -21,7 +21,7 @@ from kvchat.tui.branch_lines import BranchLines
 from kvchat.tui.branches import Branches, Fold
 from kvchat.tui.entries import DIM, SPEAKERS
 from kvchat.tui.rows import WIDTHS, one_line
-from kvchat.tui.widgets import age
+from kvchat.tui.session_list import age
 
 if TYPE_CHECKING:
     from kvchat.branching import Node

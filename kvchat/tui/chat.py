@@ -15,12 +15,14 @@ from kvchat.events import Listener
 from kvchat.terminal import neutralise
 from kvchat.tui.acts import Acts
 from kvchat.tui.commands import COMMANDS, parse
+from kvchat.tui.items import Question
 from kvchat.tui.map import SegmentMap
+from kvchat.tui.prompt import Prompt
 from kvchat.tui.proposals import completer
 from kvchat.tui.session_list import SessionList
 from kvchat.tui.session_screen import Editing, SessionScreen
 from kvchat.tui.shows import Shows
-from kvchat.tui.widgets import Prompt, Question, Transcript
+from kvchat.tui.transcript import Transcript
 
 if TYPE_CHECKING:
     from textual.widgets import Markdown

@@ -12,7 +12,7 @@ from kvchat.figures import count, size
 from kvchat.terminal import neutralise
 from kvchat.tui.finding import Letters, Query, title_of
 from kvchat.tui.rows import lit, one_line, spread
-from kvchat.tui.widgets import age
+from kvchat.tui.session_list import age
 
 if TYPE_CHECKING:
     from kvchat.store.store import Message, SearchHit, SessionInfo

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvchat.tui.widgets import Plain
+from kvchat.tui.plain_text import Plain
 
 MOST_SHOWN = 4
 

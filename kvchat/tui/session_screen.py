@@ -26,10 +26,12 @@ from kvchat.tui.bars import StatusBar, TitleBar
 from kvchat.tui.drafts import Drafts
 from kvchat.tui.jobs import Jobs
 from kvchat.tui.map import SegmentMap
+from kvchat.tui.plain_text import Note
+from kvchat.tui.prompt import Prompt
 from kvchat.tui.queued import Queue
 from kvchat.tui.session_list import SessionList
+from kvchat.tui.transcript import Transcript
 from kvchat.tui.turns import Turns
-from kvchat.tui.widgets import Note, Prompt, Transcript
 
 if TYPE_CHECKING:
     from kvchat.config import Config

@@ -246,6 +246,6 @@ def check_keys(config: Config) -> None:
     if config.tui.keys:
         from kvchat.tui.app import ChatApp
         from kvchat.tui.chat import ChatScreen
-        from kvchat.tui.widgets import Prompt
+        from kvchat.tui.prompt import Prompt
 
         checked(config.tui.keys, [*Prompt.BINDINGS, *ChatScreen.BINDINGS, *ChatApp.BINDINGS])

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from kvchat.errors import InputError, KVChatError
 from kvchat.events import Delta, Event, TurnDone
+from kvchat.tui.answer import Answer
+from kvchat.tui.items import Question
 from kvchat.tui.numbers import Speed, speed_of, turn_line
-from kvchat.tui.widgets import Answer, Note, Question
+from kvchat.tui.plain_text import Note
 
 if TYPE_CHECKING:
     from kvchat.handle import Session
