@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from time import sleep
 from types import FrameType
 from typing import Any, TextIO, cast
 
@@ -23,8 +25,11 @@ def code_of(number: int) -> int:
 @contextmanager
 def as_exit() -> Iterator[None]:
     """Inside, in the main thread, such a signal is a SystemExit: all that is open is closed on the way out."""
+    heard = False
 
     def leave(number: int, _: FrameType | None) -> None:
+        nonlocal heard
+        heard = True
         for each, handler in before.items():
             signal.signal(each, handler)  # a second one ends it at once
         raise SystemExit(code_of(number))
@@ -32,12 +37,48 @@ def as_exit() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, leave) for number in SIGNALS}
+    with nudged(lambda: heard):
+        before = {number: signal.signal(number, leave) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            heard = True
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def nudged(is_heard: Callable[[], bool]) -> Iterator[None]:
+    """Inside, such a signal does not wait for the next key, whenever it comes.
+
+    Python runs handlers between its own steps. A signal that comes when readline has looked for one and does not yet
+    wait for a key is seen with that key, perhaps never. So a thread, told of each signal as it comes, interrupts the
+    waiting with another one, without effect, until the handler has run.
+    """
+    if not hasattr(signal, "SIGWINCH"):  # Windows
+        yield
+        return
+    told, teller = socket.socketpair()
+    teller.setblocking(False)  # Python demands it
+    main = threading.get_ident()
+
+    def nudge() -> None:
+        while number := told.recv(1):
+            sleep(0.05)
+            while number[0] in SIGNALS and not is_heard():
+                signal.pthread_kill(main, signal.SIGWINCH)
+                sleep(0.05)
+
+    before = signal.set_wakeup_fd(teller.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=nudge, name="kvchat-nudge", daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        teller.close()
+        thread.join()
+        told.close()
 
 
 def follow(leave: Callable[[int], None]) -> None:

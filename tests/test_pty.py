@@ -9,11 +9,12 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
 
-from kvchat.hangup import as_exit, code_of, follow
+from kvchat.hangup import as_exit, code_of, follow, nudged
 from tests.pty_program import Terminal
 
 
@@ -134,6 +135,22 @@ def test_a_signal_closes_what_is_open_on_the_way_out(number: int) -> None:
             closed.append(signal.getsignal(number) is before)  # a second one would end it at once
     assert (ended.value.code, closed) == (128 + number, [True])
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_came_just_before_a_wait_for_a_key_does_not_wait_for_it() -> None:
+    nudges: list[int] = []
+    before = signal.signal(signal.SIGWINCH, lambda number, _: nudges.append(number))
+    try:
+        with nudged(lambda: len(nudges) >= 2):
+            told = signal.set_wakeup_fd(-1)
+            for number in (signal.SIGWINCH, signal.SIGTERM):  # as if no handler ran for them; the first is another's
+                os.write(told, bytes([number]))
+            end = monotonic() + 30
+            while len(nudges) < 2:
+                assert monotonic() < end
+                sleep(0.01)
+    finally:
+        signal.signal(signal.SIGWINCH, before)
 
 
 async def test_the_first_signal_is_told_and_the_second_is_not_caught() -> None:
