@@ -96,6 +96,28 @@ def within(rows: CodedKV, spans: Spans) -> CodedKV:
     return replace(rows, runs=np.concatenate([chosen, others]))
 
 
+def split(rows: CodedKV, layers: int) -> list[CodedKV]:
+    """The rows of each layer, as views, given those of all as the rows of one: as many heads of each, layer by layer.
+
+    All layers at once: a segment has many small ones, and each operation or copy costs more than its bytes.
+    """
+    heads, runs = rows.num_heads // layers, rows.runs
+    ends = np.searchsorted(runs[:, HEAD], np.arange(layers + 1) * heads)
+    firsts = [*runs[ends[:-1], UNIT], len(rows.key_scale)] if len(rows.key_scale) else [0] * (layers + 1)
+    sizes, units = np.add.reduceat(runs[:, ROWS], ends[:-1]).tolist(), np.diff(firsts).tolist()
+    by_row = (rows.keys, rows.values, rows.value_scale, rows.value_min, rows.positions)
+    parts = [plane.split_with_sizes(sizes if len(plane) else [0] * layers) for plane in by_row]
+    parts += [plane.split_with_sizes(units) for plane in (rows.key_scale, rows.key_min)]
+    found = []
+    for layer, (keys, values, scale, low, positions, k_scale, k_low) in enumerate(zip(*parts, strict=True)):
+        own = runs[ends[layer] : ends[layer + 1]].copy()
+        own[:, HEAD] -= layer * heads
+        own[:, FIRST] -= own[0, FIRST]
+        own[:, UNIT] -= own[0, UNIT]
+        found.append(CodedKV(rows.form, rows.dtype, heads, keys, values, k_scale, k_low, scale, low, positions, own))
+    return found
+
+
 def rows_of(lengths: Runs) -> tuple[Runs, Runs]:
     """Of every row of runs of these lengths, in their order: the index of its run, and its number in it."""
     run = np.repeat(np.arange(len(lengths)), lengths)

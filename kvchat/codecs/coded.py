@@ -27,6 +27,7 @@ from kvchat.cache.coded import (
     Form,
     num_units,
 )
+from kvchat.cache.pack import split
 from kvchat.cache.segment import LayerKV
 from kvchat.codecs.bits import row_bytes
 from kvchat.codecs.channel import ChannelKeys
@@ -67,20 +68,32 @@ def coded_arrays(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> 
 
 def coded_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> list[CodedKV]:
     """A CodedKV for each layer of a frame, in host memory, encoded as in `coded_arrays`. Raises CorruptFrame."""
-    found, form = coded_arrays(header, chunk, group, blob), form_of(header.method(chunk))
     first, last = header.layers(group)
-    rows = FrameRows(header.ranking.counts(chunk)[first:last], header.head_dim, header.dtype)
+    # Copies, because planes are read-only views of the frame.
+    arrays = {name: plane.copy() for name, plane in coded_arrays(header, chunk, group, blob).items()}
+    counts = header.ranking.counts(chunk)[first:last]
+    return split(coded_rows(header, chunk, first, counts, arrays), last - first)
+
+
+def coded_rows(header: SegmentHeader, chunk: int, first: int, counts: npt.NDArray[np.int64], arrays: Planes) -> CodedKV:
+    """Rows of a frame in host memory as those of one layer that has the heads of all: (layers, H) `counts` of them.
+
+    first: the frame's first layer. arrays: planes as `coded_arrays` gives them.
+    """
+    form, last = form_of(header.method(chunk)), first + len(counts)
+    rows = FrameRows(counts, header.head_dim, header.dtype)
+    planes = {name: torch.from_numpy(plane) for name, plane in arrays.items()}
     if form.key_bits == 8:
-        found |= {name: header.params[name][first:last].reshape(-1, rows.head_dim) for name in UNIT_PLANES}
-    planes = {name: to_tensor(plane, _CPU) for name, plane in found.items()}
+        for name in UNIT_PLANES:
+            planes[name] = to_tensor(header.params[name][first:last].reshape(-1, rows.head_dim), _CPU)
     keys, values = (
         planes[name].view(header.dtype) if bits == 16 else planes[name]
         for name, bits in (("keys", form.key_bits), ("values", form.value_bits))
     )
     scale, low = (planes.get(name, torch.zeros(0, rows.head_dim)) for name in UNIT_PLANES)
     v_scale, v_low = (planes.get(name, torch.zeros(0)) for name in ROW_PLANES)
-    place, units = (header.ranking.start, chunk), num_units(form, rows.counts)
-    return _layers(form, rows, units, place, (keys, scale, low), (values, v_scale, v_low), planes["positions"])
+    place = (header.ranking.start, chunk)
+    return _rows(form, rows, place, (keys, scale, low), (values, v_scale, v_low), planes["positions"])
 
 
 def coded_planes(reading: Reading, taken: Taken) -> list[CodedKV]:
@@ -90,8 +103,7 @@ def coded_planes(reading: Reading, taken: Taken) -> list[CodedKV]:
     """
     header, rows, planes, device = reading.header, taken.rows, taken.planes, taken.index.device
     codec, (first, last) = header.method(taken.chunk), header.layers(taken.group)
-    form, units = form_of(codec), num_units(form_of(codec), rows.counts)
-    none = torch.zeros(0, device=device)
+    form, none = form_of(codec), torch.zeros(0, device=device)
     if form.key_bits == 16:
         packed, scale = _plain(codec.keys, taken), torch.zeros(0, rows.head_dim, device=device)
         keys = packed, scale, scale
@@ -105,7 +117,8 @@ def coded_planes(reading: Reading, taken: Taken) -> list[CodedKV]:
         scale, low = (planes[name][:, 0] if name in planes else none for name in ROW_PLANES)
         values = planes["value"], scale, low
     start, tokens = header.ranking.start, header.ranking.chunk_of.shape[2]
-    return _layers(form, rows, units, (start, taken.chunk), keys, values, (taken.index % tokens + start).int())
+    positions = (taken.index % tokens + start).int()
+    return split(_rows(form, rows, (start, taken.chunk), keys, values, positions), last - first)
 
 
 def _plain(method: Method, taken: Taken) -> Tensor:
@@ -114,28 +127,15 @@ def _plain(method: Method, taken: Taken) -> Tensor:
     return method.decode(planes, {}, taken.rows, taken.index.device)
 
 
-def _layers(
-    form: Form,
-    rows: FrameRows,
-    units: npt.NDArray[np.int64],
-    place: tuple[int, int],
-    keys: Side,
-    values: Side,
-    positions: Tensor,
-) -> list[CodedKV]:
-    """The layers of a frame, given all their rows; `place` is the start of the segment and the rank chunk."""
-    by_row, of_units, sizes = (keys[0], *values, positions), keys[1:], rows.per_layer.tolist()
-    # All layers at once: a segment has many small layers, and each operation or copy costs more than its bytes.
-    parts = [plane.split_with_sizes(sizes if len(plane) else [0] * len(sizes)) for plane in by_row]
-    parts += [plane.split_with_sizes(units.sum(1).tolist()) for plane in of_units]
-    runs = np.empty((*rows.counts.shape, 6), np.int64)
-    runs[..., HEAD], runs[..., [START, CHUNK]] = np.arange(runs.shape[1]), place
-    runs[..., FIRST], runs[..., ROWS] = rows.counts.cumsum(1) - rows.counts, rows.counts
-    runs[..., UNIT] = units.cumsum(1) - units
-    return [
-        CodedKV(form, rows.dtype, runs.shape[1], k, v, scale, low, v_scale, v_low, at, of_layer)
-        for k, v, v_scale, v_low, at, scale, low, of_layer in zip(*parts, runs, strict=True)
-    ]
+def _rows(form: Form, rows: FrameRows, place: tuple[int, int], keys: Side, values: Side, positions: Tensor) -> CodedKV:
+    """A frame's rows as those of one layer; `place` is the start of the segment and the rank chunk."""
+    counts = rows.counts.reshape(-1)
+    units = num_units(form, counts)
+    runs = np.empty((len(counts), 6), np.int64)
+    runs[:, HEAD], runs[:, [START, CHUNK]] = np.arange(len(counts)), place
+    runs[:, FIRST], runs[:, ROWS], runs[:, UNIT] = counts.cumsum() - counts, counts, units.cumsum() - units
+    (k, k_scale, k_low), (v, v_scale, v_low) = keys, values
+    return CodedKV(form, rows.dtype, len(runs), k, v, k_scale, k_low, v_scale, v_low, positions, runs)
 
 
 def decoded(part: CodedKV) -> LayerKV:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual.containers import Vertical
 from textual.timer import Timer
+from textual.widget import Widget
 
 from kvchat.terminal import neutralise
 from kvchat.tui.code import CodeBlock
@@ -49,10 +50,11 @@ class Answer(Vertical):
 
     DEFAULT_CSS = """
     Answer { height: auto; padding: 0 1; margin: 0 0 1 0; }
-    Answer > *:last-child { margin-bottom: 0; }
-    CodeBlock { height: auto; margin: 0 0 1 0; padding: 0 1; border: round $panel; border-title-color: $text-muted;
+    Answer > .-below { margin-top: 1; }
+    Answer > Lines { height: auto; }
+    CodeBlock { padding: 0 1; border: round $panel; border-title-color: $text-muted;
         border-subtitle-color: $text-muted; }
-    Thought { height: auto; margin: 0 0 1 0; color: $text-muted; }
+    Thought { height: auto; color: $text-muted; }
     Thought > Heading { height: 1; }
     Thought > Heading:hover { text-style: underline; }
     Thought > Lines { height: auto; padding: 0 2; }
@@ -148,8 +150,8 @@ class Answer(Vertical):
         if piece.info is not None:
             await self._open(piece)
         part = self._part
-        if part is not None and not part.is_attached:
-            return  # the answer is being taken off the screen
+        if not self.is_attached:
+            return  # it is being taken off the screen
         if isinstance(part, CodeBlock | Thought):
             part.add(piece.text)
             if piece.is_last:
@@ -173,8 +175,14 @@ class Answer(Vertical):
         else:
             from kvchat.tui.prose import Prose  # it reads Markdown, which the first paint need not wait for
 
-            self._part = Prose()
-        await self.mount(self._part)
+            self._part = Prose(self._add)
+            return
+        await self._add(self._part)
+
+    async def _add(self, part: Widget) -> None:
+        # A class in place of `:last-child`, for which Textual styles the whole transcript anew whenever it grows.
+        part.set_class(bool(self.children), "-below", update=False)
+        await self.mount(part)
 
 
 def pieces(steps: Iterable[Step]) -> Iterator[Piece]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from markdown_it.token import Token
-from textual.containers import Vertical
+from textual.widget import Widget
 from textual.widgets import Markdown
 
 from kvchat.tui.lines import NOTHING, Line, Lines
@@ -15,26 +15,27 @@ from kvchat.tui.markdown_lines import blocks, lines_of, parser
 class Table(Markdown):
     """A table, which needs columns; always given whole."""
 
+    DEFAULT_CSS = """
+    Table { padding: 0; margin: 0; }
+    Table > MarkdownTable { margin: 0; }
+    """
+
     def __init__(self, text: str) -> None:
         super().__init__(text, parser_factory=parser, open_links=False)
 
 
-class Prose(Vertical):
+class Prose:
     """Paragraphs, headings, lists, quotes and tables.
 
-    All but tables is one widget of lines for as long as no table comes.
+    All but tables is one widget of lines for as long as no table comes. The widgets stand in the answer itself: one
+    around them would be laid out and painted too.
+
+    Args:
+        mount: puts a widget below all others; on return it is there.
     """
 
-    DEFAULT_CSS = """
-    Prose { height: auto; margin: 0 0 1 0; }
-    Prose > *:last-child { margin-bottom: 0; }
-    Prose > Lines { height: auto; margin: 0 0 1 0; }
-    Prose > Table { padding: 0; margin: 0 0 1 0; }
-    Prose > Table > MarkdownTable { margin: 0; }
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, mount: Callable[[Widget], Awaitable[None]]) -> None:
+        self._mount = mount
         self._parser = parser()
         self._whole = ""
         self._begin()
@@ -44,6 +45,7 @@ class Prose(Vertical):
         self._text: Lines | None = None  # the last part, if it is no table
         self._num_settled = 0  # its lines that are not of the last block
         self._table: Table | None = None  # the last part, if it is one
+        self._mounted: list[Lines | Table] = []
 
     async def add(self, text: str) -> None:
         """Add to the text; on return it is shown."""
@@ -60,7 +62,8 @@ class Prose(Vertical):
         """Nothing more comes. Links may lead where is said only now, so all is read again if any do."""
         if "]:" in self._whole:
             whole, self._whole = self._whole, ""
-            await self.remove_children()
+            for part in self._mounted:
+                await part.remove()
             self._begin()
             await self.add(whole)
 
@@ -88,10 +91,11 @@ class Prose(Vertical):
                 return
             self._text = Lines(words=True)
             self._text.put(0, lines)
-            await self.mount(self._text)
+            await self._put(self._text)
         elif lines or self._num_settled:
             self._text.put(self._num_settled, lines)
         else:  # what was there became a table
+            self._mounted.remove(self._text)
             await self._text.remove()
             self._text = None
         self._num_settled += num_settled
@@ -101,8 +105,12 @@ class Prose(Vertical):
             await self._table.update(source)
         else:
             self._table = Table(source)
-            await self.mount(self._table)
+            await self._put(self._table)
         self._text, self._num_settled = None, 0
+
+    async def _put(self, part: Lines | Table) -> None:
+        self._mounted.append(part)
+        await self._mount(part)
 
 
 def _begin(block: Sequence[Token]) -> int:
