@@ -76,6 +76,7 @@ def test_turns_come_back_before_a_question_and_leave(figures: dict[str, Any]) ->
     recall = figures["recall"]
     assert recall["segments"] == 1 and recall["tokens_back"] > recall["question_tokens"] > 0
     assert recall["recall_over_question"] == quotient(recall["recall_s"], recall["question_s"])
+    assert recall["recall_from_store_s"]["min"] > 0
 
 
 def test_a_resumed_session_reads_the_question_only(figures: dict[str, Any]) -> None:

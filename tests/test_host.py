@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from kvchat.bandwidths import START, Bandwidths
-from kvchat.codecs.frame import pack
+from kvchat.codecs import frame
+from kvchat.codecs.frame import Sound, check, pack
 from kvchat.errors import CorruptFrame, StoreDamaged
 from kvchat.residence.host import HostCache, HostedStore
 from tests.store_parts import converse, segment
@@ -175,6 +176,40 @@ def test_what_is_read_ahead_and_damaged_is_not_kept(below: Below, pool: Executor
     host.prefetch({"a": 3})
     settled(host, pool)
     assert host.stats()["frames"] == 0 and len(below.reads) == 3 * GROUPS
+
+
+def test_a_frame_is_hashed_when_it_is_first_served_and_not_again(
+    below: Below, pool: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, digest = list[int](), frame._digest
+
+    def counted(*parts: Any) -> bytes:
+        hashed.append(1)
+        return digest(*parts)
+
+    monkeypatch.setattr(frame, "_digest", counted)
+    host = HostCache(below.fetch, pool, 100 * SIZE, lambda *_: 1.0)
+    plain = read(host, "a", [0])
+    hashed.clear()  # by who packed them
+    for _ in range(3):
+        served = read(host, "a", [0])
+        assert served == plain and all(isinstance(blob, Sound) for *_, blob in served)
+        for *_, blob in served:
+            check(blob)
+    assert len(hashed) == GROUPS
+    host.prefetch({"c": 1})
+    settled(host, pool)
+    hashed.clear()
+    read(host, "c", [0])
+    assert not hashed
+
+
+def test_a_frame_that_nobody_checked_is_not_served_damaged(below: Below, pool: Executor) -> None:
+    host = HostCache(below.fetch, pool, 100 * SIZE, lambda *_: 1.0)
+    below.damaged.add("a")
+    read(host, "a", [0])  # by who decodes nothing
+    with pytest.raises(CorruptFrame):
+        read(host, "a", [0])
 
 
 def test_many_threads_read_at_once(below: Below, pool: Executor) -> None:

@@ -27,9 +27,9 @@ from kvchat.errors import InputError, KVChatError
 from kvchat.events import Listener, Notice
 from kvchat.keys import child_environment
 from kvchat.pool import new_pool
+from kvchat.residence.host import HostedStore
 from kvchat.residence.residence import Residence
 from kvchat.session import Conversation
-from kvchat.store.store import Store
 
 WORDS = [
     "I",
@@ -118,7 +118,7 @@ def ranked(config: Config, path: Path) -> Config:
 @contextmanager
 def opened(config: Config, engine: Engine) -> Iterator[tuple[Conversation, Executor]]:
     """A new session "bench", and the pool that it uses."""
-    with closing(Store(config.store_path)) as store, new_pool() as pool:
+    with closing(HostedStore(config.store_path)) as store, new_pool() as pool:
         info = store.create_session("bench", engine.model.name, engine.model.fingerprint)
         conversation = Conversation(info, store, engine, Residence(store, engine, config, pool))
         conversation.begin(None)

@@ -182,7 +182,7 @@ class RaggedLayer(Tail):
 
     def _turns(self, form: CodedKV) -> bool:
         """Whether keys of some of its segments are to be turned."""
-        return bool(self.shifts) and bool(np.isin(form.runs[:, START], [*self.shifts]).any())
+        return bool(self.shifts) and not self.shifts.keys().isdisjoint(form.runs[:, START].tolist())
 
     def place(self, forms: tuple[CodedKV, ...]) -> None:
         """Hold these rows and no others: one CodedKV a form, as `pack` makes them, the form with most bits first."""
@@ -193,17 +193,18 @@ class RaggedLayer(Tail):
 
 def _of_pieces(runs: Runs, pieces: Collection[Piece]) -> npt.NDArray[np.bool_]:
     """Which runs belong to one of these pieces."""
-    return np.isin(_places(runs), [piece.start << 8 | piece.chunk for piece in pieces])
+    # Plain sets: of the few runs of a layer numpy's `isin` and `unique` take ten times as long, and layers are many.
+    wanted = {piece.start << 8 | piece.chunk for piece in pieces}
+    return np.array([place in wanted for place in _places(runs)], np.bool_)
 
 
 def _pieces(parts: Iterable[CodedKV]) -> frozenset[Piece]:
     """The pieces whose rows these are."""
-    # Every head has a run of each piece; numpy finds the few that differ.
-    places = {place for part in parts for place in np.unique(_places(part.runs)).tolist()}
+    places = {place for part in parts for place in _places(part.runs)}
     return frozenset(Piece(place >> 8, place & 255) for place in places)
 
 
-def _places(runs: Runs) -> Runs:
+def _places(runs: Runs) -> list[int]:
     """One number for the piece of each run: there are fewer than 256 chunks."""
-    places: Runs = runs[:, START] << 8 | runs[:, CHUNK]
+    places: list[int] = (runs[:, START] << 8 | runs[:, CHUNK]).tolist()
     return places

@@ -52,9 +52,18 @@ def coded_arrays(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> 
     serves the whole segment: the scales of 8-bit keys. Raises CorruptFrame.
     """
     codec, rows, planes, params = open_frame(header, chunk, group, blob)
-    form, (num_rows, dim) = form_of(codec), rows.shape
     assert rows.positions is not None
-    found: Planes = {"positions": rows.positions}
+    return {"positions": rows.positions} | _arrays(codec, rows, planes, params)
+
+
+def coded_parts(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> Planes:
+    """`coded_arrays` without positions."""
+    codec = header.method(chunk)
+    return _arrays(*open_frame(header, chunk, group, blob, placed=16 in form_of(codec)))
+
+
+def _arrays(codec: Codec, rows: FrameRows, planes: Planes, params: Planes) -> Planes:
+    form, (num_rows, dim), found = form_of(codec), rows.shape, Planes()
     for side, method, bits in (("key", codec.keys, form.key_bits), ("value", codec.values, form.value_bits)):
         if bits == 16:
             found[f"{side}s"] = method.decode(planes, params, rows, _CPU).view(_INTEGERS[rows.dtype.itemsize]).numpy()
@@ -165,6 +174,7 @@ def _unit_of_rows(part: CodedKV) -> Tensor:
 
 _KEYS: dict[int, Keys8 | ChannelKeys] = {8: Keys8(), 4: ChannelKeys(4)}
 _VALUES8, _VALUES4 = Values8(), RotatedValues(4)
+_ENCODED: dict[Method, int] = {_KEYS[8]: 8, _VALUES8: 8, _KEYS[4]: 4, _VALUES4: 4}
 
 
 def form_of(codec: Codec) -> Form:
@@ -174,5 +184,4 @@ def form_of(codec: Codec) -> Form:
 
 def _bits(method: Method) -> int:
     """Bits of a side that can stay encoded, else 16."""
-    known: dict[Method, int] = {_KEYS[8]: 8, _VALUES8: 8, _KEYS[4]: 4, _VALUES4: 4}
-    return known.get(method, 16)
+    return _ENCODED.get(method, 16)

@@ -13,7 +13,7 @@ Letters: L layers, H KV heads, T tokens of the segment, N rows of a frame, D hea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,15 +119,20 @@ def decode_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes, dev
     return LayerKV.split(rows.counts, keys, values, torch.from_numpy(rows.positions).to(keys.device))
 
 
-def open_frame(header: SegmentHeader, chunk: int, group: int, blob: bytes) -> tuple[Codec, FrameRows, Planes, Planes]:
-    """A frame's codec, which rows it holds, its planes, and the parameters of its layers. Raises CorruptFrame."""
+def open_frame(
+    header: SegmentHeader, chunk: int, group: int, blob: bytes, placed: bool = True
+) -> tuple[Codec, FrameRows, Planes, Planes]:
+    """A frame's codec, which rows it holds, its planes, and the parameters of its layers. Raises CorruptFrame.
+
+    placed: whether where each row stood is asked, which takes as long as all else where the frame was checked before.
+    """
     assert 0 <= chunk < header.ranking.num_chunks and 0 <= group < header.num_groups, (chunk, group)
     name, codec = header.codec(chunk), header.method(chunk)
     first, last = header.layers(group)
-    counts = header.ranking.counts(chunk)[first:last]
-    times = header.ranking.rows(chunk, first, last) % header.ranking.chunk_of.shape[2]
-    positions = (times + header.ranking.start).astype(np.int32)
-    rows = FrameRows(counts, header.head_dim, header.dtype, positions)
+    rows = FrameRows(header.ranking.counts(chunk)[first:last], header.head_dim, header.dtype)
+    if placed:
+        times = header.ranking.rows(chunk, first, last) % header.ranking.chunk_of.shape[2]
+        rows = replace(rows, positions=(times + header.ranking.start).astype(np.int32))
     head, planes = unpack(blob, limit=int(codec.layer_bytes(rows, scale_bytes=4).sum()))
     if head != _frame_head(header, chunk, group):
         raise CorruptFrame(f"not chunk {chunk} of layer group {group} in {name}: {str(head)[:120]}")

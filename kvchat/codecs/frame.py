@@ -79,8 +79,14 @@ def pack(head: Mapping[str, Any], planes: Planes, bars: Mapping[str, float] | No
     return b"".join([MAGIC, _digest(fixed, header, *bodies), fixed, header, *bodies])
 
 
+class Sound(bytes):
+    """A frame that lies in memory since it was checked: `check` does not hash it again."""
+
+
 def check(blob: bytes) -> None:
     """Raise CorruptFrame unless `blob` is a whole, undamaged frame, and UnknownCodec if its format is newer."""
+    if isinstance(blob, Sound):
+        return
     if len(blob) < _PREFIX.size:
         raise CorruptFrame(f"the frame is cut short: {len(blob)} bytes")
     magic, digest, version, header_length = _PREFIX.unpack_from(blob)

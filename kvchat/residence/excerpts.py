@@ -20,9 +20,9 @@ import torch
 
 from kvchat.cache.coded import GROUP, HEAD, UNIT_PLANES, CodedKV, Form, num_units
 from kvchat.cache.layer import Piece
-from kvchat.cache.pack import Spans, inside_groups, pack, rows_of, split, within
+from kvchat.cache.pack import Spans, pack, split, within
 from kvchat.codecs import decoded
-from kvchat.codecs.coded import coded_arrays, coded_rows, form_of
+from kvchat.codecs.coded import coded_parts, coded_rows, form_of
 from kvchat.pool import submit
 from kvchat.residence.loading import Fetch, Resident
 
@@ -63,30 +63,42 @@ def _plain(rows: CodedKV, spans: Spans) -> CodedKV:
 
 def _cut(resident: Resident, chunk: int, group: int, read: Callable[[], bytes]) -> CodedKV:
     """The rows of a frame that lie in the segment's spans and in use, as those of one layer. Raises CorruptFrame."""
-    header = resident.header
-    arrays, form = coded_arrays(header, chunk, group, read()), form_of(header.method(chunk))
-    first, last = header.layers(group)
-    counts = header.ranking.counts(chunk)[first:last]
-    run, offset = rows_of(counts.reshape(-1))
-    chosen = _in_spans(resident, arrays["positions"])
-    if form.key_bits == 4:
-        chosen = inside_groups(chosen, offset)
-    rows = np.flatnonzero(chosen & (arrays["positions"] < resident.end))
-    units, begins = num_units(form, counts.reshape(-1)), rows[offset[rows] % GROUP == 0]
-    of_units = (np.cumsum(units) - units)[run[begins]] + offset[begins] // GROUP
-    left = np.bincount(run[rows], minlength=counts.size).reshape(counts.shape)
-    kept = {name: plane[of_units if name in UNIT_PLANES else rows] for name, plane in arrays.items()}
+    header, form = resident.header, form_of(resident.header.method(chunk))
+    arrays, (first, last) = coded_parts(header, chunk, group, read()), header.layers(group)
+    there = header.ranking.chunk_of[first:last].reshape(-1, resident.header.ranking.chunk_of.shape[2]) == chunk
+    offset = there.cumsum(1, dtype=np.int32) - 1
+    counts = offset[:, -1].astype(np.int64) + 1
+    chosen = _chosen(resident, there, offset // GROUP if form.key_bits == 4 else None)
+    run, time = np.divmod(np.flatnonzero(chosen), there.shape[1])  # numpy's `nonzero` is slow in two dimensions
+    firsts, units, offset = counts.cumsum() - counts, num_units(form, counts), offset[run, time]
+    begins = np.flatnonzero(offset % GROUP == 0)
+    taken = {
+        True: (units.cumsum() - units)[run[begins]] + offset[begins] // GROUP,
+        False: firsts[run] + offset,
+    }
+    kept = {name: plane.take(taken[name in UNIT_PLANES], axis=0) for name, plane in arrays.items()}
+    kept["positions"] = (time + resident.start).astype(np.int32)
+    left = np.bincount(run, minlength=len(counts)).reshape(last - first, -1)
     cut = coded_rows(header, chunk, first, left, kept)
     cut.runs[:, HEAD] += first * header.num_kv_heads
     return replace(cut, num_heads=header.num_layers * header.num_kv_heads)
 
 
-def _in_spans(resident: Resident, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Which rows are of tokens in the segment's spans; all if it has none."""
-    inside = np.full(positions.shape, fill_value=not resident.part.spans)
+def _chosen(
+    resident: Resident, there: npt.NDArray[np.bool_], groups: npt.NDArray[np.int32] | None
+) -> npt.NDArray[np.bool_]:
+    """Which tokens of the runs (R, T) that have those `there` are to come; given their groups, with these whole."""
+    times = np.arange(there.shape[1]) + resident.start
+    inside = np.full(times.shape, fill_value=not resident.part.spans)
     for low, high in resident.part.spans:
-        inside |= (positions >= low) & (positions < high)
-    return inside
+        inside |= (times >= low) & (times < high)
+    chosen: npt.NDArray[np.bool_] = there & inside
+    if groups is not None:
+        runs = np.arange(len(there))[:, None]
+        touched = np.zeros((len(there), int(groups.max(initial=0)) + 1), np.bool_)
+        touched[(runs + 0 * groups)[chosen], groups[chosen]] = True
+        chosen = there & touched[runs, groups]
+    return chosen & (times < resident.end)
 
 
 def by_layer(pieces: Mapping[Piece, Sequence[CodedKV]], layers: int) -> list[tuple[CodedKV, ...]]:

@@ -2,8 +2,8 @@
 
 Which frames stay is decided by what they are worth (`utility.py`), not by when they were read last. Pinning them would
 not pay: what goes to a GPU is what frames decode to, and that lies in pinned buffers already (`cache/assembly.py`,
-`cache/pack.py`). A frame that was just read is not checked here, for whoever asked decodes it now: if damaged,
-its segment is dropped, here too. One that was read ahead is checked.
+`cache/pack.py`). A frame is hashed once: by whoever decodes it when it has just been read (if damaged, its segment is
+dropped, here too), and here when it was read ahead, or is served from here for the first time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from operator import itemgetter
 from threading import Lock
 
 from kvchat.bandwidths import Bandwidths
-from kvchat.codecs.frame import check
+from kvchat.codecs.frame import Sound, check
 from kvchat.errors import CodecError, StoreError
 from kvchat.pool import submit
 from kvchat.residence.loading import Fetch
@@ -81,7 +81,8 @@ class HostCache:
         there = self._there(segment_id, chunks)
         missing = [chunk for chunk in sorted(set(chunks)) if (chunk, 0) not in there]
         hits: Iterator[tuple[int, int, Read]] = (
-            (chunk, group, partial(self._hit, blob)) for (chunk, group), blob in sorted(there.items())
+            (chunk, group, partial(self._hit, (segment_id, chunk, group), blob))
+            for (chunk, group), blob in sorted(there.items())
         )
         yield from heapq.merge(hits, self._misses(segment_id, missing), key=itemgetter(0, 1))
 
@@ -157,11 +158,16 @@ class HostCache:
                 found |= {(chunk, group): blob for group, blob in enumerate(blobs) if blob is not None and all(blobs)}
         return found
 
-    def _hit(self, blob: bytes) -> bytes:
+    def _hit(self, key: Key, blob: bytes) -> bytes:
+        """The frame, checked. Raises what `check` raises."""
+        check(blob)
+        sound = blob if isinstance(blob, Sound) else Sound(blob)
         with self._lock:
             self._counts["hits"] += 1
             self._counts["hit_bytes"] += len(blob)
-        return blob
+            if self._frames.get(key) is blob:
+                self._frames[key] = sound
+        return sound
 
     def _misses(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, Read]]:
         for chunk, group, read in self._learning(segment_id, chunks):
@@ -192,7 +198,7 @@ class HostCache:
             blob = read()
             self._bandwidths.add_read(len(blob), time.perf_counter() - begun)
             check(blob)
-            self._admit(key, version, blob)
+            self._admit(key, version, Sound(blob))
 
     def _would_stay(self, segment_id: str, chunk: int) -> bool:
         """Whether there is room for a chunk, or what is worth less."""
@@ -233,8 +239,8 @@ class HostedStore(Store):
         self, pool: Executor, cap: int, worth: Worth, bandwidths: Bandwidths | None = None
     ) -> HostCache | None:
         """Keep up to so many bytes of frames in host memory from now on; 0: none."""
-        if cap:
-            self._host = HostCache(super().readings, pool, cap, worth, self._version, bandwidths)
+        below = super().readings
+        self._host = HostCache(below, pool, cap, worth, self._version, bandwidths) if cap else None
         return self._host
 
     def readings(self, segment_id: str, chunks: Sequence[int]) -> Iterator[tuple[int, int, Read]]:
