@@ -66,9 +66,9 @@ class Host(App[None]):
 
 
 @asynccontextmanager
-async def showing(turns: int) -> AsyncIterator[tuple[Host, Transcript, Pilot[None]]]:
+async def showing(turns: int, rows: int = 20) -> AsyncIterator[tuple[Host, Transcript, Pilot[None]]]:
     host = Host()
-    async with host.run_test(size=(60, 20)) as pilot:
+    async with host.run_test(size=(60, rows)) as pilot:
         await host.transcript.show(messages(turns))
         await pilot.pause()
         yield host, host.transcript, pilot
@@ -90,6 +90,18 @@ async def test_a_long_session_mounts_its_end_only() -> None:
         await wait_until(lambda: "plain 5000" in host.shown)
         assert mounted(transcript)[-1] == 5000 and len(transcript.children) <= Transcript.WINDOW + 1
         assert transcript.following and not transcript.query(MoreBelow)
+
+
+async def test_a_tall_screen_is_filled_and_there_is_a_page_above_it() -> None:
+    async with showing(100, rows=150) as (_, transcript, pilot):
+        await wait_until(lambda: transcript.max_scroll_y >= transcript.page)
+        await settled(transcript, pilot)
+        assert transcript.following and len(transcript.children) > Transcript.WINDOW + Transcript.STEP
+
+
+async def test_no_message_is_styled_anew_when_another_is_mounted() -> None:
+    async with showing(8) as (_, transcript, _):
+        assert transcript.query(Answer) and not any(child._has_order_style for child in transcript.query("*"))
 
 
 async def test_scrolling_up_mounts_more_and_drops_what_is_far_below(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,12 +36,11 @@ class Window(SteadyScroll):
     `show` and `add` are for whoever tells it what there is. What is mounted or removed directly is taken over too.
     """
 
-    WINDOW: ClassVar[int] = 30
-    """Messages that are mounted."""
-    STEP: ClassVar[int] = 8
+    WINDOW: ClassVar[int] = 12
+    """Messages that are mounted, more where they are less than a page above and below what is seen: all that is mounted
+    is laid out anew whenever one of them comes, and a key waits for that."""
+    STEP: ClassVar[int] = 2
     """Messages that are mounted more, and fewer at the other end, when the user comes near to the end of them."""
-    AT_ONCE: ClassVar[int] = 3
-    """Messages that are mounted together; keys are served in between."""
 
     DEFAULT_CSS = """
     Window { layers: text hint; }
@@ -60,6 +59,7 @@ class Window(SteadyScroll):
         super().__init__(id=id)
         self._items: list[Item] = []
         self._first = self._last = 0
+        self._waiting: set[Widget] = set()  # of items outside the window, mounted and not shown
         self._changing = Lock()
         self._is_shifting = False
         self._more: MoreBelow | None = None
@@ -91,6 +91,7 @@ class Window(SteadyScroll):
     def remove_children(self, selector: Any = "*") -> Any:
         if selector == "*":
             self._items, self._more = [], None
+            self._waiting.clear()
             self._first = self._last = 0
         return super().remove_children(selector)
 
@@ -100,7 +101,7 @@ class Window(SteadyScroll):
         if before is None and after is None and not self.is_whole:
             # The end is not mounted: what comes to it waits there.
             for widget in widgets:
-                widget.display = False
+                self._hide(widget)
                 self._items.append(item_of(widget, self._items[-1].turn))
         return super().mount(*widgets, before=before, after=after)
 
@@ -121,12 +122,11 @@ class Window(SteadyScroll):
 
     def _sync(self) -> None:
         """Learn what others mounted and removed."""
-        known = {item.widget: item for item in self._items if item.widget is not None}
-        waiting = {item.widget for item in (*self._items[: self._first], *self._items[self._last :])}
+        known = {item.widget: item for item in self._items[self._first : self._last] if item.widget is not None}
         turn = self._items[self._first - 1].turn if self._first else 0
         window = []
         for child in self.children:
-            if child in waiting or isinstance(child, MoreBelow):
+            if child in self._waiting or isinstance(child, MoreBelow):
                 continue
             turn += isinstance(child, Question)
             item = known.get(child) or item_of(child, turn)
@@ -187,30 +187,26 @@ class Window(SteadyScroll):
         """Mount so many messages more above, the newest first."""
         stop = max(0, self._first - number)
         while self._first > stop:
-            some = self._items[max(stop, self._first - self.AT_ONCE) : self._first]
             top = self._items[self._first].widget if self._first < self._last else None
-            self._first -= len(some)
-            await self._bring(some, before=top if top is not None else (0 if self.children else None))
+            self._first -= 1
+            await self._bring(self._items[self._first], before=0 if top is None else top)
 
     async def _mount_below(self, number: int) -> None:
         """Mount so many messages more below."""
         stop = min(len(self._items), self._last + number)
         while self._last < stop:
-            some = self._items[self._last : min(stop, self._last + self.AT_ONCE)]
             above = self._items[self._last - 1].widget if self._last > self._first else None
-            self._last += len(some)
-            await self._bring(some, after=above) if above is not None else await self._bring(some, before=0)
+            self._last += 1
+            item = self._items[self._last - 1]
+            await (self._bring(item, before=0) if above is None else self._bring(item, after=above))
 
-    async def _bring(self, items: Sequence[Item], **place: Any) -> None:
-        """Mount items that belong together at a place, or show them if they waited there."""
-        fresh = []
-        for item in items:
-            if item.widget is None:
-                fresh.append(item.mounted())
-            else:
-                item.widget.display = True
-        if fresh:
-            await super().mount(*fresh, **(place if self.children else {}))
+    async def _bring(self, item: Item, **place: Any) -> None:
+        """Mount an item at a place, or show it if it waited there. Keys are served between one and the next."""
+        if item.widget is not None:
+            item.widget.display = True
+            self._waiting.discard(item.widget)
+        else:
+            await super().mount(item.mounted(), **(place if self.children else {}))
 
     async def _unmount(self, items: Iterable[Item]) -> None:
         leaving = []
@@ -219,8 +215,12 @@ class Window(SteadyScroll):
                 leaving.append(item.widget)
                 item.widget = None
             elif item.widget is not None:
-                item.widget.display = False
+                self._hide(item.widget)
         await super().remove_children(leaving)
+
+    def _hide(self, widget: Widget) -> None:
+        widget.display = False
+        self._waiting.add(widget)
 
     async def _drop_above(self) -> None:
         """Unmount what the window has too much at its beginning, as far as it is far from what is seen."""
@@ -259,7 +259,8 @@ class Window(SteadyScroll):
         self._show_more()
         if self._is_shifting or self._changing.locked():
             return
-        if self.scroll_y < self.page and self._first > 0 and not self.following:
+        above = self.max_scroll_y if self.following else self.scroll_y
+        if above < self.page and self._first > 0:
             self._begin(self._shift(-1))
         elif self.max_scroll_y - self.scroll_y < self.page and not self.is_whole:
             self._begin(self._shift(1))
