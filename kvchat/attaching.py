@@ -68,6 +68,10 @@ def build(conversation: Conversation, document: Document, stop: Stop) -> Generat
     if opening:
         yield from _seal_opening(conversation, opening, stop)
     yield from residence.restore(conversation.path)
+    lost = [entry.start for entry in residence.known if entry.lost]
+    if lost:  # what is long ago is not computed again by itself
+        residence.let_go()
+        yield from residence.restore(conversation.path[: residence.bounds(conversation.path).index(lost[0])])
     if missing := document.messages[max(0, known) :]:
         conversation.take(missing)
     for last in range(opening + 2, opening + len(document.messages) + 1, 2):

@@ -53,13 +53,13 @@ def require_room(path: Sequence[Message], found: Sequence[Drafted], residence: R
     model = residence.engine.model
     around = len(model.template.generation_prompt) + len(model.template.assistant_close)
     used = residence.bounds(path)[-1]
+    begun = path[:1] or chained(found[:1], None)
     for number, (_, _, piece) in enumerate(found, 1):
-        needed = len(piece.ids) + around + 1
-        if needed > residence.longest(used):
+        needed, free = len(piece.ids) + around + 1, residence.longest(used, begun)
+        if needed > free:
             raise CapacityError(
                 f"message {number} has {needed} tokens and does not fit: of the model's window of "
-                f"{model.context_window} {residence.longest(used)} can be free; shorten it or give it in parts "
-                "(nothing was cut)"
+                f"{model.context_window} {free} can be free; shorten it or give it in parts (nothing was cut)"
             )
         used += len(piece.ids)
 

@@ -212,7 +212,7 @@ def _memory(residence: Residence, resident: Resident | None, pairs: int) -> floa
         return 0.0
     if not residence.cache.encoded:
         return pairs * residence.engine.model.bytes_per_pair
-    return residence.cache.nbytes(resident.start) * pairs / max(1, residence.tiers.rows(resident))
+    return residence.tiers.nbytes(resident) * pairs / max(1, residence.tiers.rows(resident))
 
 
 def _tier(parts: Sequence[_Part]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -105,10 +105,13 @@ def _likeliest(logits: Tensor) -> Tensor:
 def state_of(conversation: Conversation) -> str:
     """A hash of all that the answer depends on: saved KV by its name, and by its bytes what was not saved."""
     residence = conversation.residence
-    sealed = [(one.id, one.end, one.chunks) for one in residence.tiers.residents]
+    # Of most all tokens are there: so what was recorded of those stays comparable.
+    sealed: list[tuple[Any, ...]] = [
+        (one.id, one.end, one.chunks, *one.part.spans) for one in residence.tiers.residents
+    ]
     waiting = [(one.id, end) for one, end in residence.waiting]
     written = conversation.store.written([*(one[0] for one in sealed), *(one[0] for one in waiting)])
-    parts = [
+    parts: list[Any] = [
         *(QUESTION, NUM_TOKENS, residence.fingerprint, conversation.path[-1].id if conversation.path else None),
         *(sorted(sealed), sorted(waiting), written, _machine(conversation.engine)),
         *(residence.cache.tail_start, residence.cache.offset, _unsaved(residence)),

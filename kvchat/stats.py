@@ -117,13 +117,18 @@ def list_segments(residence: Residence, path: Sequence[Message], covered: Covere
     known, covered_ids = {entry.id: entry for entry in residence.known if entry.id}, {one.id for one, _ in covered}
     held = {one.id: one.chunks for one in residence.tiers.residents} | {one.id: 1 for one, _ in residence.waiting}
     listed = _stored(path, covered, [one for one in residence.known if one.id not in covered_ids])
-    rows, places = rows_held(cache), _positions(residence)
+    rows, places, residents = (
+        rows_held(cache),
+        _positions(residence),
+        {one.id: one for one in residence.tiers.residents},
+    )
     recalled = _recalled(path)
     for segment in listed:
         start, chunks, entry = segment["start"], held.get(segment["id"], 0), known.get(segment["id"])
         dense = (segment["end"] - start) * model.pairs_per_token
         sizes = entry.sizes.tolist() if entry else [1] * segment["num_chunks"]
-        there = (dense if segment["kind"] == "open" else rows.get(start, 0)) if chunks else 0
+        resident = residents.get(segment["id"])
+        there = sum(rows.get(low, 0) for low, _ in resident.stretches) if resident else dense if chunks else 0
         is_coded = cache.encoded and there and segment["kind"] == "sealed"
         segment |= {
             "tier": _tier(chunks, segment, lost=bool(entry and entry.lost)),
@@ -133,7 +138,9 @@ def list_segments(residence: Residence, path: Sequence[Message], covered: Covere
             "rows_stored": round(dense * sum(sizes[: segment["stored_chunks"]]) / max(1, sum(sizes))),
             "rows": there,
             "rows_total": dense,
-            "bytes_in_memory": cache.nbytes(start) if is_coded else there * model.bytes_per_pair,
+            "bytes_in_memory": residence.tiers.nbytes(resident)
+            if is_coded and resident
+            else there * model.bytes_per_pair,
         }
     return listed
 
@@ -151,9 +158,10 @@ def rows_held(cache: SegmentedCache) -> dict[int, int]:
 
 def _positions(residence: Residence) -> dict[int, int]:
     """Where the segments in memory stand for the network, by their start; waiting ones stand in the tail."""
-    there = {one.start for one in residence.tiers.residents if one.chunks}
-    sealed = [entry for entry in residence.known if entry.start in there]
-    found = {entry.start: at for entry, at in zip(sealed, positions(sealed, residence.offset), strict=True)}
+    there = {one.start: one.stretches for one in residence.tiers.residents if one.chunks}
+    sealed = [(one.start, one.stretch(*span)) for one in residence.known for span in there.get(one.start, ())]
+    places = positions([stretch for _, stretch in sealed], residence.offset)
+    found = {start: at for (start, _), at in zip(reversed(sealed), reversed(places), strict=True)}
     return found | {record.start: record.start - residence.offset for record, _ in residence.waiting}
 
 

@@ -300,7 +300,7 @@ def test_a_cache_that_is_torn_is_let_go_and_comes_back(life: Life, scarce: Scarc
     expected, held = probe(session), session._conversation.residence
     scarce(layers, "pack", 2, times)
     with pytest.raises(OutOfMemory) if times == ALWAYS else nullcontext():
-        session._call(lambda: held._fit({one.id: 1 for one in held.tiers.residents}))
+        session._call(lambda: held._fit({one.id: 1 for one in held.tiers.residents}, {}))
     assert (held.cache.num_seen == 0) == (times == ALWAYS) and held.cache.is_whole
     scarce.end()
     session._call(lambda: held.hold(session._conversation.path))

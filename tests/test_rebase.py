@@ -111,26 +111,28 @@ def expected(one: Conversation) -> list[list[tuple[Tensor, Tensor]]]:
         [[] for _ in range(model.num_key_value_heads)] for _ in range(model.num_hidden_layers)
     ]
     theta = float(model.config.rope_parameters["rope_theta"])
-    plain = [entry for entry in there if entry.start not in residence.recalled]
+    back = {e.start: residence.recalled[e.start].spans for e in there if e.start in residence.recalled}
+    spans = {e.start: [*parts[e.id].spans] or [(e.start, e.end)] for e in there}
+    plain = [
+        e.stretch(low, high) for e in there for low, high in spans[e.start] if (low, high) not in back.get(e.start, ())
+    ]
     stands = {e.start: p for e, p in zip(plain, positions(plain, residence.offset), strict=True)}
     told_again = residence.asked_at - residence.offset
-    for back in [residence.recalled[e.start] for e in there if e.start in residence.recalled]:
-        stands[back.entry.start] = told_again - (back.low - back.entry.start)
-        told_again += back.high - back.low
-    for entry in there:
+    for low, high in [span for e in there for span in back.get(e.start, ())]:
+        stands[low] = told_again
+        told_again += high - low
+    for entry, (low, high) in [(e, span) for e in there for span in spans[e.start]]:
         record = one.store.segment(entry.id)
         assert record is not None
-        header, by = read_header(record, model), stands[entry.start] - (entry.start - entry.offset)
+        header, by = read_header(record, model), stands[low] - (low - entry.offset)
         for chunk, group, blob in one.store.frames(entry.id, range(held[entry.id])):
             decoded = decode_frame(header, chunk, group, blob, model.device)
             for layer, kv in zip(range(*header.layers(group)), decoded, strict=True):
-                for head, (low, high) in enumerate(pairwise(kv.bounds)):
-                    use = kv.positions[low:high] < entry.end
-                    if parts[entry.id].spans:
-                        places = kv.positions[low:high]
-                        use &= sum((places >= a) & (places < b) for a, b in parts[entry.id].spans) > 0  # type: ignore[arg-type]
-                    keys = turned(kv.keys[low:high][use], by, theta)
-                    rows[layer][head].append((keys, kv.values[low:high][use]))
+                for head, (first, last) in enumerate(pairwise(kv.bounds)):
+                    places = kv.positions[first:last]
+                    use = (places >= low) & (places < min(high, entry.end))
+                    keys = turned(kv.keys[first:last][use], by, theta)
+                    rows[layer][head].append((keys, kv.values[first:last][use]))
     empty = torch.zeros(0, model.head_dim, dtype=torch.float64)
     return [
         [tuple(torch.cat([empty, *(part[side].double() for part in parts)]) for side in (0, 1)) for parts in layer]  # type: ignore[misc]
@@ -375,7 +377,7 @@ def test_a_question_as_long_as_may_be_is_not_refused_for_what_it_brings_back(sto
         for number in range(24):
             say(one, number, 80 + 3 * number)
             if number > 16:
-                room = one.residence.longest(one.num_tokens) - 2 * around - 40
+                room = one.residence.longest(one.num_tokens, one.path) - 2 * around - 40
                 done = ask(one, f"word{number % 7} {'x' * room}")
                 assert done.usage.completion_tokens and one.residence.cache.position <= WINDOW
 
@@ -658,7 +660,7 @@ def test_no_positions_stay_free_for_what_turns_out_to_be_damaged(store: Store) -
         assert residence.cache.gap.length == back.length
         held = {one.id: one.chunks for one in residence.tiers.residents}
         assert held[back.entry.id] > 1
-        residence.tiers.hold(held | {back.entry.id: 1}, {back.entry.id: back.part})
+        residence.tiers.hold(held | {back.entry.id: 1})
         update = "UPDATE frames SET body = zeroblob(length(body)) WHERE segment_id = ? AND chunk > 0"
         store._db.execute(update, [back.entry.id])
         store._db.conn.commit()

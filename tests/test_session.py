@@ -514,7 +514,7 @@ def test_a_rebuild_that_fails_changes_nothing(opener: Open) -> None:
     narrow = Worker(
         worker.config,
         None,
-        lambda *_: replace(make_model("qwen3"), context_window=60, fingerprint={"tokenizer": "another"}),
+        lambda *_: replace(make_model("qwen3"), context_window=30, fingerprint={"tokenizer": "another"}),
     )
     with pytest.raises(CapacityError):
         narrow.open("trip", rebuild=True)

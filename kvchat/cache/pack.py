@@ -118,6 +118,13 @@ def split(rows: CodedKV, layers: int) -> list[CodedKV]:
     return found
 
 
+def stretch(rows: CodedKV, low: int, high: int) -> CodedKV:
+    """`within` one span, as rows that stand by themselves: of pieces that begin with its first token."""
+    found = within(rows, ((low, high),))
+    found.runs[:, START] = low
+    return found
+
+
 def rows_of(lengths: Runs) -> tuple[Runs, Runs]:
     """Of every row of runs of these lengths, in their order: the index of its run, and its number in it."""
     run = np.repeat(np.arange(len(lengths)), lengths)

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from kvchat.cache.pack import Spans
 from kvchat.codecs import SegmentHeader
 from kvchat.codecs.encode import packed_bytes, param_bytes
-from kvchat.residence.loading import WHOLE, Part
 from kvchat.store.records import SegmentRecord
 
 
@@ -77,6 +76,21 @@ class Entry:
         """Tokens of which no segment is there any more."""
         return cls("", start, end, True, 0, np.zeros(1, np.int64), None, "", (0,), 0, lost=True)
 
+    def stretch(self, low: int, high: int) -> Entry:
+        """Only its tokens at places [low, high), as they stand by themselves; what they take is not counted anew."""
+        return replace(self, start=low, end=min(high, self.end))
+
+    def counted(self, header: SegmentHeader, spans: Spans) -> Entry:
+        """With the pairs and bytes of these tokens alone."""
+        ranking = header.ranking
+        inside = np.zeros(ranking.chunk_of.shape[2], bool)
+        for low, high in spans:
+            inside[low - ranking.start : high - ranking.start] = True
+        some = ranking.chunk_of[:, :, inside]
+        sizes = np.array([np.count_nonzero(some == chunk) for chunk in range(ranking.num_chunks)], np.int64)
+        nbytes = -(-np.array(self.nbytes) * sizes // np.maximum(1, self.sizes))
+        return replace(self, sizes=sizes, nbytes=tuple(nbytes.tolist()))
+
     @property
     def num_chunks(self) -> int:
         """C."""
@@ -92,38 +106,22 @@ class Entry:
 class Recalled:
     """What comes back of a segment for a question.
 
-    entry      with the pairs that come, which may be fewer than it has
-    part       which tokens these are
-    low, high  places of the first of them, and one past the last
+    entry  with the pairs that come, which may be fewer than it has
+    spans  which tokens these are
     """
 
     entry: Entry
-    part: Part
-    low: int
-    high: int
+    spans: Spans
 
     @classmethod
     def whole(cls, entry: Entry) -> Recalled:
         """All of it."""
-        return cls(entry, WHOLE, entry.start, entry.end)
-
-    @classmethod
-    def of(cls, entry: Entry, header: SegmentHeader, spans: Spans) -> Recalled:
-        """The tokens in these spans, their pairs counted."""
-        ranking = header.ranking
-        inside = np.zeros(ranking.chunk_of.shape[2], bool)
-        for low, high in spans:
-            inside[low - ranking.start : high - ranking.start] = True
-        some = ranking.chunk_of[:, :, inside]
-        sizes = np.array([np.count_nonzero(some == chunk) for chunk in range(ranking.num_chunks)], np.int64)
-        nbytes = -(-np.array(entry.nbytes) * sizes // np.maximum(1, entry.sizes))
-        fewer = replace(entry, sizes=sizes, nbytes=tuple(nbytes.tolist()))
-        return cls(fewer, Part(spans), spans[0][0], spans[-1][1])
+        return cls(entry, ((entry.start, entry.end),))
 
     @property
     def length(self) -> int:
         """Positions that it needs."""
-        return self.high - self.low
+        return sum(high - low for low, high in self.spans)
 
 
 def positions(entries: Sequence[Entry], offset: int) -> list[int]:
@@ -145,11 +143,10 @@ def shifts(entries: Sequence[Entry], offset: int) -> dict[int, int]:
     return {entry.start: position - (entry.start - entry.offset) for entry, position in places}
 
 
-def quoted(recalled: Sequence[Recalled], position: int) -> dict[int, int]:
+def quoted(stretches: Sequence[Entry], position: int) -> dict[int, int]:
     """`shifts` of what stands one after the other from a position on, as if it were said again."""
     found: dict[int, int] = {}
-    for one in recalled:
-        entry = one.entry
-        found[entry.start] = position - (one.low - entry.start) - (entry.start - entry.offset)
+    for one in stretches:
+        found[one.start] = position - (one.start - one.offset)
         position += one.length
     return found

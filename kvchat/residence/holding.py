@@ -6,52 +6,35 @@ runs out half-way through the layers, all is let go, which needs no memory, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, chain
 from typing import TypeVar
 
 from kvchat import memory
 from kvchat.cache.gap import Gap
-from kvchat.cache.ragged import SegmentedCache
-from kvchat.cache.segment import Ranking
 from kvchat.codecs import SegmentHeader
-from kvchat.compress.allocate import chunks_held
 from kvchat.config import Config
-from kvchat.engine import Engine
 from kvchat.errors import CodecError, OutOfMemory, StoreError
 from kvchat.events import Notice
-from kvchat.residence.catalogue import Entry, Recalled, quoted, shifts
-from kvchat.residence.loading import Resident
-from kvchat.residence.room import Cap, Room, recalls, wanted
-from kvchat.residence.saving import Saver
-from kvchat.residence.sealing import Ranker, read_header
-from kvchat.residence.tiers import Tiers
-from kvchat.store.records import num_answered, turn_of
-from kvchat.store.store import Message, SegmentRecord, Store
+from kvchat.residence.catalogue import Entry, quoted, shifts
+from kvchat.residence.loading import WHOLE, Part
+from kvchat.residence.sealing import Ranker
+from kvchat.residence.wanting import Wanting
+from kvchat.store.records import turn_of
+from kvchat.store.store import Message, SegmentRecord
 
 Result = TypeVar("Result")
 
 
-class Holding:
+class Holding(Wanting):
     """The half of a `Residence` that fetches and computes nothing; what it has is described there."""
 
-    store: Store
-    engine: Engine
-    config: Config
     ranker: Ranker
-    cache: SegmentedCache
-    tiers: Tiers
-    saver: Saver
     fingerprint: str
     waiting: list[tuple[SegmentRecord, int]]
-    known: list[Entry]
-    recalled: dict[int, Recalled]
-    expected: int
     asked_at: int
-    offset: int
     num_computed: int
     notices: list[Notice]
     lacking: bool
@@ -59,93 +42,35 @@ class Holding:
     """Whether segments are smaller than their budget, because there was no memory for them to grow."""
     _load_s: float | None
 
-    # -- positions ---------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def ids(path: Sequence[Message]) -> list[int]:
-        """Token ids of a path; the index of an id is its place."""
-        return [*chain.from_iterable(message.token_ids for message in path)]
-
-    @staticmethod
-    def bounds(path: Sequence[Message]) -> list[int]:
-        """Where each message begins, and, last, where the path ends: one more than there are messages."""
-        return [0, *accumulate(len(message.token_ids) for message in path)]
-
-    # -- the budget --------------------------------------------------------------------------------------------------
-
-    def budgets(
-        self, segments: Sequence[tuple[Ranking, int]], path: Sequence[Message], stored: Sequence[int] | None = None
-    ) -> list[int]:
-        """Chunks that `keep_ratio` gives segments, each given with the end of its use, of so many `stored` (None: all).
-
-        The newest token is that of the newest message that does not wait for its answer.
-        """
-        most = [ranking.num_chunks for ranking, _ in segments] if stored is None else stored
-        return chunks_held(self.config.compress, segments, most, self.bounds(path)[num_answered(path)])
-
-    def _wanted(self, path: Sequence[Message]) -> dict[str, int]:
-        """Chunks that memory is to hold of every segment, by its id."""
-        if not self.known:
-            return {}
-        newest = self.bounds(path)[num_answered(path)]
-        entries = [self.recalled[one.start].entry if one.start in self.recalled else one for one in self.known]
-        chunks = wanted(self.config.compress, entries, self._most(), newest, self._room(), self.recalled, recalls(path))
-        return {entry.id: count for entry, count in zip(entries, chunks, strict=True)}
-
-    def _most(self) -> list[int]:
-        """Chunks of each segment that can be had: never more than the store has."""
-        held = {one.id: one.chunks for one in self.tiers.residents}
-        found = self.store.stored_chunks([entry.id for entry in self.known])
-        # Of what is gone from the store, or has another version there, memory keeps what it has.
-        found |= {name: held.get(name, 0) for name in self.saver.superseded}
-        found |= {entry.id: entry.num_chunks for entry in self.known if self.saver.has(entry.id)}
-        return [0 if one.lost else found.get(one.id, held.get(one.id, one.stored)) for one in self.known]
-
-    def _room(self) -> Room:
-        """What sealed segments may take beside the tail and what comes next."""
-        end, cap = self.known[-1].end, self.cap
-        span = end - self.offset
-        if cap is None:
-            return Room(span)
-        reserved = max(0, self.cache.num_seen - end) + max(self.expected, cap.reserve)
-        return Room(span, max(0, cap.units - reserved * cap.unit), cap.in_rows)
-
-    @property
-    def cap(self) -> Cap | None:
-        """What all KV in memory may take, if there is a limit."""
-        return Cap.of(self.config.compress, self.engine.model)
-
     def hold(self, path: Sequence[Message]) -> None:
         """Shrink, grow, bring and let go sealed segments, so that memory holds of each what it is to hold."""
-        wanted, held = self._wanted(path), {one.id: one.chunks for one in self.tiers.residents}
-        if any(count > held.get(name, 0) and self.saver.has(name) for name, count in wanted.items()):
-            # What is to grow must be in the store; should it not get there, it stays as it is.
+        chunks, parts = self._wanted(path)
+        if any(self.saver.has(name) for name in self._coming(chunks, parts)):
+            # What is to come must be in the store; should it not get there, it stays as it is.
             with suppress(StoreError):
                 self.notices += [event for event in self.saver.flush() if isinstance(event, Notice)]
-            wanted = self._wanted(path)
-            still = {name for name in wanted if self.saver.has(name)}
-            wanted |= {name: min(wanted[name], held.get(name, 0)) for name in still}
-        for start in [*self._arrive(wanted), *self._fit(wanted)]:
+            chunks, parts = self._wanted(path)
+        coming = self._coming(chunks, parts)
+        chunks |= {name: old for name, old in coming.items() if self.saver.has(name) or name in self.saver.superseded}
+        for start in [*self._arrive(chunks), *self._fit(chunks, parts)]:
             self._lose(start, path)
         self.arrange()
 
-    def _arrive(self, wanted: dict[str, int]) -> list[int]:
+    def _coming(self, chunks: Mapping[str, int], parts: Mapping[str, Part]) -> dict[str, int]:
+        """Segments of which something must be read, and how many chunks are there of the tokens that are wanted."""
+        there = {one.id: one.chunks for one in self.tiers.residents if one.part == parts.get(one.id, WHOLE)}
+        return {name: there.get(name, 0) for name, count in chunks.items() if count > there.get(name, 0)}
+
+    def _arrive(self, chunks: Mapping[str, int]) -> list[int]:
         """Have tiers know the segments of which something is to come; the starts of those that cannot be read."""
         there, damaged = {one.id for one in self.tiers.residents}, list[int]()
         for entry in self.known:
-            if wanted[entry.id] and entry.id not in there:
+            if chunks[entry.id] and entry.id not in there:
                 try:
                     self.tiers.know(self._resident(entry))
                 except CodecError:
                     damaged.append(entry.start)
         return damaged
-
-    def _resident(self, entry: Entry) -> Resident:
-        """A stored segment, nothing of which is in memory. Raises CodecError."""
-        record = self.store.segment(entry.id)
-        if record is None:
-            raise CodecError(f"segment {entry.id} is gone")
-        return Resident(entry.id, read_header(record, self.engine.model), entry.end, 0)
 
     def _lose(self, start: int, path: Sequence[Message]) -> None:
         """A segment is damaged: compute it and what follows again, or, if that is too long ago, go on without it."""
@@ -169,9 +94,13 @@ class Holding:
 
         Distance counts: told again there, a turn is answered from as if nothing had come after it; where it stood, not.
         """
-        there = {one.start for one in self.tiers.residents if one.chunks}
-        back = [self.recalled[start] for start in sorted(self.recalled) if start in there]
-        plain = [entry for entry in self.known if entry.start in there and entry.start not in self.recalled]
+        there = {one.start: one for one in self.tiers.residents if one.chunks}
+        back, plain = list[Entry](), list[Entry]()
+        for entry in self.known:
+            recalled = self.recalled.get(entry.start)
+            again = {low for low, _ in recalled.spans} if recalled else set()
+            for low, high in there[entry.start].stretches if entry.start in there else ():
+                (back if low in again else plain).append(entry.stretch(low, high))
         turned = shifts(plain, self.offset) | quoted(back, self.asked_at - self.offset)
         # The tail of some layers may be turned already: that cannot be tried again.
         work = partial(self.cache.arrange, turned, self.offset, Gap(self.asked_at, sum(one.length for one in back)))
@@ -261,7 +190,7 @@ class Holding:
         """As `spare`, and of sealed segments what they hold beyond their budget on `path`."""
         if not self.spare():
             return False
-        wanted = self._wanted(path)
+        wanted, _ = self._wanted(path)
         less = {one.id: min(one.chunks, wanted[one.id]) for one in self.tiers.residents}
         self._again(partial(self.tiers.hold, less), "making room")
         self.arrange()
@@ -270,14 +199,13 @@ class Holding:
     def _again(self, work: Callable[[], Result], doing: str) -> Result:
         return memory.again(work, self.spare, doing, self.engine.model.device)
 
-    def _fit(self, wanted: dict[str, int]) -> list[int]:
+    def _fit(self, chunks: Mapping[str, int], parts: Mapping[str, Part]) -> list[int]:
         """`Tiers.hold`; without memory for it segments stay smaller than wanted, until the next time.
 
         The starts of the segments of which chunks that were to come are damaged.
         """
         try:
-            parts = {one.entry.id: one.part for one in self.recalled.values()}
-            damaged = self._again(partial(self.tiers.hold, wanted, parts), "holding more of older turns")
+            damaged = self._again(partial(self.tiers.hold, chunks, parts), "holding more of older turns")
         except OutOfMemory as error:
             if not self.tiers.is_tidy:
                 self.let_go()

@@ -20,7 +20,7 @@ from kvchat.cache.assembly import Assembly, Batch, Counts
 from kvchat.cache.assembly import Part as Frame
 from kvchat.cache.coded import UNIT_PLANES, CodedKV, Form
 from kvchat.cache.layer import Piece
-from kvchat.cache.pack import Spans, before, within
+from kvchat.cache.pack import Spans, before, stretch
 from kvchat.codecs import SegmentHeader, coded_frame, decode_frame
 from kvchat.codecs.coded import coded_arrays, form_of
 from kvchat.errors import CorruptFrame
@@ -35,7 +35,10 @@ Fetch = Callable[[str, Sequence[int]], Iterable[tuple[int, int, Callable[[], byt
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Only the tokens at places [low, high) of each span are in memory; without spans all."""
+    """Only the tokens at places [low, high) of each span are in memory; without spans all.
+
+    Each is a stretch by itself, which can stand anywhere: its rows bear the place of its own first token.
+    """
 
     spans: Spans = ()
 
@@ -60,6 +63,17 @@ class Resident:
     def start(self) -> int:
         """Position of the first token."""
         return self.header.ranking.start
+
+    @property
+    def stretches(self) -> Spans:
+        """The tokens that are in memory."""
+        spans = self.part.spans or ((self.start, self.end),)
+        return tuple((low, min(high, self.end)) for low, high in spans if low < self.end)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What lies in the cache of it."""
+        return [Piece(low, chunk) for low, _ in self.stretches for chunk in range(self.chunks)]
 
 
 Chunks = Sequence[tuple[Resident, int]]
@@ -87,9 +101,10 @@ class Loading:
         """Rows before the resident's end, a CodedKV a layer; waits for them. Raises CodecError."""
         resident, pieces = self.resident, dict[Piece, list[CodedKV]]()
         for chunk, rows in self._decoding:
-            spans = resident.part.spans
-            some = [within(one, spans) for one in rows()] if spans else rows()
-            pieces.setdefault(Piece(resident.start, chunk), []).extend(some)
+            layers = rows()
+            for low, high in resident.stretches:
+                some = [stretch(one, low, high) for one in layers] if resident.part.spans else layers
+                pieces.setdefault(Piece(low, chunk), []).extend(some)
         if resident.end < resident.header.ranking.end:
             return {piece: [before(rows, resident.end) for rows in layers] for piece, layers in pieces.items()}
         return pieces

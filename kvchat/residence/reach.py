@@ -10,25 +10,31 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 
+from kvchat.cache.pack import Spans
 from kvchat.config import Config
 from kvchat.episodes.embedder import find_embedder
+from kvchat.episodes.passages import passages, told_apart
 from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_selector
 from kvchat.errors import CapacityError, CodecError, ConfigError
 from kvchat.events import Notice, Progress
 from kvchat.residence.catalogue import Entry, Recalled
 from kvchat.residence.holding import Holding
-from kvchat.residence.room import Cap
-from kvchat.residence.sealing import Ranker, prefix_length
+from kvchat.residence.room import Cap, without
+from kvchat.residence.sealing import Ranker
 from kvchat.sections import LEAST_ROWS
-from kvchat.store.records import num_answered
+from kvchat.store.records import num_answered, turn_of
 from kvchat.store.store import Message
 
 REBASED = (
     "the model's window of {window} tokens was full: the conversation goes on at position {goal}, and older turns come "
     "back when they are asked for"
 )
+CUT = "; of turn {turn} on, which is long, {stay} of {all} tokens stay, and parts of the rest come back so too"
+
+Steps = Generator[Progress | Notice, None, None]
 
 
 class Reach(Holding):
@@ -39,7 +45,7 @@ class Reach(Holding):
 
     # -- room --------------------------------------------------------------------------------------------------------
 
-    def make_room(self, path: Sequence[Message], tokens: int, answer: int = 0) -> Iterator[Notice]:
+    def make_room(self, path: Sequence[Message], tokens: int, answer: int = 0) -> Steps:
         """See to it that so many more tokens have positions and memory, and if possible an answer too.
 
         Raises:
@@ -48,14 +54,11 @@ class Reach(Holding):
         window, cap = self.engine.model.context_window, self.cap
         self.expected = tokens + answer
         if self.cache.position + self.expected > window - self.spare_positions:
-            goal = self._goal(tokens + answer) or self._goal(tokens)
-            if goal:
-                self.offset = self.cache.num_seen + self.cache.gap.length - goal
-                self.hold(path)
-                yield Notice(REBASED.format(window=window, goal=goal))
+            if goal := (yield from self._goal_for(path, tokens, answer)):
+                yield from self._rebase(path, goal, tokens + answer)
                 return
             if self.cache.position + tokens > window:
-                raise CapacityError(f"{tokens} tokens do not fit behind the newest turns; send less, or rewind")
+                raise CapacityError(f"{tokens} tokens do not fit behind what must stay; send less, or rewind")
         if cap:
             if tokens > cap.tokens // 2:
                 raise CapacityError(
@@ -64,21 +67,65 @@ class Reach(Holding):
                 )
             self.expect(path, tokens + answer)
 
+    def _rebase(self, path: Sequence[Message], goal: int, expected: int) -> Iterator[Notice]:
+        """Go on at a smaller position."""
+        before = {one.id: one.part for one in self.tiers.residents}
+        self.expected, self.offset = expected, self.cache.num_seen + self.cache.gap.length - goal
+        self.hold(path)
+        told, bounds = REBASED.format(window=self.engine.model.context_window, goal=goal), self.bounds(path)
+        for one in self.tiers.residents:
+            if one.part.spans and one.part != before.get(one.id) and one.start not in self.recalled:
+                stay, turn = sum(high - low for low, high in one.stretches), turn_of(path, bounds.index(one.start))
+                told += CUT.format(turn=turn, stay=stay, all=one.end - one.start)
+        yield Notice(told)
+
     def expect(self, path: Sequence[Message], tokens: int) -> None:
         """Have memory for so many more tokens, if there is a limit."""
         self.expected = tokens
         if self.cap:
             self.hold(path)
 
-    def _goal(self, tokens: int) -> int:
-        """Where the conversation can go on after a re-base so that so many tokens fit; 0 if it cannot."""
+    def _goal_for(self, path: Sequence[Message], tokens: int, answer: int) -> Generator[Progress | Notice, None, int]:
+        """Where the conversation can go on so that so many tokens fit, and if possible an answer; 0 if it cannot.
+
+        Where turns that wait to be sealed would take the room they are sealed, and what came back leaves again.
+        """
+        for wanted in (tokens + answer, tokens):
+            goal = self._goal(path, wanted)
+            if not goal and self._goal(path, wanted, alone=True):
+                yield from self._give_way(path)
+                goal = self._goal(path, wanted)
+            if goal:
+                return goal
+        return 0
+
+    def _goal(self, path: Sequence[Message], tokens: int, alone: bool = False) -> int:
+        """Where the conversation can go on after a re-base so that so many tokens fit; 0 if it cannot.
+
+        `alone`: behind nothing but the beginning.
+        """
         window = self.engine.model.context_window
         goal = min(window * 5 // 8, window - self.spare_positions - tokens)
-        return goal if self.engine.anatomy.turns and self._least() < goal < self.cache.position else 0
+        least = self.prefix(path) if alone else self._least(path)
+        return goal if self.engine.anatomy.turns and least < goal < self.cache.position else 0
 
-    def _least(self) -> int:
-        """Positions that are in use whatever is let go: of the first segment, and of the tail."""
-        return self.cache.tail_length + self.cache.gap.length + (self.known[0].length if self.known else 0)
+    def _give_way(self, path: Sequence[Message]) -> Steps:
+        """Let go what came back, and seal what waits of turns before the path's last message."""
+        if self.recalled:
+            self.recalled = {}
+            self.hold(path)
+        last = min(len(path) - 1, bisect_right(self.bounds(path), self.cache.num_seen) - 1)
+        if self.bounds(path)[last] > self.cache.tail_start:
+            yield from self._sealed(path, last)
+
+    def _sealed(self, path: Sequence[Message], last: int) -> Steps:
+        """As `Residence` has it."""
+        raise NotImplementedError
+
+    def _least(self, path: Sequence[Message]) -> int:
+        """Positions that are in use whatever is let go: of the beginning, of the tail, and of what came back."""
+        begun = min(self.prefix(path), self.known[0].end) if self.known else 0
+        return self.cache.tail_length + self.cache.gap.length + begun
 
     @property
     def spare_positions(self) -> int:
@@ -91,10 +138,14 @@ class Reach(Holding):
         least = self.config.compress.segment_min
         return min(least, self.cap.tokens // 4) if self.cap else least
 
-    def longest(self, used: int) -> int:
-        """The most tokens that can follow so many: what the window has left, or half of it after a re-base."""
+    def longest(self, used: int, path: Sequence[Message]) -> int:
+        """The most tokens that can follow so many of a path, of which the beginning counts.
+
+        What the window has left, or has after a re-base behind what stays whatever goes.
+        """
         window, cap = self.engine.model.context_window, self.cap
-        most = max(window - used, window // 2 if self.engine.anatomy.turns else 0)
+        free = window - self.spare_positions - self.prefix(path) - 1
+        most = max(window - used, free if self.engine.anatomy.turns else 0)
         return min(most, cap.tokens // 2) if cap else most
 
     def reserved(self, answer: int) -> int:
@@ -135,7 +186,7 @@ class Reach(Holding):
         near = bounds[num_answered(path)] - self.config.compress.recent_tokens
         stay = {entry.start for entry in some if entry.end > near} & whole
         # Where nothing tells one from another nothing comes.
-        chosen = [candidates[at] for at in order if scores[at] > min(scores)]
+        chosen = [one for at in order for one in self._telling(candidates[at], scores[at] > min(scores), path)]
         self._bring_back([one for one in chosen if self._entry_at(one.start).start not in stay], path)
         self.asked_at = self.cache.num_seen
         self.hold(path)
@@ -147,32 +198,50 @@ class Reach(Holding):
         begins = [at for at in range(first, last) if at == first or path[at].role == "user"]
         return [Candidate(bounds[low], bounds[high], low, high) for low, high in pairwise([*begins, last])]
 
+    def _telling(self, turn: Candidate, tells: bool, path: Sequence[Message]) -> list[Candidate]:
+        """What is to come of a turn, if it tells more than others: of one too long for that a passage that does."""
+        window = self.engine.model.context_window
+        if turn.end - turn.start <= window * 3 // 8:
+            return [turn] if tells else []
+        start = self._entry_at(turn.start).start
+        away = without([(turn.start, turn.end)], self._staying(path).get(start, ()))
+        spans = [span for low, high in away for span in passages(low, high, window // 8)]
+        ids, begin = self.ids(path[turn.first : turn.last]), turn.start
+        texts = [self.engine.model.template.text(ids[low - begin : high - begin]) for low, high in spans]
+        scores = told_apart(path[-1].content, texts)
+        most = max(scores, default=0.0)
+        if not spans or not (tells or most):
+            return []
+        low, high = spans[scores.index(most)]
+        return [replace(turn, start=low, end=high)]
+
     def _bring_back(self, turns: Sequence[Candidate], path: Sequence[Message]) -> None:
         """Choose these turns to come, as far as an eighth of the window and what the path's last message leaves.
 
-        The first may take more: a part of a document takes three eighths. With a turn of the first segment comes what
-        begins the conversation, which would else be out of memory meanwhile.
+        The first may take more: a part of a document takes three eighths. What stays where it stands does not come.
         """
         spans: dict[int, list[tuple[int, int]]] = {}
         for turn in turns:
             spans.setdefault(self._entry_at(turn.start).start, []).append((turn.start, turn.end))
-        if spans and self.known[0].start in spans:
-            prefix = prefix_length(path, self.config.compress.num_sink_tokens)
-            spans[self.known[0].start].append((self.known[0].start, min(prefix, self.known[0].end)))
         headers = {one.start: one.header for one in self.tiers.residents}
-        window = self.engine.model.context_window
-        free = min(window * 5 // 8, window - self.spare_positions - len(path[-1].token_ids)) - self._least()
+        window, stay = self.engine.model.context_window, self._staying(path)
+        asked = len(path[-1].token_ids) + len(self.engine.model.template.generation_prompt) + 1
+        free = min(window * 5 // 8, window - self.spare_positions - asked) - self._least(path)
         left, most = min(window // 8, free), min(window * 3 // 8, free)
         for start, some in spans.items():
-            entry = self._entry_at(start)
-            self.recalled[start] = Recalled.whole(entry)
+            entry, back = self._entry_at(start), without(some, stay.get(start, ()))
+            found = Recalled(entry, back)
             with suppress(CodecError):  # said when it is to come
-                header = headers.get(start) or self._resident(entry).header
-                self.recalled[start] = Recalled.of(entry, header, tuple(sorted(some)))
-            length = self.recalled[start].length
-            left -= length
-            if left < 0 and (len(self.recalled) > 1 or length > most):
-                del self.recalled[start]
+                found = Recalled(entry.counted(headers.get(start) or self._resident(entry).header, back), back)
+            left -= found.length
+            if back and (left >= 0 or (not self.recalled and found.length <= most)):
+                self.recalled[start] = found
+
+    def _staying(self, path: Sequence[Message]) -> dict[int, Spans]:
+        """The tokens of segments that stay where they stand though others of them come back, by the segment's start."""
+        room = self._room(path)
+        stands = self._standing(path, self._most(), room)
+        return {self.known[at].start: self._beside(self.known[at], spans, room.prefix) for at, spans in stands.items()}
 
     def _entry_at(self, place: int) -> Entry:
         return self.known[bisect_right(self.known, place, key=lambda entry: entry.start) - 1]
@@ -192,5 +261,5 @@ class Reach(Holding):
 
     def _whole(self) -> set[int]:
         """The starts of segments of which all that the store has is in memory."""
-        held = {one.start: one.chunks for one in self.tiers.residents}
+        held = {one.start: one.chunks for one in self.tiers.residents if not one.part.spans}
         return {one.start for one, most in zip(self.known, self._most(), strict=True) if held.get(one.start, 0) >= most}

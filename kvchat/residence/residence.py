@@ -123,11 +123,11 @@ class Residence(Restoring):
     def catch_up(self, path: Sequence[Message], last: int, phase: Phase, stop: Stop) -> Steps:
         """Compute the KV of messages before index `last` that the cache does not stand for, sealing on the way."""
         bounds, ids, before = self.bounds(path), self.ids(path), self.cache.num_seen
-        most = self.cap.tokens // 2 if self.cap else bounds[-1]
         if before > bounds[-1]:  # a reply that was interrupted before its first token
             self.cut(bounds[-1])
         for index in range(1, last + 1):
             long = bounds[index] - self.cache.tail_start >= self._segment_min
+            most = self.longest(self.cache.num_seen, path)
             ends = index == last or bounds[index + 1] - self.cache.num_seen > most
             # Short messages are computed together: one pass over many tokens is far quicker than many passes.
             if bounds[index] <= self.cache.num_seen or not (long or ends):

@@ -7,7 +7,7 @@ stays text only.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -24,11 +24,10 @@ from kvchat.pool import submit
 from kvchat.residence.catalogue import Entry
 from kvchat.residence.loading import Resident
 from kvchat.residence.reach import Reach
+from kvchat.residence.reach import Steps as Steps
 from kvchat.residence.sealing import read_header
 from kvchat.store.records import turn_of
 from kvchat.store.store import Message, SegmentRecord
-
-Steps = Generator[Progress | Notice, None, None]
 
 
 class Restoring(Reach):
@@ -42,9 +41,6 @@ class Restoring(Reach):
 
     def catch_up(self, path: Sequence[Message], last: int, phase: Phase, stop: Stop) -> Steps:
         """As `Residence` has it."""
-        raise NotImplementedError
-
-    def _sealed(self, path: Sequence[Message], last: int) -> Steps:
         raise NotImplementedError
 
     # -- coming back -------------------------------------------------------------------------------------------------
@@ -92,12 +88,23 @@ class Restoring(Reach):
         self.offset = self._offset_of(cover)
         whole = self._restore_together(cover, path) if together or self._is_far(path) else 0
         yield Progress("restore", self.cache.num_seen, self.bounds(path)[-1])
-        for record, used in cover[whole:]:
+        last = max((index for index, (record, _) in enumerate(cover) if record.kind == "sealed"), default=-1)
+        for index, (record, used) in enumerate(cover[whole:], whole):
+            if index <= last:  # what is missing before it is computed where the conversation was then
+                self._go_on_with(self.known[-1].onward if self.known else 0)
             yield from self._restore_one(record, used, path)
+            if index == last:
+                self._go_on_with(self._offset_of(cover))
             yield Progress("restore", self.cache.num_seen, self.bounds(path)[-1])
         self.hold(path)
         self.lacking = any(message.role == "assistant" for message in path)
         self._load_s = time.perf_counter() - begun
+
+    def _go_on_with(self, offset: int) -> None:
+        """Have positions so much smaller than places."""
+        if offset != self.offset:
+            self.offset = offset
+            self.arrange()
 
     def _offset_of(self, cover: Sequence[tuple[SegmentRecord, int]]) -> int:
         """Where the conversation goes on: that of its newest segment that can be read."""
@@ -113,16 +120,16 @@ class Restoring(Reach):
     def _restore_together(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> int:
         """Attach the leading sealed segments at once, as far as they are whole; how many those are."""
         headers = self._leading(cover, path)
-        wanted = self._wanted(path)
+        chunks, parts = self._wanted(path)
         residents = [
-            Resident(entry.id, headers[entry.id], entry.end, wanted[entry.id], entry.from_file)
+            Resident(entry.id, headers[entry.id], entry.end, chunks[entry.id], entry.from_file)
             for entry in self.known
-            if wanted.get(entry.id)
+            if chunks.get(entry.id) and entry.id not in parts  # those come afterwards (`hold`)
         ]
         whole = self.tiers.bring(residents)
         if whole < len(residents):
             broken = residents[whole].start
-            if self._is_far(path) and whole:
+            if self._is_far(path) and broken > self.known[0].start:
                 self._lose(broken, path)
             else:
                 self.known = [entry for entry in self.known if entry.start < broken]
@@ -176,11 +183,15 @@ class Restoring(Reach):
 
     @contextmanager
     def _knowing(self, entry: Entry, path: Sequence[Message]) -> Iterator[int]:
-        """Inside, a segment that is known from now on is attached; how much of it is to be held."""
+        """Inside, a segment that is known from now on is attached; how much of it is to be held.
+
+        Nothing of one of which only a part is: that comes with `hold`.
+        """
         with ExitStack() as undo:
             undo.callback(self.known.pop)
             self.known.append(entry)
-            yield self._wanted(path)[entry.id]
+            chunks, parts = self._wanted(path)
+            yield 0 if entry.id in parts else chunks[entry.id]
             undo.pop_all()
         self.arrange()
 

@@ -1,17 +1,18 @@
 """How much of each sealed segment memory holds, where it cannot hold all.
 
 A conversation may have more tokens than the model has positions, and more KV than memory may take. Then only some
-segments are in memory: the first, with the system prompt, the newest, those that the question at hand concerns, and of
-the others those used last. What is held follows from the figures in the catalogue alone, so that a resumed conversation
-holds what it held before.
+segments are in memory: the newest, the first, those that the question at hand concerns, and of the others those used
+last. Of a segment that is too long only the end stays, and of the first always its beginning, with the system prompt.
+What is held follows from the figures in the catalogue alone, so that a resumed conversation holds what it held before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from kvchat.cache.pack import Spans
 from kvchat.compress.allocate import chunks_held
 from kvchat.model import Model
 from kvchat.residence.catalogue import Entry
@@ -20,6 +21,8 @@ from kvchat.store.records import Message
 
 MOST_RESERVED = 1024
 """Tokens for which a limit of memory leaves room before they come."""
+LONG = 4
+"""Steps of a `Room` beyond which a segment need not stand whole or not at all."""
 OUT = 0.0
 NEWEST, RECALLED, ALWAYS = 2.0, 4.0, 8.0
 """What a chunk is worth beyond its place in the ranking, which is below 1, because of the segment that it is of."""
@@ -29,11 +32,15 @@ NEWEST, RECALLED, ALWAYS = 2.0, 4.0, 8.0
 class Room:
     """What sealed segments may take together.
 
-    span   positions
-    units  bytes or, if `in_rows`, pairs of all layers and heads; None = no limit
+    span    positions
+    prefix  tokens at the conversation's beginning that stay whatever goes
+    step    where a segment stands in part, its end has a multiple of so many tokens: so it changes seldom
+    units   bytes or, if `in_rows`, pairs of all layers and heads; None = no limit
     """
 
     span: int
+    prefix: int
+    step: int
     units: int | None = None
     in_rows: bool = False
 
@@ -81,59 +88,75 @@ def recalls(path: Sequence[Message]) -> dict[int, int]:
     return {int(start): number for number, usage in told for start in usage.get("recalled", ())}
 
 
-def wanted(
+def chunks_wanted(
     config: CompressConfig,
     entries: Sequence[Entry],
     stored: Sequence[int],
+    standing: Collection[int],
     newest: int,
     room: Room,
     recalled: Collection[int],
-    used: Mapping[int, int],
 ) -> list[int]:
     """Chunks of each segment that memory is to hold, of so many `stored` ones.
 
-    Those that fit by their length; of these what `chunks_held` says, those recalled more; and less again, the worst
-    first, if that is too much.
+    Of those that stand what `chunks_held` says, those recalled more; and less again, the worst first, if that is too
+    much.
 
     Args:
+        standing: those that do, by number.
         newest: where the newest token stands that does not wait for its answer.
         recalled: the starts of segments that a question concerns, those that concern it most first.
-        used: as `recalls` gives it.
     """
-    near = newest - config.recent_tokens
-    chosen = fitting(entries, stored, room.span, near, recalled, used)
-    held = [0] * len(entries)
+    held, chosen = [0] * len(entries), sorted(standing)
     some = [(entries[index], entries[index].end) for index in chosen]
     for index, count in zip(chosen, chunks_held(config, some, [stored[at] for at in chosen], newest), strict=True):
-        held[index] = stored[index] if entries[index].start in recalled else count
+        held[index] = count
+    held = [most if one.start in recalled else count for one, most, count in zip(entries, stored, held, strict=True)]
     return lessened(config, entries, held, newest, room, recalled)
 
 
 def fitting(
-    entries: Sequence[Entry],
-    stored: Sequence[int],
-    span: int,
-    near: int,
-    recalled: Collection[int],
-    used: Mapping[int, int],
-) -> list[int]:
-    """Which segments stand in `span` positions, by number.
+    entries: Sequence[Entry], stored: Sequence[int], room: Room, near: int, used: Mapping[int, int]
+) -> dict[int, Spans]:
+    """Which tokens of which segments, by number, stand in the room's span; () = all of the segment.
 
-    The recalled, which stand elsewhere; first and last; those after place `near`, as far as they take half of it; then
-    those used last.
+    The beginning of the first; the last; all of the first, unless it is long; those after place `near`, as far as they
+    take half of it; then those used last, and the newer. Of what is near or long, and does not fit, the end stands.
     """
     there = [index for index, count in enumerate(stored) if count]
-    by_start = {entries[index].start: index for index in there}
-    named = [by_start[start] for start in recalled if start in by_start]
-    rest = sorted(there, key=lambda index: (used.get(entries[index].start, -1), entries[index].start), reverse=True)
     newest = [index for index in reversed(there) if entries[index].end > near]
-    half = len([taken for taken in accumulate(entries[index].length for index in newest) if taken <= span // 2])
-    chosen, left = set(named), span
-    for index in dict.fromkeys([*there[:1], *there[-1:], *newest[:half], *rest]):
-        if index not in chosen and entries[index].length <= left:
-            chosen.add(index)
-            left -= entries[index].length
-    return sorted(chosen)
+    half = len([taken for taken in accumulate(entries[index].length for index in newest) if taken <= room.span // 2])
+    long = {index for index in there if entries[index].length > LONG * room.step}
+    # Of a long one it was a part that was used, which need not be what would stand.
+    ages = {index: (-1 if index in long else used.get(entries[index].start, -1), index) for index in there}
+    rest = sorted(there, key=ages.__getitem__, reverse=True)
+    first = [index for index in there[:1] if index not in long]
+    begun = {index: min(room.prefix, entries[index].length) for index in there[:1] if not entries[index].start}
+    taken, left = dict(begun), room.span - sum(begun.values())
+    for index in dict.fromkeys([*there[-1:], *first, *newest[:half], *rest]):
+        more = entries[index].length - begun.get(index, 0)
+        if more > left:
+            more = max(0, left) // room.step * room.step if index in long or index in newest else 0
+        taken[index] = begun.get(index, 0) + more
+        left -= more
+    return {index: _spans(entries[index], begun.get(index, 0), count) for index, count in taken.items() if count}
+
+
+def _spans(entry: Entry, begun: int, count: int) -> Spans:
+    """So many tokens of a segment: the first that stay in any case, and its last."""
+    if count == entry.length:
+        return ()
+    both = (entry.start, entry.start + begun), (entry.end - (count - begun), entry.end)
+    return tuple((low, high) for low, high in both if low < high)
+
+
+def without(spans: Iterable[tuple[int, int]], others: Sequence[tuple[int, int]]) -> Spans:
+    """The tokens in `spans` that are not in `others`."""
+    left = sorted(spans)
+    for start, end in others:
+        parts = [part for low, high in left for part in ((low, min(high, start)), (max(low, end), high))]
+        left = [(low, high) for low, high in parts if low < high]
+    return tuple(left)
 
 
 def lessened(

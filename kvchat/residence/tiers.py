@@ -108,20 +108,21 @@ class Tiers:
     def forget(self, start: int) -> None:
         """Let go the segment at `start`."""
         self.residents = [one for one in self.residents if one.start != start]
-        self.cache.keep([piece for piece in self.cache.pieces if piece.start != start])
+        self.cache.keep([piece for one in self.residents for piece in one.pieces])
 
     def hold(self, wanted: Mapping[str, int], parts: Mapping[str, Part] | None = None) -> list[Resident]:
         """Shrink or grow segments to so many chunks: in one go, for every time all rows are packed anew.
 
         Where memory ran out when that was tried before, shrinks come first, so that the peak is lower.
 
-        parts: which tokens of some segments; of the others all.
+        parts: which tokens of some segments, of the others all; None: of each those that are there.
         Returns the segments of which chunks that were to come are damaged; they stay as small as they were.
         """
-        shrunk = [self._shrunk(one, wanted, (parts or {}).get(one.id, WHOLE)) for one in self.residents]
+        asked = {one.id: one.part for one in self.residents} if parts is None else parts
+        shrunk = [self._shrunk(one, wanted, asked.get(one.id, WHOLE)) for one in self.residents]
         larger = [replace(one, chunks=max(one.chunks, wanted.get(one.id, 0))) for one in shrunk]
         others = {one.start for one, old in zip(shrunk, self.residents, strict=True) if one.part != old.part}
-        held = {Piece(one.start, chunk) for one in shrunk for chunk in range(one.chunks)}
+        held = {piece for one in shrunk for piece in one.pieces}
         tidy, self.residents = self.is_tidy, shrunk
         if not tidy:
             self.cache.keep(held)
@@ -138,7 +139,7 @@ class Tiers:
     @property
     def is_tidy(self) -> bool:
         """Whether all that is in memory is of residents, as it is unless memory ran out before some of it had gone."""
-        held = {Piece(one.start, chunk) for one in self.residents for chunk in range(one.chunks)}
+        held = {piece for one in self.residents for piece in one.pieces}
         return held.issuperset(self.cache.pieces)
 
     def _grown(
@@ -179,8 +180,11 @@ class Tiers:
 
     def rows(self, resident: Resident) -> int:
         """Pairs in memory."""
-        held = (Piece(resident.start, chunk) for chunk in range(resident.chunks))
-        return sum(self.cache.rows(piece) for piece in held)
+        return sum(self.cache.rows(piece) for piece in resident.pieces)
+
+    def nbytes(self, resident: Resident) -> int:
+        """Bytes in memory, as its rows lie."""
+        return sum(self.cache.nbytes(low) for low, _ in resident.stretches)
 
 
 @dataclass(frozen=True, slots=True)
