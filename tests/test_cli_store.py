@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from kvchat import planning
 from kvchat.cli.app import main
 from kvchat.store.store import Message, Store
+from kvchat.utility import MEMORY, Decision, Place
 from tests.fake_worker import FakeWorker
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,3 +165,15 @@ def test_a_closed_pipe_is_quiet(database: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 1
+
+
+def test_what_would_give_way_is_told_of_the_session_of_just_that_name(
+    run: Any, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, left = Place(2, 2, 2), Place(1, 2, 2)
+    names = ["trip 0-40", "trip 2 0-40"]
+    decided = [Decision(0, name, MEMORY, held, left, 1, 1.0, 1.0) for name in names]
+    monkeypatch.setattr(planning, "would_decide", lambda *_: decided)
+    run("fork", "trip", "trip 2")
+    told = {name: json.loads(run("stats", *name, "--why", "--json")[0]) for name in [(), ("trip",), ("trip 2",)]}
+    assert [[line.partition(":")[0] for line in lines] for lines in told.values()] == [names, names[:1], names[1:]]

@@ -66,9 +66,10 @@ def decisions(flags: StoreFlags, name: str | None) -> list[str]:
     from kvchat.planning import would_decide
 
     with open_store(flags) as store:
-        wanted = "" if name is None else f"{store.session(name).name} "
-        told = map(str, would_decide(store, flags.settings()))
-        return [line for line in told if line.startswith(wanted)]
+        wanted = None if name is None else store.session(name).name
+        decided = would_decide(store, flags.settings())
+        # What is decided about is called by its session and, behind a space, its positions.
+        return [str(one) for one in decided if wanted in (None, one.name.rpartition(" ")[0])]
 
 
 def print_json(value: Any) -> None:
