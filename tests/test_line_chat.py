@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +183,59 @@ def test_a_conversation_is_written_to_a_file(suffix: str, answer: Any, tmp_path:
         answer(f"/export {file}")
     with pytest.raises(InputError, match="must end in"):
         answer(f"/export {tmp_path}/trip.doc")
+
+
+CODE = "Two.\n\n```python\none = 1\ntwo = 2\n```"
+
+
+def says(lines: LineChat, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last answer is `text`."""
+    monkeypatch.setattr(lines.session, "messages", lambda: [SimpleNamespace(role="assistant", content=text)])
+
+
+@pytest.mark.parametrize(
+    ("line", "copied", "told"),
+    [
+        ("/copy", CODE, "the last answer is given to the terminal's clipboard, 6 lines: Two. ```python one = 1"),
+        ("/copy code", "one = 1\ntwo = 2", "code block 1 of the last answer is given to the terminal's clipboard, 2 l"),
+    ],
+)
+def test_the_answer_is_given_to_the_clipboard_of_a_terminal(
+    line: str,
+    copied: str,
+    told: str,
+    lines: LineChat,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    says(lines, CODE, monkeypatch)
+    terminal = Typed()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", terminal)
+        lines.answer(line)
+        patched.setenv("TERM", "dumb")
+        with pytest.raises(InputError, match="no terminal with a clipboard"):
+            lines.answer(line)
+    assert told in capsys.readouterr().err
+    begin, _, rest = terminal.getvalue().partition("52;c;")
+    assert begin == "\x1b]" and base64.b64decode(rest.removesuffix("\a")).decode() == copied
+
+
+@pytest.mark.parametrize(
+    ("said", "line", "problem"),
+    [
+        ("", "/copy", "no answer to copy"),
+        ("Hi", "/copy code", "no block of code"),
+        ("Hi", "/copy all", "usage: /copy"),
+        ("Hi", "/copy", "no terminal with a clipboard"),
+    ],
+)
+def test_what_cannot_be_copied_is_one_line(
+    said: str, line: str, problem: str, lines: LineChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(lines, said, monkeypatch)
+    with pytest.raises(InputError, match=problem):
+        lines.answer(line)
 
 
 def test_typed_lines_survive_an_error(worker: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from textual.containers import VerticalScroll
 from textual.pilot import Pilot
 
 from kvchat.tui import code
-from kvchat.tui.answer import Answer, code_blocks
+from kvchat.tui.answer import Answer
 from kvchat.tui.code import CodeBlock
 from kvchat.tui.lines import Lines, row_starts
 from kvchat.tui.markdown_lines import inline, lines_of, parser
-from kvchat.tui.splitting import LONGEST_LINE, MOST_SHOWN, SECTION, Clipper, Splitter, Step, clip
+from kvchat.tui.splitting import LONGEST_LINE, MOST_SHOWN, SECTION, Clipper, Splitter, Step, clip, code_blocks
 from kvchat.tui.thought import Heading, Thought
 from tests.tui_host import wait_until
 

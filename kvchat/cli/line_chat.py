@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from kvchat.cli.flags import assignment
 from kvchat.cli.line_commands import WIDEST, ends, ends_told, help_text, parse, spoken, turn_and_rest
-from kvchat.cli.plain import Status, format_stats, interruptible, say, show_turn, summary
+from kvchat.cli.plain import Status, format_stats, interruptible, say, show_turn, summary, to_clipboard
 from kvchat.errors import InputError, KVChatError, SessionExists
 from kvchat.events import Event
-from kvchat.terminal import on_a_row
+from kvchat.terminal import neutralise, on_a_row
 
 if TYPE_CHECKING:
     from kvchat.handle import Session
@@ -205,6 +205,24 @@ class LineChat:
         stats, width = self.session.stats(), shutil.get_terminal_size((80, 24)).columns
         lines = [*heading(stats, width), *draw(stats, self.session.episodes(), width)]
         say(to_text(lines, encoding=sys.stderr.encoding or "utf-8"))
+
+    def _copy(self, what: str) -> None:
+        from kvchat.tui.splitting import code_blocks
+
+        if what not in ("", "code"):
+            raise InputError(f"usage: /copy [code]; got {what!r}")
+        answers = (one.content for one in reversed(self.session.messages()) if one.role == "assistant")
+        text = neutralise(next((answer for answer in answers if answer), ""))
+        if not text:
+            raise InputError("there is no answer to copy")
+        blocks = code_blocks(text) if what else [text]
+        if not blocks:
+            raise InputError("the last answer has no block of code")
+        to_clipboard(blocks[-1])
+        lines = len(blocks[-1].splitlines())
+        which = f"code block {len(blocks)} of the last answer" if what else "the last answer"
+        begins = on_a_row(blocks[-1], WIDEST)
+        say(f"{which} is given to the terminal's clipboard, {lines} line{'s' * (lines != 1)}: {begins}")
 
     def _export(self, argument: str) -> None:
         from kvchat import transcript

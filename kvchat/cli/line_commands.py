@@ -49,6 +49,7 @@ COMMANDS = {
     "model": Command("", "which model answers"),
     "stats": Command("", "what is kept, in memory and on disk"),
     "map": Command("", "the same as a map of segments"),
+    "copy": Command("[code]", "put the last answer, or its last block of code, on the terminal's clipboard"),
     "export": Command("FILE", "write the conversation to FILE.md, .json or .jsonl"),
     "quit": Command("", "leave (or Ctrl+D); Ctrl+C stops an answer and keeps what was said"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from kvchat.errors import InputError
 from kvchat.events import Delta, Event, Notice, Progress, TurnDone
 from kvchat.figures import format_room as format_room
 from kvchat.figures import format_stats as format_stats
@@ -52,6 +54,18 @@ def say(text: str) -> None:
 def write(text: str) -> None:
     """Text on stdout, at once; harmless to a terminal, unchanged in a pipe."""
     sys.stdout.write(neutralise(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def to_clipboard(text: str) -> None:
+    """Ask the terminal to put a text, neutralised already, on its clipboard (OSC 52: over SSH too).
+
+    Raises:
+        InputError: stdout is no terminal, or one that would print the sequence.
+    """
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        raise InputError("this is no terminal with a clipboard; /export FILE writes the conversation")
+    sys.stdout.write(f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\a")
     sys.stdout.flush()
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from asyncio import Lock
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,27 +13,13 @@ from textual.widget import Widget
 
 from kvchat.terminal import neutralise
 from kvchat.tui.code import CodeBlock
-from kvchat.tui.splitting import Clipper, Kind, Splitter, Step
+from kvchat.tui.splitting import Clipper, Piece, Splitter, pieces
 from kvchat.tui.thought import Thought
 
 if TYPE_CHECKING:
     from kvchat.tui.prose import Prose
 
     Part = Prose | CodeBlock | Thought
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text for one part: for the last one if `info` is None, else for a new one. `is_last` if it has all of it then.
-
-    One that `is_fold` is the end of a reasoning that all before belongs to.
-    """
-
-    kind: Kind
-    info: str | None
-    text: str
-    is_last: bool
-    is_fold: bool = False
 
 
 class Answer(Vertical):
@@ -183,27 +168,3 @@ class Answer(Vertical):
         # A class in place of `:last-child`, for which Textual styles the whole transcript anew whenever it grows.
         part.set_class(bool(self.children), "-below", update=False)
         await self.mount(part)
-
-
-def pieces(steps: Iterable[Step]) -> Iterator[Piece]:
-    """Steps, those of a part joined."""
-    info: str | None = None
-    kind: Kind = "prose"
-    texts: list[str] = []
-    for step in steps:
-        if step.act == "open":
-            info, kind = step.text, step.kind
-        elif step.act == "add":
-            kind = step.kind
-            texts.append(step.text)
-        else:
-            yield Piece(step.kind, info, "".join(texts), True, step.act == "fold")
-            info, texts = None, []
-    if info is not None or texts:
-        yield Piece(kind, info, "".join(texts), False)
-
-
-def code_blocks(text: str) -> list[str]:
-    """The code of each block in an answer, in its full length and without its fences."""
-    steps = Splitter().feed(text, final=True)
-    return [piece.text.removesuffix("\n") for piece in pieces(steps) if piece.kind == "code"]

@@ -7,7 +7,7 @@ next to nothing to add to. Nothing here knows a widget.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +36,20 @@ class Step:
     act: Literal["open", "add", "close", "fold"]
     kind: Kind
     text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text for one part: for the last one if `info` is None, else for a new one. `is_last` if it has all of it then.
+
+    One that `is_fold` is the end of a reasoning that all before belongs to.
+    """
+
+    kind: Kind
+    info: str | None
+    text: str
+    is_last: bool
+    is_fold: bool = False
 
 
 class Clipper:
@@ -210,3 +224,27 @@ def _without_prefix_of(tag: str, text: str) -> tuple[str, str]:
         if text.endswith(tag[:length]):
             return text[:-length], text[-length:]
     return text, ""
+
+
+def pieces(steps: Iterable[Step]) -> Iterator[Piece]:
+    """Steps, those of a part joined."""
+    info: str | None = None
+    kind: Kind = "prose"
+    texts: list[str] = []
+    for step in steps:
+        if step.act == "open":
+            info, kind = step.text, step.kind
+        elif step.act == "add":
+            kind = step.kind
+            texts.append(step.text)
+        else:
+            yield Piece(step.kind, info, "".join(texts), True, step.act == "fold")
+            info, texts = None, []
+    if info is not None or texts:
+        yield Piece(kind, info, "".join(texts), False)
+
+
+def code_blocks(text: str) -> list[str]:
+    """The code of each block in an answer, in its full length and without its fences."""
+    steps = Splitter().feed(text, final=True)
+    return [piece.text.removesuffix("\n") for piece in pieces(steps) if piece.kind == "code"]

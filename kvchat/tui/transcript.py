@@ -10,8 +10,9 @@ from textual.message import Message as Announcement
 
 from kvchat.errors import InputError
 from kvchat.terminal import neutralise
-from kvchat.tui.answer import Answer, code_blocks
+from kvchat.tui.answer import Answer
 from kvchat.tui.items import Item, Question
+from kvchat.tui.splitting import code_blocks
 from kvchat.tui.thought import Thought
 from kvchat.tui.window import Window
 
