@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 
 from kvchat.bandwidths import Bandwidths
 from kvchat.codecs import SegmentHeader
@@ -16,14 +17,17 @@ from kvchat.fingerprint import fingerprint_id
 from kvchat.residence.catalogue import Entry
 from kvchat.residence.tiers import would_hold
 from kvchat.store.records import SegmentRecord
-from kvchat.store.shed import BITS, bits
+from kvchat.store.shed import BITS, Step, bits
 from kvchat.store.store import SessionInfo, Store
-from kvchat.utility import DISK, HOST, MEMORY, TAU_S, Chunk, Context, Decision, Place, Ranked, make_room, qualities
+from kvchat.utility import HOST, MEMORY, TAU_S, Chunk, Context, Decision, Place, Ranked, make_room, qualities
 
 COARSE = "k4v4"
 """What a segment in raw or k8v8 may be written anew with, once."""
 COARSER = {"raw": 0.997, "k8v8": 0.997}
 """What is then left of its quality: 4 bits cost a mean KL of 0.003, a sixtieth of what half the score mass costs."""
+
+WHOSE = ("the sessions that nobody has open", "those that are open", "those that are written to")
+"""The groups of `shed.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,35 +85,70 @@ def of_record(record: SegmentRecord, session: str) -> Figures:
     return Figures(name, record.end - record.start, sizes, ranking.scores, ranking.method, record.codec, rows, whole)
 
 
-def would_decide(store: Store, config: Config, costs: Bandwidths | None = None) -> list[Decision]:
-    """What gives way if all stored sessions were opened now, with the limits that are set; nothing without any."""
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """What one segment gives of the disk."""
+
+    name: str
+    step: Step
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self._what()}: frees {self.step.freed / 1e6:.2f} MB of disk, "
+            f"of {WHOSE[self.step.group]} the one not used for longest"
+        )
+
+    def _what(self) -> str:
+        if self.step.codec:
+            return f"written with fewer bits ({self.step.codec})"
+        return f"chunks from {self.step.chunks + 1} on are given up" if self.step.chunks else "only text is left"
+
+
+def would_decide(store: Store, config: Config, costs: Bandwidths | None = None) -> list[Decision | Shed]:
+    """What gives way if all stored sessions were opened now, with the limits that are set; nothing without any.
+
+    Memory and host memory go by utility; the disk in the order of `shed.py`, for only who has used sessions knows how
+    often, and what loading takes, and none of that is in the store.
+    """
     caps, rates = limits(config), (costs or Bandwidths()).costs()
-    contexts, places, seen = list[Context](), list[Place](), set[str]()
+    contexts, places, names, seen = list[Context](), list[Place](), dict[str, str](), set[str]()
     for info in store.sessions():
         with suppress(StoreDamaged):
-            for context, place in _stored(store, info, config, seen):
+            for context, place in _stored(store, info, config, seen, names):
                 contexts.append(context)
                 places.append(place)
     # What is open gives nothing up, and comes back whole; only the disk's limit takes something away.
-    disk = {DISK: caps[DISK]} if DISK in caps else {}
-    moved, decisions = make_room(
-        contexts, places, {tier: caps[tier] for tier in caps.keys() - disk}, rates, moving=True
+    _, decisions = make_room(contexts, places, caps, rates, moving=True)
+    return [*decisions, *_shed(store, config, names)]
+
+
+def _shed(store: Store, config: Config, names: Mapping[str, str]) -> list[Shed]:
+    """What the disk's limits take away, of segments by their names; the others are of branches that were left."""
+    held = partial(would_hold, config.compress)
+    allowance = replace(
+        store.allowance, disk_budget=config.store.disk_budget, min_free=config.store.min_free, held=held
     )
-    return decisions + make_room(contexts, moved, disk, rates)[1]
+    steps = store.would_shed(allowance) if allowance.limited else []
+    return [Shed(names.get(step.id, f"a branch, segment {step.id[-8:]}"), step) for step in steps]
 
 
 def limits(config: Config) -> Mapping[int, float]:
-    """Most bytes of each tier that has a limit."""
-    caps = {MEMORY: config.model.memory_budget, HOST: config.store.host_cache, DISK: config.store.disk_budget}
+    """Most bytes of memory and of host memory, as far as there is a limit."""
+    caps = {MEMORY: config.model.memory_budget, HOST: config.store.host_cache}
     return {tier: float(cap) for tier, cap in caps.items() if cap or tier == HOST}
 
 
-def _stored(store: Store, info: SessionInfo, config: Config, seen: set[str]) -> Iterable[tuple[Context, Place]]:
+def _stored(
+    store: Store, info: SessionInfo, config: Config, seen: set[str], names: dict[str, str]
+) -> Iterable[tuple[Context, Place]]:
     """A session's sealed segments, held as they would be if it were open.
 
     seen: segments of which other sessions have the frames already; these are there once.
+    names: gets what segments are called, by the id of those that have the frames.
     """
     cover = store.cover([message.id for message in store.path(info.tip)], fingerprint_id(info.fingerprint))
+    for record, _ in cover:
+        names.setdefault(record.frames_of or record.id, f"{info.name} {record.start}-{record.end}")
     records = [record for record, _ in cover if record.kind == "sealed"]
     held = would_hold(config.compress, records, info.num_tokens)
     known, places = list[Figures](), list[Place]()

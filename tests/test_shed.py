@@ -578,3 +578,53 @@ def test_whatever_the_budget_the_order_holds(store: Store, budget: int, held: in
             assert all(max(each) <= 1 for each in group)
     if any(state[name] != whole for name in opened):
         assert all(each == gone for each in closed)
+
+
+def taken(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
+    """What shedding does from now on: segment, chunks that it keeps, codec that it gets."""
+    log: list[tuple[str, int, str]] = []
+    give, recode = store._give, store._recode
+
+    def given(sacrifice: Sacrifice) -> None:
+        log.extend((identity, sacrifice.chunks, "") for identity in sacrifice.ids)
+        give(sacrifice)
+
+    def recoded(ids: Sequence[str], codec: str) -> dict[str, str] | None:
+        log.extend((identity, 0, codec) for identity in ids)
+        return recode(ids, codec)
+
+    monkeypatch.setattr(store, "_give", given)
+    monkeypatch.setattr(store, "_recode", recoded)
+    return log
+
+
+@pytest.mark.parametrize("part", [0.0, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0])
+def test_what_is_foreseen_goes_in_that_order(store: Store, monkeypatch: pytest.MonkeyPatch, part: float) -> None:
+    fill(store, "abc", segments=3)
+
+    def recode(records: Sequence[SegmentRecord], codec: str) -> None:
+        share = BITS[codec] / bits(store.segment(records[0].id).codec)  # type: ignore[union-attr]
+        for record in records:
+            store._db.execute("UPDATE segments SET codec = ? WHERE id = ?", [codec, record.id])
+            for row in store._rows("SELECT rowid, nbytes FROM frames WHERE segment_id = :id", id=record.id):
+                size = int(share * row["nbytes"])
+                store._db.execute(
+                    "UPDATE frames SET body = substr(body, 1, ?), nbytes = ? WHERE rowid = ?",
+                    [size, size, row["rowid"]],
+                )
+        store._db.conn.commit()
+
+    store._db.execute("UPDATE segments SET codec = 'k8v8'")
+    store._db.conn.commit()
+    opened = {store.session("a").id}
+    text = in_use(store) - int(store.stats()["kv_bytes"])
+    limit(store, int(text + part * (in_use(store) - text)) or 1, recode=recode, spared=lambda _: opened)
+    told = [(step.id, step.chunks, step.codec) for step in store.would_shed(store.allowance)]
+    assert store.would_shed(replace(store.allowance, disk_budget=0)) == []
+    log = taken(store, monkeypatch)
+    freed = store.shed()
+    assert bool(told) == bool(freed) == (part < 1)
+    common = min(len(told), len(log))
+    assert told[:common] == log[:common] and abs(len(told) - len(log)) <= 3  # pages are not bytes
+    if not part:
+        assert not store.stats()["segments"] and told == log

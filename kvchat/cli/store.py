@@ -6,6 +6,8 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
@@ -63,9 +65,13 @@ def stored_stats(flags: StoreFlags, name: str) -> dict[str, Any]:
 
 def decisions(flags: StoreFlags, name: str | None) -> list[str]:
     """What would give way if all sessions were opened now, or of one session, and why."""
+    from kvchat.locks import held_elsewhere
     from kvchat.planning import would_decide
+    from kvchat.recode import recode
 
     with open_store(flags) as store:
+        spared = partial(held_elsewhere, store.file)
+        store.allowance = replace(store.allowance, recode=partial(recode, store), spared=spared)
         wanted = None if name is None else store.session(name).name
         decided = would_decide(store, flags.settings())
         # What is decided about is called by its session and, behind a space, its positions.

@@ -16,9 +16,22 @@ from typing import Any
 from kvchat.cipher import Key
 from kvchat.errors import CodecError, StoreError
 from kvchat.store.kv import KVStore
-from kvchat.store.queries import EDGES, ENDS, HOLDINGS, KV_BYTES, PAGES, REACHING, THINNED
+from kvchat.store.queries import EDGES, ENDS, FRAME_SIZES, HOLDINGS, KV_BYTES, PAGES, REACHING, THINNED
 from kvchat.store.records import Row, SegmentRecord
-from kvchat.store.shed import RUNGS, WRITTEN, Allowance, Recode, Room, Sacrifice, Session, grouped, sacrifices
+from kvchat.store.shed import (
+    RUNGS,
+    WRITTEN,
+    Allowance,
+    Held,
+    Recode,
+    Room,
+    Sacrifice,
+    Session,
+    Step,
+    foreseen,
+    grouped,
+    sacrifices,
+)
 
 Frames = Iterable[tuple[int, int, bytes]]
 
@@ -78,9 +91,20 @@ class LimitedStore(KVStore):
         self._return_pages()
         return before.in_use - self._in_use()
 
-    def room(self) -> Room:
-        """What the store takes of its disk, and what it may take."""
-        pages, allowance = self._rows(PAGES)[0], self.allowance
+    def would_shed(self, allowance: Allowance) -> list[Step]:
+        """What `shed` would take away now with these limits, in its order; how far that goes is estimated."""
+        room, groups = self.room(allowance), self._plan(None)
+        planned = sacrifices(groups, partial(self._held, held=allowance.held), RUNGS if allowance.recode else ())
+        sizes: dict[str, list[int]] = {}
+        for row in self._rows(FRAME_SIZES):
+            some = sizes.setdefault(row["segment_id"], [])
+            some += [0] * (row["chunk"] + 1 - len(some))
+            some[row["chunk"]] += row["nbytes"]
+        return foreseen(planned, groups, sizes, room.in_use - room.allowed)
+
+    def room(self, allowance: Allowance | None = None) -> Room:
+        """What the store takes of its disk, and what it may take, or might with other limits."""
+        pages, allowance = self._rows(PAGES)[0], allowance or self.allowance
         free = allowance.disk_free(self.file)
         return Room(pages["in_use"], pages["reusable"], free, allowance.disk_budget, allowance.min_free)
 
@@ -194,15 +218,18 @@ class LimitedStore(KVStore):
             holdings.append({**row, "stored_chunks": placing.stored_chunks, "number": None})
         return grouped(ends, parents, holdings, spared, owner, placing.id if placing else "")
 
-    def _held(self, session: Session, placing: SegmentRecord | None = None) -> Mapping[str, int]:
+    def _held(
+        self, session: Session, placing: SegmentRecord | None = None, held: Held | None = None
+    ) -> Mapping[str, int]:
         """The chunks of a session's sealed segments that memory would hold."""
-        if self.allowance.held is None:
+        held = held or self.allowance.held
+        if held is None:
             return {}
         new = {placing.id: placing} if placing else {}
         records = new | self._segments([one.id for one in session])
         end = max((record.end for record in records.values()), default=0)
         sealed = [records[one.id] for one in session if one.sealed and one.id in records]
-        return dict(zip((record.id for record in sealed), self.allowance.held(sealed, end), strict=True))
+        return dict(zip((record.id for record in sealed), held(sealed, end), strict=True))
 
     def _in_use(self) -> int:
         return int(self._rows(PAGES)[0]["in_use"])

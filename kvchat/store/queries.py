@@ -173,6 +173,7 @@ FROM segments LEFT JOIN segments AS source ON source.id = segments.frames_of
 LEFT JOIN segment_messages ON segment_id = segments.id AND ordinal = 0
 LEFT JOIN messages ON messages.id = message_id ORDER BY 2, 1
 """
+FRAME_SIZES = "SELECT segment_id, chunk, nbytes FROM frames ORDER BY segment_id, chunk"
 # From the first messages of segments down to the ends of paths: whoever holds the first message may use a part.
 REACHING = """
 WITH RECURSIVE below(id) AS (

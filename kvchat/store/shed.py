@@ -216,6 +216,40 @@ def sacrifices(
             yield Sacrifice(ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one sacrifice does to one segment, and about the bytes that this frees."""
+
+    id: str
+    group: int
+    chunks: int
+    codec: str
+    freed: int
+
+
+def foreseen(
+    planned: Iterable[Sacrifice], groups: Sequence[Sequence[Session]], sizes: Mapping[str, Sequence[int]], excess: float
+) -> list[Step]:
+    """The first of these sacrifices, until so many bytes are freed; `sizes`: of each segment's chunks."""
+    group_of = {one.id: group for group, sessions in enumerate(groups) for some in sessions for one in some}
+    codecs = {one.id: one.codec for sessions in groups for some in sessions for one in some}
+    left, steps = {identity: [*some] for identity, some in sizes.items()}, list[Step]()
+    for sacrifice in planned:
+        if excess <= 0:
+            break
+        for identity in sacrifice.ids:
+            chunks, before = left.get(identity, []), sum(left.get(identity, []))
+            if sacrifice.codec:
+                part = min(1.0, bits(sacrifice.codec) / (bits(codecs[identity]) or 1.0))
+                left[identity], codecs[identity] = [int(part * size) for size in chunks], sacrifice.codec
+            else:
+                left[identity] = chunks[: sacrifice.chunks]
+            freed = before - sum(left[identity])
+            excess -= freed
+            steps.append(Step(identity, group_of[identity], sacrifice.chunks, sacrifice.codec, freed))
+    return steps
+
+
 def _thin(session: Session, spans: Mapping[str, tuple[int, int]]) -> Iterator[Sacrifice]:
     """Chunk by chunk, the worst of all segments first; a span is how many chunks a segment keeps and has."""
     worst = [
