@@ -13,7 +13,7 @@ import pytest
 
 from kvchat import planning
 from kvchat.cli.app import main
-from kvchat.store.store import Message, Store
+from kvchat.store.store import LONGEST_NAME, Message, Store
 from kvchat.utility import MEMORY, Decision, Place
 from tests.fake_worker import FakeWorker
 
@@ -66,6 +66,22 @@ def test_an_unknown_session_is_one_line_and_exit_code_1(run: Any) -> None:
         out, err = run(*argv, code=1)
         assert not out
         assert re.fullmatch(r"kvchat: .*trip.*\n", err)
+
+
+def test_a_name_that_is_too_long_is_one_line_and_one_from_before_the_limit_serves(
+    run: Any, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = "n" * LONGEST_NAME
+    for argv in (["rename", "trip"], ["fork", "trip"]):
+        out, err = run(*argv, longest + "n", code=1)
+        assert not out and re.fullmatch(r"kvchat: .* at most 200 characters; .* has 201\n", err) and len(err) < 120
+    with monkeypatch.context() as before:
+        before.setattr("kvchat.store.store.LONGEST_NAME", 500)
+        run("rename", "trip", "o" * 400)
+    assert "In Norway." in run("show", "o" * 400)[0] and "o" * 400 in run("ls", "--json")[0]
+    run("fork", "o" * 400, "copy")
+    run("rename", "o" * 400, longest)
+    assert {one["name"] for one in json.loads(run("ls", "--json")[0])} == {longest, "copy"}
 
 
 def test_a_store_that_is_not_there_is_an_error_and_is_not_created(

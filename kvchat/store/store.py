@@ -38,6 +38,9 @@ from kvchat.store.vectors import VectorStore
 
 __all__ = ["Kind", "Message", "Role", "SearchHit", "SegmentRecord", "SessionInfo", "Store"]
 
+LONGEST_NAME = 200
+"""Characters of a session's name. A store may hold longer ones from before there was a limit."""
+
 
 class Store(LimitedStore, AliasStore, VectorStore, NotesStore, Checks):
     """One database file of sessions, messages, segments and frames.
@@ -334,6 +337,10 @@ class Store(LimitedStore, AliasStore, VectorStore, NotesStore, Checks):
     def _check_free(self, name: str) -> None:
         if not name.strip() or not on_a_line(name):
             raise InputError(f"{name!r} is no session name; use letters, digits, spaces and signs on one line")
+        if len(name) > LONGEST_NAME:
+            raise InputError(
+                f"a session name has at most {LONGEST_NAME} characters, and {name[:24]!r}… has {len(name)}"
+            )
         if self._rows("SELECT 1 FROM sessions WHERE name = :name", name=name):
             raise SessionExists(f"there is a session {name!r} already; choose another name")
 
