@@ -39,7 +39,7 @@ class Window(SteadyScroll):
     WINDOW: ClassVar[int] = 12
     """Messages that are mounted, more where they are less than a page above and below what is seen: all that is mounted
     is laid out anew whenever one of them comes, and a key waits for that."""
-    STEP: ClassVar[int] = 2
+    STEP: ClassVar[int] = 4
     """Messages that are mounted more, and fewer at the other end, when the user comes near to the end of them."""
 
     DEFAULT_CSS = """
@@ -273,10 +273,14 @@ class Window(SteadyScroll):
             try:
                 await change
             finally:
-                self._is_shifting = False
-            self.call_later(self.moved)
+                # Before it is laid out nobody knows whether it is enough.
+                self.call_after_refresh(self._changed)
 
         self.run_worker(run(), exit_on_error=False)
+
+    def _changed(self) -> None:
+        self._is_shifting = False
+        self.moved()
 
     def _show_more(self) -> None:
         is_more = not self.following and (not self.is_whole or self.scroll_y < self.max_scroll_y)
