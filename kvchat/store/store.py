@@ -338,9 +338,8 @@ class Store(LimitedStore, AliasStore, VectorStore, NotesStore, Checks):
         if not name.strip() or not on_a_line(name):
             raise InputError(f"{name!r} is no session name; use letters, digits, spaces and signs on one line")
         if len(name) > LONGEST_NAME:
-            raise InputError(
-                f"a session name has at most {LONGEST_NAME} characters, and {name[:24]!r}… has {len(name)}"
-            )
+            begins = name[:24]
+            raise InputError(f"a session name has at most {LONGEST_NAME} characters; {begins!r}… has {len(name)}")
         if self._rows("SELECT 1 FROM sessions WHERE name = :name", name=name):
             raise SessionExists(f"there is a session {name!r} already; choose another name")
 
