@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from textual.color import Color
@@ -12,7 +15,7 @@ from textual.filter import Monochrome
 from textual.theme import Theme
 
 from kvchat.config import Config
-from kvchat.errors import ConfigError
+from kvchat.errors import ConfigError, StoreError
 from kvchat.events import Notice
 from kvchat.sections import TuiConfig
 from kvchat.tui.app import ChatApp
@@ -22,7 +25,7 @@ from kvchat.tui.items import Question
 from kvchat.tui.plain_text import Note
 from kvchat.tui.session_list import age
 from kvchat.tui.themes import THEMES
-from tests.tui_parts import NARROW, WIDE, FakeWorker, chat, done, enter, idle, screen, texts, wait_until
+from tests.tui_parts import NARROW, WIDE, FakeSession, FakeWorker, chat, done, enter, idle, screen, texts, wait_until
 
 
 async def test_page_keys_scroll_the_transcript_while_the_input_has_the_focus() -> None:
@@ -122,6 +125,81 @@ async def test_what_was_typed_last_is_saved_on_quit_and_the_worker_closed() -> N
         await wait_until(lambda: not chatting.is_running)
     await asyncio.to_thread(chatting.leave, True)
     assert worker.all["trip"].draft == "half a" and worker.closed
+
+
+def busy(session: FakeSession, times: int) -> Callable[[str], None]:
+    """`set_draft` of a store that another process writes to for so many attempts."""
+    left = iter(range(times))
+
+    def set_draft(text: str) -> None:
+        if next(left, None) is not None:
+            raise StoreError("another process writes to the store")
+        session.draft = text
+
+    return set_draft
+
+
+@pytest.mark.usefixtures("quick_drafts")
+async def test_a_draft_that_could_not_be_saved_is_saved_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = FakeWorker("trip")
+    monkeypatch.setattr(Drafts, "AGAIN_S", 0.02)
+    monkeypatch.setattr(worker.all["trip"], "set_draft", busy(worker.all["trip"], 3))
+    async with chat(worker) as (app, pilot):
+        await pilot.press(*"half")
+        await wait_until(lambda: worker.all["trip"].draft == "half")
+        assert "another process writes" in texts(app, Note)[-1]
+
+
+async def test_a_session_is_not_left_before_its_draft_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = FakeWorker("trip", "work")
+    trip, work = worker.all["trip"], worker.all["work"]
+    work.draft = "other"
+    async with chat(worker) as (app, pilot):
+        monkeypatch.setattr(trip, "set_draft", busy(trip, 1))
+        await pilot.press(*"half")
+        app.action_command("/resume work")
+        await idle(app)
+        assert app.session_name == "trip" and app.prompt.text == "half" and work.closed and not trip.closed
+        app.action_command("/resume work")
+        await idle(app)
+        assert app.session_name == "work" and app.prompt.text == "other" and trip.draft == "half"
+
+
+@pytest.mark.usefixtures("quick_drafts")
+async def test_what_is_typed_while_a_session_is_opened_takes_no_draft_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = FakeWorker("trip", "work")
+    trip, work, told = worker.all["trip"], worker.all["work"], threading.Event()
+    work.draft = "other"
+    opened = worker.open
+
+    def slow(*args: Any, **how: Any) -> Any:
+        assert told.wait(5)
+        return opened(*args, **how)
+
+    async with chat(worker) as (app, pilot):
+        monkeypatch.setattr(worker, "open", slow)
+        await pilot.press(*"half")
+        app.action_command("/resume work")
+        await wait_until(lambda: not app.prompt.text)
+        await pilot.press(*"more")
+        await wait_until(lambda: trip.draft == "half\nmore")  # killed now, it would be there
+        told.set()
+        await idle(app)
+        assert app.prompt.text == "other\nmore" and trip.draft == "half"
+        await wait_until(lambda: work.draft == "other\nmore")
+
+
+async def test_what_cannot_be_saved_on_quit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = FakeWorker("trip")
+    monkeypatch.setattr(worker.all["trip"], "set_draft", busy(worker.all["trip"], 1))
+    async with chat(worker) as (app, pilot):
+        await pilot.press(*"half a", "ctrl+q")
+        chatting = app.app
+        assert isinstance(chatting, ChatApp)
+        await wait_until(lambda: not chatting.is_running)
+    with pytest.raises(StoreError, match="not saved: half a"):
+        await asyncio.to_thread(chatting.leave, True)
+    assert worker.closed
 
 
 async def test_a_session_that_cannot_be_opened_leaves_the_input_as_it_is() -> None:

@@ -19,7 +19,7 @@ from textual.message import Message as Announcement
 from textual.screen import Screen
 from textual.widgets import Footer
 
-from kvchat.errors import InputError, ModelError, SessionNotFound
+from kvchat.errors import InputError, KVChatError, ModelError, SessionNotFound
 from kvchat.events import Listener, Notice, Progress
 from kvchat.terminal import neutralise
 from kvchat.tui.bars import StatusBar, TitleBar
@@ -174,16 +174,15 @@ class SessionScreen(Screen[None]):
         engine = await to_thread(self.connected)
         await self.show_sessions()
         before = None if same else self.chat
-        left = self.prompt.text if before else ""
+        left = self.drafts.aside = self.prompt.text if before else ""
         if left:
             self.prompt.clear()
         try:
-            chat = await to_thread(make, engine)
+            chat = await self._opened(engine, make, before, left)
         except BaseException:
+            self.drafts.aside = ""
             self.give_back(left)
             raise
-        if before is not None:
-            await self.drafts.keep(before, left)
         self.chat, self.room = chat, None
         self._title = chat.title
         self.title_bar.measure(0, chat.context_window, 0)
@@ -194,6 +193,19 @@ class SessionScreen(Screen[None]):
         self.jobs.beside(self.turns.measure(chat))
         if before is not None:
             await to_thread(before.close)
+
+    async def _opened(
+        self, engine: Worker, make: Callable[[Worker], Session], before: Session | None, left: str
+    ) -> Session:
+        """The session that `make` opens, once what is `left` unsent in the one `before` it is saved there."""
+        chat = await to_thread(make, engine)
+        try:
+            if before is not None:
+                await self.drafts.leave(before, left)
+        except KVChatError:
+            await to_thread(chat.close)
+            raise
+        return chat
 
     async def prepare(self, model: str) -> None:
         """See to it that the built-in model is here if `model` names it: the user is asked before it is downloaded.
