@@ -30,7 +30,7 @@ from kvchat.episodes.sentences import Sentences, unpack
 from kvchat.episodes.vectors import PIECE, Spread, Vectors, pieces, steps
 from kvchat.errors import InputError, ModelError
 from kvchat.evals.cases import Case, Question
-from kvchat.evals.selecting import grouped, select
+from kvchat.evals.selecting import candidates_of, select
 from kvchat.model import Model
 from kvchat.sections import SELECTOR_NAMES
 from kvchat.store.store import Message, Store
@@ -51,7 +51,7 @@ class Counts:
     name = "counts"
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked, self.whiten = 0, True
         self._words = [word for words in TOPICS.values() for word in words]
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -167,7 +167,7 @@ def test_recency_and_ties_prefer_the_newer(store: Store, engine: Engine) -> None
         assert best(scores, candidates, 2) == [3, 2]
 
 
-def test_several_are_joined_by_the_places_that_they_give() -> None:
+def test_several_are_joined_by_parts_of_their_best_scores() -> None:
     class Given:
         def __init__(self, *scores: float) -> None:
             self._scores = [*scores]
@@ -176,8 +176,8 @@ def test_several_are_joined_by_the_places_that_they_give() -> None:
             return self._scores
 
     candidates = [Candidate(at, at + 1, at, at + 1) for at in range(3)]
-    fused = Fused([Given(3, 2, 1), Given(0, 1000, 0)]).scores(say(None, "user", "?"), [], candidates)
-    assert fused == pytest.approx([1 / 11 + 1 / 13, 1 / 12 + 1 / 11, 1 / 13 + 1 / 12])
+    given = [Given(3, 2, 1), Given(0, 1000, -500), Given(0, 0, 0)]
+    assert Fused(given).scores(say(None, "user", "?"), [], candidates) == pytest.approx([1, 2 / 3 + 1, 1 / 3])
 
 
 def test_an_unknown_selector_is_named(store: Store, engine: Engine) -> None:
@@ -195,20 +195,24 @@ def test_no_candidates_and_no_text_are_no_failure(store: Store, engine: Engine) 
             assert len(selector.scores(question, path, each_turn(path))) == 2
 
 
-def test_nearness_is_the_mean_of_the_best_two_cosines(store: Store, engine: Engine) -> None:
-    _, path = converse(store, "trip", *turns_about(["garden", "music", "travel"]), "", "", "oven oven", "")
+@pytest.mark.parametrize("whiten", [True, False])
+def test_nearness_is_the_largest_cosine_of_a_sentence(store: Store, engine: Engine, whiten: bool) -> None:
+    about = [*turns_about(["garden", "music", "travel"]), "", "", "oven oven. the tomato in the soil! a violin", ""]
+    _, path = converse(store, "trip", *about)
     question, embedder = ask(path, "violin and oven"), Counts()
+    embedder.whiten = whiten
     vectors = Vectors(store, embedder)
     rows = vectors.of(path)
-    spread = Spread.over(np.concatenate([one for one in rows if len(one)]))
-    asked = spread.directions(vectors.question(question))[0]
-    expected = []
+    assert len(rows[8]) == 2  # "oven oven." is too short to stand alone
+    spread = Spread.over(np.concatenate([one for one in rows if len(one)])) if whiten else Spread.none(len(rows[0][0]))
+    asked, expected = spread.directions(vectors.question(question))[0], list[float]()
     for one in each_turn(path):
-        cosines = [float(spread.directions(part)[0] @ asked) for part in rows[one.first : one.last] if len(part)]
-        expected.append(sum(cosines) / len(cosines) if cosines else -1.0)
+        sentences = np.concatenate([part for part in rows[one.first : one.last] if len(part)] or [asked[None] * 0])
+        expected.append(max((float(spread.directions(row[None])[0] @ asked) for row in sentences), default=-1.0))
+    expected[3] = -1.0
     selector = find_selector("embedding", sources(store, engine, embedder))
     assert selector.scores(question, path, each_turn(path)) == pytest.approx(expected, abs=1e-5)
-    assert expected[3] == -1.0 and selector.scores(question, path, each_turn(path)[3:4]) == [-1.0]
+    assert selector.scores(question, path, each_turn(path)[3:4]) == [-1.0]
 
 
 def test_equal_conversations_give_equal_scores_however_they_grew(store: Store, engine: Engine) -> None:
@@ -327,6 +331,18 @@ def test_a_long_text_has_several_vectors_and_its_best_counts(store: Store, engin
         say(path[-1], "user", "violin"), path, each_turn(path)
     )
     assert best(scores, each_turn(path), 1) == [1]
+
+
+def test_pieces_are_sentences_and_short_ones_go_with_the_next() -> None:
+    text = "Hi! How are you? I was in Rome last week.\n\n- a list of things to buy\n- eggs\n"
+    text += "最近は日本語の本を読んでいますよ。とても面白くて長い話ですが好きです。"
+    assert pieces(text) == [
+        "Hi! How are you? I was in Rome last week.",
+        "- a list of things to buy",
+        "- eggs 最近は日本語の本を読んでいますよ。",
+        "とても面白くて長い話ですが好きです。",
+    ]
+    assert pieces("at 3.50 and v1.2 of it") == ["at 3.50 and v1.2 of it"] and pieces("One. Two.") == ["One. Two."]
 
 
 def test_deleting_a_session_leaves_no_vectors(store: Store) -> None:
@@ -500,7 +516,7 @@ def test_the_command_lists_what_the_store_has_without_a_model(
 # measuring
 
 
-def test_selecting_counts_how_often_the_right_segment_comes_first(engine: Engine) -> None:
+def test_selecting_counts_how_often_the_right_turn_comes_first(engine: Engine) -> None:
     def turn(text: str) -> tuple[dict[str, str], ...]:
         return {"role": "user", "content": text}, {"role": "assistant", "content": "I see. " * 5}
 
@@ -510,18 +526,21 @@ def test_selecting_counts_how_often_the_right_segment_comes_first(engine: Engine
         Question("q2", "do I play chess?", "yes", "", "temporal", 3, 4),
         Question("q3", "what else?", "", "", "plain", 0, 4),
     )
-    config = Config().replaced({"compress.segment_min": 50})
-    rows = select(engine, config, [Case("a", None, turns, questions)], ["recency", "text"], lambda _: None)
+    rows = select(engine, Config(), [Case("a", None, turns, questions)], ["recency", "text"], lambda _: None)
     found = {(row["by"], row["kind"]): (row["questions"], row["top_1"], row["top_4"]) for row in rows}
     assert found["text", "all"] == (2, 1.0, 1.0) and found["recency", "all"] == (2, 0.0, 1.0)
     assert found["text", "temporal"] == (1, 1.0, 1.0)
     with pytest.raises(InputError, match="nothing is in memory"):
-        select(engine, config, [], ["text+attention"], lambda _: None)
+        select(engine, Config(), [], ["text+attention"], lambda _: None)
 
 
-def test_segments_are_whole_turns_of_enough_tokens() -> None:
+def test_turns_begin_with_what_the_user_says() -> None:
     path = talk(None, *["x" * 30] * 9)  # 32 tokens each
-    assert [(one.first, one.last) for one in grouped(path, 100)] == [(0, 4), (4, 8), (8, 9)]
+    roles = [message.role for message in path]
+    assert roles[:2] == ["user", "assistant"]
+    assert [(one.first, one.last) for one in candidates_of(path)] == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)]
+    found = candidates_of(path[1:])[0]
+    assert (found.start, found.end) == (32, 96)
 
 
 # MiniLM

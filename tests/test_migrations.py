@@ -17,7 +17,7 @@ from tests.store_parts import converse, segment
 TABLES = ("messages", "sessions", "branches", "segments", "segment_messages", "frames")
 LATER = [
     *("m002_partial_segments_and_probes", "m003_settings_of_sessions", "m004_vectors", "m005_aliases_of_segments"),
-    "m006_titles_tags_drafts_and_unfinished_answers",
+    *("m006_titles_tags_drafts_and_unfinished_answers", "m007_vectors_of_sentences"),
 ]
 """Before each of these a version of the schema ended."""
 

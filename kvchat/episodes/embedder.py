@@ -30,6 +30,10 @@ class Embedder(Protocol):
     def name(self) -> str:
         """Vectors of the same name compare."""
 
+    @property
+    def whiten(self) -> bool:
+        """Whether cosines say more once a conversation's vectors vary alike in all directions (see `Spread`)."""
+
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """(n, d) of length 1, one for each text; 0 for a text without tokens."""
 
@@ -45,7 +49,7 @@ def find_embedder(config: EpisodesConfig, engine: Engine) -> Embedder:
 
 def own_name(fingerprint: Mapping[str, str]) -> str:
     """What vectors of `HiddenStates` are named by, in any dtype; the number is of the way in which they are made."""
-    return f"own1-{digest([fingerprint.get('weights'), fingerprint.get('config')])}"
+    return f"own2-{digest([fingerprint.get('weights'), fingerprint.get('config')])}"
 
 
 class Later:
@@ -55,6 +59,8 @@ class Later:
         name: its name, which is known before.
         make: what makes it.
     """
+
+    whiten = True
 
     def __init__(self, name: str, make: Callable[[], Embedder]) -> None:
         self.name = name
@@ -77,6 +83,8 @@ class HiddenStates:
 
     The first token counts only if there is no other: its states are like no other's, whatever it is.
     """
+
+    whiten = True
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

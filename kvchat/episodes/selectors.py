@@ -20,14 +20,6 @@ from kvchat.episodes.vectors import Array, Spread, Vectors, steps
 from kvchat.errors import InputError
 from kvchat.store.store import Message, Store
 
-STEADY = 10
-"""Reciprocal rank fusion (Cormack et al., SIGIR 2009): the larger, the less the first places count before the next.
-The paper takes 60; of text and vectors on LoCoMo 10 finds more among the first four, and as much among the first eight.
-"""
-BEST_NEAR = 2
-"""Messages of a segment that count, by their words and by their vectors. One alone may be there by chance; to count
-more would favour segments of many short messages. Best measured on LoCoMo."""
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -85,20 +77,20 @@ class Text:
 
 
 class Embedding:
-    """The messages of each segment that are nearest to the question, by the angle of their vectors (see `Spread`).
+    """The sentence of each segment that is nearest to the question, by the angle of their vectors (see `Spread`).
 
     How vectors lie is found from the path's first messages, as many as `steps` gives, and kept until that is more.
     """
 
     def __init__(self, sources: Sources) -> None:
-        self._vectors = Vectors(sources.store, sources.embedder)
+        self._vectors, self._whiten = Vectors(sources.store, sources.embedder), sources.embedder.whiten
         self._from = ""
         """The last of the messages that `_spread` is from."""
         self._spread: Spread | None = None
         self._turned: dict[str, Array] = {}
 
     def scores(self, question: Message, path: Sequence[Message], candidates: Sequence[Candidate]) -> list[float]:
-        """The mean of the BEST_NEAR largest cosines of each candidate's messages; -1 where none has text."""
+        """The largest cosine of each candidate's sentences; -1 where it has no text."""
         parts = [path[one.first : one.last] for one in candidates]
         rows = self._vectors.question(question)
         if not candidates or not len(rows):
@@ -112,14 +104,15 @@ class Embedding:
         stacked = np.concatenate([np.zeros((0, rows.shape[1]), np.float32), *(one for one in found if len(one))])
         cosines = iter((stacked @ spread.directions(rows).T).max(1))
         nearest = iter([max((float(next(cosines)) for _ in one), default=-1.0) for one in found])
-        return [_mean_of_best([next(nearest) for _ in part]) for part in parts]
+        return [max((next(nearest) for _ in part), default=-1.0) for part in parts]
 
     def _of(self, messages: Sequence[Message]) -> Spread | None:
         """How the vectors of a path's first messages lie; None if none has text."""
         if messages[-1].id != self._from:
             rows = [found for found in self._vectors.of(messages) if len(found)]
-            self._from, self._spread = messages[-1].id, Spread.over(np.concatenate(rows)) if rows else None
-            self._turned = {}
+            self._from, self._spread, self._turned = messages[-1].id, None, {}
+            if rows:
+                self._spread = Spread.over(np.concatenate(rows)) if self._whiten else Spread.none(rows[0].shape[1])
         return self._spread
 
     def _turn(self, spread: Spread, messages: Sequence[Message]) -> None:
@@ -127,12 +120,6 @@ class Embedding:
         new = [message for message in messages if message.id not in self._turned]
         for message, found in zip(new, self._vectors.of(new), strict=True):
             self._turned[message.id] = spread.directions(found) if len(found) else found
-
-
-def _mean_of_best(cosines: Sequence[float]) -> float:
-    """The mean of the BEST_NEAR largest of a segment's; -1 where there is none."""
-    spoken = sorted((cosine for cosine in cosines if cosine > -1), reverse=True)[:BEST_NEAR]
-    return sum(spoken) / len(spoken) if spoken else -1.0
 
 
 class Attention:
@@ -151,17 +138,20 @@ class Attention:
 
 
 class Fused:
-    """Several selectors by the places that they give: a segment that is early in any of them comes early."""
+    """Several selectors by the sum of their scores, each selector's as parts of its best: CombSUM (Fox and Shaw, 1994).
+
+    Sums of places, as of reciprocal rank fusion, find less on LoCoMo: that a turn is first by far is then lost.
+    """
 
     def __init__(self, selectors: Sequence[Selector]) -> None:
         self._selectors = selectors
 
     def scores(self, question: Message, path: Sequence[Message], candidates: Sequence[Candidate]) -> list[float]:
-        """The sum of 1 / (STEADY + place), the place from 1, over the selectors."""
+        """The sum for each candidate; a score below 0 counts as 0."""
         total = np.zeros(len(candidates))
         for selector in self._selectors:
-            order = best(selector.scores(question, path, candidates), candidates)
-            total[order] += 1 / (STEADY + np.arange(1, len(order) + 1))
+            scores = np.maximum(selector.scores(question, path, candidates), 0)
+            total += scores / max(scores.max(initial=0), 1e-9)
         return [float(score) for score in total]
 
 

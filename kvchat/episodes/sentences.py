@@ -45,7 +45,9 @@ class Sentences:
         listener: told of the download.
     """
 
-    name = "all-MiniLM-L6-v2"
+    name = "all-MiniLM-L6-v2 of sentences"
+    whiten = False
+    """It was trained to be compared as it is; measured on LoCoMo, whitening finds less."""
 
     def __init__(self, cache: Path | None = None, listener: Listener | None = None) -> None:
         self._cache = cache or default_folder("cache") / "models"
@@ -71,7 +73,7 @@ class Sentences:
     def _loaded(self) -> tuple[Any, Any]:
         """Tokenizer and network."""
         folder = sentences_folder(self._cache, self._listener)
-        with quiet_libraries(), one_line_errors(f"cannot load {self.name}"):
+        with quiet_libraries(), one_line_errors("cannot load all-MiniLM-L6-v2"):
             options = {"trust_remote_code": False, "local_files_only": True}
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             network = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, **options)

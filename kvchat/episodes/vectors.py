@@ -5,6 +5,7 @@ Letters: n pieces, d numbers of a vector.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,11 @@ from kvchat.store.store import Message, Store
 Array = npt.NDArray[np.float32]
 
 PIECE = 1000
-"""Characters of a text that have one vector; a longer text is cut, at spaces where there are some, into several."""
+"""Most characters of a piece; a longer sentence is cut, at spaces where there are some."""
+SHORTEST = 20
+"""Characters below which a sentence has no vector of its own: it goes with the next."""
+ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*|\s*\n\s*")
+"""Where sentences end."""
 BATCH = 64
 """Messages that are embedded and written at once; a stop is heard in between."""
 FLOOR = 0.1
@@ -75,7 +80,18 @@ class Vectors:
 
 
 def pieces(text: str) -> list[str]:
-    """A text cut into pieces of at most PIECE characters, without spaces around them; none of an empty text."""
+    """The sentences of a text, each of which has a vector: what is asked for is often said by the way."""
+    found = [""]
+    for sentence in filter(None, ENDS.split(text.strip())):
+        if found[-1] and len(found[-1]) < SHORTEST:
+            found[-1] += f" {sentence}"
+        else:
+            found.append(sentence)
+    return [piece for sentence in found for piece in _cut(sentence)]
+
+
+def _cut(text: str) -> list[str]:
+    """A text in pieces of at most PIECE characters, without spaces around them; none of an empty text."""
     found, rest = [], text.strip()
     while len(rest) > PIECE:
         cut = max(rest.rfind(space, PIECE // 2, PIECE) for space in " \n")
@@ -106,6 +122,11 @@ class Spread:
         # Cosines do not depend on which root of the inverse this is.
         root: npt.NDArray[np.float64] = np.linalg.inv(np.linalg.cholesky(covariance + least * np.eye(len(covariance))))
         return cls(mean.astype(np.float32), root.T.astype(np.float32))
+
+    @classmethod
+    def none(cls, width: int) -> Spread:
+        """For vectors that are compared as they are."""
+        return cls(np.zeros(width, np.float32), np.eye(width, dtype=np.float32))
 
     def directions(self, rows: Array) -> Array:
         """(n, d) rows of length 1, so turned that their products are the cosines."""

@@ -1,7 +1,7 @@
 """How often what says which old turns a question concerns names the right ones, of all that was ever said.
 
 All conversations are taken in one after the other as one, without any KV: only text, and vectors of it. Each question
-is asked at the end; the segment with its evidence (the last, where there are several) should come first.
+is asked at the end; the turn with its evidence (the last, where there are several) should come first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,22 @@ from kvchat.evals.cases import Case
 from kvchat.events import Listener, Progress
 from kvchat.store.store import Message, Store
 
-TOPS = (1, 4, 8)
+TOPS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question at the end of it all, its kind, and the index of the segment with its evidence."""
+    """A question at the end of it all, its kind, and the index of the turn with its evidence."""
 
     message: Message
     kind: str
-    segment: int
+    turn: int
 
 
 def select(
     engine: Engine, config: Config, cases: Sequence[Case], names: Sequence[str], listener: Listener
 ) -> list[dict[str, Any]]:
-    """A row for each selector and each kind of question: how often the segment was among the first of TOPS, and ms.
+    """A row for each selector and each kind of question: how often the turn was among the first of TOPS, and ms.
 
     A name may be NAME or NAME:EMBEDDER, as in text+embedding:minilm.
 
@@ -53,7 +53,7 @@ def select(
         path, starts = as_one(engine, cases)
         info = store.create_session("all", engine.model.name, engine.model.fingerprint)
         store.add_messages(info.id, path, None)
-        candidates = grouped(path, config.compress.segment_min)
+        candidates = candidates_of(path)
         asked = list(_asked(engine, cases, path, starts, candidates))
         if not asked:
             raise InputError("no question here has evidence; give LoCoMo's files")
@@ -68,16 +68,11 @@ def select(
     return rows
 
 
-def grouped(path: Sequence[Message], least: int) -> list[Candidate]:
-    """Segments of whole turns, joined until each has so many tokens, as sealing joins them."""
+def candidates_of(path: Sequence[Message]) -> list[Candidate]:
+    """Every turn; what comes before the first message of the user is a part of none."""
     bounds = [0, *accumulate(len(message.token_ids) for message in path)]
-    ends = [index for index, message in enumerate(path) if index and message.role == "user"] + [len(path)]
-    found, first = list[Candidate](), 0
-    for end in ends:
-        if bounds[end] - bounds[first] >= least or end == len(path):
-            found.append(Candidate(bounds[first], bounds[end], first, end))
-            first = end
-    return found
+    begins = [index for index, message in enumerate(path) if message.role == "user"]
+    return [Candidate(bounds[low], bounds[high], low, high) for low, high in pairwise([*begins, len(path)])]
 
 
 def as_one(engine: Engine, cases: Sequence[Case]) -> tuple[list[Message], list[list[int]]]:
@@ -114,8 +109,9 @@ def _asked(
         for question in case.questions:
             if question.evidence and question.answer:
                 place = begins[question.evidence - 1]
-                segment = next(index for index, one in enumerate(candidates) if one.first <= place < one.last)
-                yield Asked(_message(engine, path, "user", question.text), question.kind, segment)
+                for turn, one in enumerate(candidates):
+                    if one.first <= place < one.last:
+                        yield Asked(_message(engine, path, "user", question.text), question.kind, turn)
 
 
 def _embed(store: Store, embedder: Embedder, path: Sequence[Message], listener: Listener) -> None:
@@ -130,12 +126,12 @@ def _places(
     candidates: Sequence[Candidate],
     listener: Listener,
 ) -> list[tuple[int, float]]:
-    """For each question the place of its segment, from 0, and the seconds that it took to say so."""
+    """For each question the place of its turn, from 0, and the seconds that it took to say so."""
     found = []
     for number, one in enumerate(asked, start=1):
         begun = time.perf_counter()
         order = best(selector.scores(one.message, path, candidates), candidates)
-        found.append((order.index(one.segment), time.perf_counter() - begun))
+        found.append((order.index(one.turn), time.perf_counter() - begun))
         listener(Progress("evaluate", number, len(asked)))
     return found
 

@@ -70,6 +70,12 @@ def m006_titles_tags_drafts_and_unfinished_answers(db: Database) -> None:
     db.executescript(NOTES)
 
 
+@MIGRATIONS()  # type: ignore[untyped-decorator]
+def m007_vectors_of_sentences(db: Database) -> None:
+    """Vectors are of sentences now; those of whole messages are not asked for any more, and made anew when needed."""
+    db.execute("DELETE FROM vectors")
+
+
 def open_database(path: Path, busy_timeout_s: float, key: Key | None = None) -> Database:
     """The database at `path`, made with its folder if there is none, in the newest schema; encrypted if `key` is given.
 
