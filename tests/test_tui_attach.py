@@ -103,10 +103,16 @@ async def test_enter_while_tokens_are_counted_attaches_when_they_are(folder: Pat
 
 
 async def test_what_the_window_has_no_room_for_is_said(folder: Path) -> None:
-    async with hosting(AttachScreen(Count(), "poem.txt", room=5)) as (host, pilot):
+    async with hosting(AttachScreen(Count(), "poem.txt", room=5, window=8)) as (host, pilot):
         await wait_until(lambda: "more than the 5 tokens that are free: older turns leave the window" in host.shown)
         await pilot.press("enter")
         await wait_until(lambda: len(host.results) == 1)
+
+
+async def test_what_no_window_holds_is_said_to_come_in_parts(folder: Path) -> None:
+    async with hosting(AttachScreen(Count(), "poem.txt", room=5, window=7)) as (host, _):
+        await wait_until(lambda: "longer than the window of 7 tokens: it comes in parts" in host.shown)
+        assert "never sees all of it" in " ".join(host.shown.split()) and "older turns" not in host.shown
 
 
 async def test_escape_leaves_it(folder: Path) -> None:

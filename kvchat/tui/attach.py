@@ -48,6 +48,7 @@ class AttachScreen(ModalScreen[Attachment | None]):
         path: of a file to begin with.
         text: pasted, in place of a file.
         room: tokens that the window has left, None if that is not known.
+        window: tokens that the model sees at once, None if that is not known.
     """
 
     DEFAULT_CSS = """
@@ -103,9 +104,16 @@ class AttachScreen(ModalScreen[Attachment | None]):
         Binding("up", "app.focus_previous", show=False, id="attach.previous"),
     ]
 
-    def __init__(self, count: Callable[[str], int], path: str = "", text: str = "", room: int | None = None) -> None:
+    def __init__(
+        self,
+        count: Callable[[str], int],
+        path: str = "",
+        text: str = "",
+        room: int | None = None,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
-        self._count, self._room = count, room
+        self._count, self._room, self._window = count, room, window
         self._path, self._text = path, text
         self._tokens: int | None = None
         self._title = ""
@@ -239,6 +247,12 @@ class AttachScreen(ModalScreen[Attachment | None]):
     def _fits(self, tokens: int, room: int) -> tuple[str, str]:
         if tokens <= room:
             return f"\nfits: {room} tokens are free", "$text-success"
+        if self._window is not None and tokens > self._window:
+            return (
+                f"\nlonger than the window of {self._window} tokens: it comes in parts, of which the last stay, and "
+                "others come back when a question names them; the model never sees all of it at once",
+                "$text-warning",
+            )
         return f"\nmore than the {room} tokens that are free: older turns leave the window for it", "$text-warning"
 
     def _preview(self, text: str) -> None:

@@ -88,7 +88,8 @@ class Shows:
         screen, chat = self.screen, self.screen.session()
 
         async def ask() -> None:
-            attachment = await screen.app.push_screen_wait(AttachScreen(chat.count, path, text, screen.room))
+            asked = AttachScreen(chat.count, path, text, screen.room, chat.context_window)
+            attachment = await screen.app.push_screen_wait(asked)
             if attachment:
                 screen.attempt(screen.attach, attachment.title, attachment.text)
 
