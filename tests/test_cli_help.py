@@ -84,7 +84,7 @@ def test_every_command_has_an_example() -> None:
 
 @pytest.mark.parametrize("line", [line for name, line in EXAMPLES if name.split(" ")[0] not in HEAVY])
 def test_an_example_does_what_it_says(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {"chat.json", "trip.json"} if "export" in line else set()
+    made = {"chat.json", "trip.json", "trip.html"} if "export" in line else set()
     if "trip.kvchat" in line and "import" in line:
         assert run("kvchat export trip --format kvchat --output trip.kvchat", FakeWorker(), monkeypatch) == 0
         assert run("kvchat rename trip before", FakeWorker(), monkeypatch) == 0

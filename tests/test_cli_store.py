@@ -159,6 +159,15 @@ def test_an_export_can_be_imported(format: str, run: Any, worker: FakeWorker, tm
     assert worker.heard == ["Where is Rome?", "In Italy.", "And Oslo?", "In Norway."]
 
 
+def test_a_conversation_is_written_as_a_page(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "trip.html"
+    run("export", "trip", "--format", "html", "--output", str(path))
+    text = path.read_text()
+    assert text == run("export", "trip", "--format", "html")[0] and text.startswith("<!doctype html>")
+    assert text.index("Where is Rome?") < text.index("In Italy.") < text.index("In Norway.")
+    assert "<h2>system" not in text
+
+
 def test_export_does_not_overwrite_a_file_unless_told(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "mine.md"
     path.write_text("mine")

@@ -34,7 +34,7 @@ ORDER = [
         "titling",
     ),
     *("jobs", "balance", "calling", "handle", "asynchronous", "engines", "shelf", "worker", "opening"),
-    *("evals", "fitting", "figures", "segment_cells", "segment_map", "segment_page", "tui", "bench"),
+    *("evals", "fitting", "figures", "segment_cells", "segment_map", "segment_page", "transcript_page", "tui", "bench"),
     *("cli", "__main__"),
 ]
 """A part may import only from parts before it."""
@@ -92,7 +92,14 @@ def test_tiers_and_scorers_and_front_ends_keep_to_their_contracts() -> None:
         assert "store.store" not in (PACKAGE / "residence" / f"{name}.py").read_text("utf-8")
     assert "engine" not in reached["compress"]
     words = {"figures", "segment_map", "segment_cells", "documents"}  # of plain figures, without the engine
-    words |= {"transcript", "files", "config_file", "values", "meanings"}  # what is written for the user
+    words |= {
+        "transcript",
+        "transcript_page",
+        "files",
+        "config_file",
+        "values",
+        "meanings",
+    }  # what is written for the user
     words |= {"builtin", "download"}  # in a thread
     words |= {"hangup"}  # when the terminal goes away
     assert reached["tui"] <= {"tui", "terminal", "events", "config", "errors", "worker"} | words

@@ -174,7 +174,7 @@ def test_a_system_prompt_is_for_a_session_that_is_empty(answer: Any, worker: Any
         answer("/system Be kind.")
 
 
-@pytest.mark.parametrize("suffix", ["md", "json", "jsonl"])
+@pytest.mark.parametrize("suffix", ["md", "json", "jsonl", "html"])
 def test_a_conversation_is_written_to_a_file(suffix: str, answer: Any, tmp_path: Path) -> None:
     answer("Hi")
     file = tmp_path / f"trip.{suffix}"

@@ -225,15 +225,15 @@ class LineChat:
         say(f"{which} is given to the terminal's clipboard, {lines} line{'s' * (lines != 1)}: {begins}")
 
     def _export(self, argument: str) -> None:
-        from kvchat import transcript
         from kvchat.files import written
+        from kvchat.transcript_page import text_of
 
         file = Path(argument).expanduser()
         format = file.suffix.removeprefix(".")
-        if format not in ("md", "json", "jsonl"):
-            raise InputError(f"{file}: the name says the form, and must end in .md, .json or .jsonl")
+        if format not in ("md", "json", "jsonl", "html"):
+            raise InputError(f"{file}: the name says the form, and must end in .md, .json, .jsonl or .html")
         with written(file, force=False) as stream:
-            stream.write(transcript.write(spoken(self.session.messages()), format, self.session.name).encode())
+            stream.write(text_of(spoken(self.session.messages()), format, self.session.name).encode())
         say(f"{file} is written")
 
     def _help(self, _: str) -> None:

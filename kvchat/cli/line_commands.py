@@ -50,7 +50,7 @@ COMMANDS = {
     "stats": Command("", "what is kept, in memory and on disk"),
     "map": Command("", "the same as a map of segments"),
     "copy": Command("[code]", "put the last answer, or its last block of code, on the terminal's clipboard"),
-    "export": Command("FILE", "write the conversation to FILE.md, .json or .jsonl"),
+    "export": Command("FILE", "write the conversation to FILE.md, .json, .jsonl or .html"),
     "quit": Command("", "leave (or Ctrl+D); Ctrl+C stops an answer and keeps what was said"),
 }
 ALSO = {"exit": "quit", "undo": "rewind", "regenerate": "retry"}

@@ -198,6 +198,7 @@ def _end_of_turn(messages: Sequence[Message], name: str, turn: int) -> str:
     epilog=examples(
         "kvchat export trip",
         "kvchat export trip --format json --output trip.json",
+        "kvchat export trip --format html --output trip.html",
         "kvchat export trip --format kvchat --output trip.kvchat",
     ),
 )
@@ -206,7 +207,8 @@ def export(
     flags: StoreFlags,
     name: Name,
     format: Annotated[
-        Literal["json", "jsonl", "md", "sharegpt", "kvchat"], typer.Option(help="The form; kvchat takes the KV along.")
+        Literal["json", "jsonl", "md", "html", "sharegpt", "kvchat"],
+        typer.Option(help="The form; html is a page to read, kvchat takes the KV along."),
     ] = "md",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A file; without it stdout.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
@@ -223,13 +225,13 @@ def export(
 
 
 def _export_text(flags: StoreFlags, name: str, format: str, output: Path | None, force: bool) -> None:
-    from kvchat import transcript
     from kvchat.cli import plain
     from kvchat.files import written
+    from kvchat.transcript_page import text_of
 
     with open_store(flags) as store:
         messages = spoken(store.path(store.session(name).tip))
-    text = transcript.write([{"role": message.role, "content": message.content} for message in messages], format, name)
+    text = text_of([{"role": message.role, "content": message.content} for message in messages], format, name)
     if output is None:
         plain.write(text)
         return

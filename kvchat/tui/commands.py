@@ -53,7 +53,7 @@ COMMANDS: Mapping[str, Command] = {
     "map": Command("", "show or hide the map of segments", anytime=True),
     "inspect": Command("[TURN]", "what is kept of a turn, token by token"),
     "copy": Command("[code]", "copy the last answer, or its last block of code", anytime=True),
-    "export": Command("FILE", "write this session to a file: .md, .json or .jsonl"),
+    "export": Command("FILE", "write this session to a file: .md, .json, .jsonl or .html"),
     "search": Command("WORDS", "find words in all sessions", anytime=True),
     "theme": Command("[NAME]", "choose the colours, for this run", anytime=True),
     "settings": Command("", "look at settings and change them", anytime=True),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvchat.store.store import Message
     from kvchat.tui.chat import ChatScreen
 
-FORMATS = {".md": "md", ".markdown": "md", ".json": "json", ".jsonl": "jsonl"}
+FORMATS = {".md": "md", ".markdown": "md", ".json": "json", ".jsonl": "jsonl", ".html": "html"}
 
 
 class Shows:
@@ -161,8 +161,8 @@ class Shows:
 
 
 def _write(path: Path, messages: Sequence[Message], name: str) -> None:
-    from kvchat import transcript
     from kvchat.files import written
+    from kvchat.transcript_page import text_of
 
     if path.exists():
         raise InputError(f"{path} is there already; give another name")
@@ -171,4 +171,4 @@ def _write(path: Path, messages: Sequence[Message], name: str) -> None:
         {"role": one.role, "content": one.content} for one in messages if one.content or one.role != "system"
     ]
     with written(path) as stream:
-        stream.write(transcript.write(spoken, FORMATS[path.suffix.lower()], name).encode())
+        stream.write(text_of(spoken, FORMATS[path.suffix.lower()], name).encode())
