@@ -40,6 +40,8 @@ from kvchat.store.store import SessionInfo
 from kvchat.titling import Titler
 from kvchat.unfinished import recover
 
+EMBED_AFTER_S = 0.5
+"""Further seconds after which vectors are made that the next question would wait for."""
 PROBE_AFTER_S = 10.0
 """Further seconds after which the probe's answer is recorded: nobody waits, and a chat that goes on pays nothing."""
 TITLE_AFTER_S = 1.0
@@ -64,8 +66,8 @@ class Worker(Shelf):
         self.config = config
         self.failure: Exception | None = None  # what went wrong in the background, for no session in particular
         self._open: dict[int, tuple[Conversation, int]] = {}
-        chores = [(SAVE_AFTER_S, self._save), (MEND_AFTER_S, self._mend), (PROBE_AFTER_S, self._probe)]
-        chores += [(TITLE_AFTER_S, self._title)]
+        chores = [(SAVE_AFTER_S, self._save), (MEND_AFTER_S, self._mend), (EMBED_AFTER_S, self._embed)]
+        chores += [(PROBE_AFTER_S, self._probe), (TITLE_AFTER_S, self._title)]
         self.jobs = Jobs(listener, chores)
         self._locks: dict[int, SessionLock] = {}
         self._titler = Titler()
@@ -190,6 +192,12 @@ class Worker(Shelf):
     def _title(self, stop: Stop) -> None:
         for one in filter(self.balance.is_whole, self._conversations()) if self.config.tui.titles else ():
             self.jobs.in_spare_time(partial(self._titler.title, one, stop), f"{one.info.name}: giving it a title")
+
+    def _embed(self, stop: Stop) -> None:
+        for one in self._conversations():
+            self.jobs.in_spare_time(
+                partial(one.residence.embed_turns, one.path, stop), f"{one.info.name}: vectors"
+            )
 
     def _open_conversation(
         self, name: str | None, model: str | None, system: str | None, rebuild: bool, create: bool

@@ -27,7 +27,7 @@ from kvchat.episodes.embedder import HiddenStates, Later, find_embedder
 from kvchat.episodes.listing import episodes, ranges, turns_of
 from kvchat.episodes.selectors import SELECTORS, Candidate, Fused, Sources, best, find_selector
 from kvchat.episodes.sentences import Sentences, unpack
-from kvchat.episodes.vectors import PIECE, Spread, Vectors, pieces, steps
+from kvchat.episodes.vectors import BATCH, PIECE, Spread, Vectors, pieces, steps
 from kvchat.errors import InputError, ModelError
 from kvchat.evals.cases import Case, Question
 from kvchat.evals.selecting import candidates_of, select
@@ -317,9 +317,9 @@ def test_filling_can_be_stopped_and_goes_on(store: Store) -> None:
     _, path = converse(store, "trip", *[f"tomato {number}" for number in range(200)])
     embedder = Counts()
     vectors, calls = Vectors(store, embedder), iter([False, True])
-    assert list(vectors.fill(path, lambda: next(calls))) == [136]
-    assert len(vectors.missing(path)) == 136
-    assert list(vectors.fill(path)) == [72, 8, 0] and embedder.asked == 200
+    assert list(vectors.fill(path, lambda: next(calls))) == [200 - BATCH]
+    assert len(vectors.missing(path)) == 200 - BATCH
+    assert list(vectors.fill(path)) == [*range(200 - 2 * BATCH, -1, -BATCH)] and embedder.asked == 200
 
 
 def test_a_long_text_has_several_vectors_and_its_best_counts(store: Store, engine: Engine) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from kvchat.config import Config
-from kvchat.errors import StoreDamaged, StoreError
+from kvchat.episodes.embedder import HiddenStates
+from kvchat.episodes.vectors import Vectors
+from kvchat.errors import ModelError, StoreDamaged, StoreError
 from kvchat.footprint import held_bytes
 from kvchat.handle import Session
 from kvchat.planning import would_decide
@@ -117,6 +119,32 @@ def test_the_session_that_is_used_seldom_gives_way_first(opener: Open) -> None:
         new.ask(QUESTIONS[1])
     assert worker.jobs.call(lambda: [*worker.balance.why])[0].startswith("seldom ")
     assert worker.jobs.call(lambda: worker.balance.is_whole(often._conversation))
+
+
+@pytest.mark.parametrize("by", ["text+embedding", "text"])
+def test_vectors_are_made_before_a_question_waits_for_them(opener: Open, by: str) -> None:
+    worker = opener(recall__by=by)
+    session = sessions(worker, 1)[0]
+    (conversation,) = worker._conversations()
+    missing = partial(Vectors(worker._store, HiddenStates(conversation.engine)).missing, conversation.path)
+    worker.jobs.call(lambda: worker._embed(lambda: False))
+    left = [message.id for message in worker.jobs.call(missing)]
+    assert left == ([] if "embedding" in by else [message.id for message in conversation.path])
+    session.ask("And then?")
+
+
+def test_an_embedder_that_is_not_there_is_told_who_asks(opener: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: HiddenStates, texts: object) -> None:
+        raise ModelError("no network")
+
+    told: list[Any] = []
+    worker = opener(recall__by="embedding", listener=told.append)
+    session = sessions(worker, 1)[0]
+    monkeypatch.setattr(HiddenStates, "embed", refused)
+    worker.jobs.call(lambda: worker._embed(lambda: False))
+    assert not [event for event in told if "no network" in str(event)]
+    with pytest.raises(ModelError, match="no network"):
+        session.ask("Where was that?")
 
 
 def test_chores_leave_a_session_alone_that_gave_way(opener: Open, monkeypatch: pytest.MonkeyPatch) -> None:

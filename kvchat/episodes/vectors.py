@@ -23,8 +23,8 @@ SHORTEST = 20
 """Characters below which a sentence has no vector of its own: it goes with the next."""
 ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*|\s*\n\s*")
 """Where sentences end."""
-BATCH = 64
-"""Messages that are embedded and written at once; a stop is heard in between."""
+BATCH = 8
+"""Messages that are embedded and written at once; a stop is heard in between, some tenths of a second."""
 FLOOR = 0.1
 """Part of the mean variance that every direction is taken to have, so that none which is hardly used counts most."""
 

@@ -8,6 +8,7 @@ back for its answer (`recall`), for the store has all of it.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,10 +16,12 @@ from itertools import pairwise
 
 from kvchat.cache.pack import Spans
 from kvchat.config import Config
+from kvchat.engine import Stop
 from kvchat.episodes.embedder import find_embedder
 from kvchat.episodes.passages import passages, told_apart
 from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_selector
-from kvchat.errors import CapacityError, CodecError, ConfigError
+from kvchat.episodes.vectors import Vectors
+from kvchat.errors import CapacityError, CodecError, ConfigError, ModelError
 from kvchat.events import Notice, Progress
 from kvchat.residence.catalogue import Entry, Recalled
 from kvchat.residence.holding import Holding
@@ -42,6 +45,8 @@ class Reach(Holding):
 
     selector: Selector | None
     """What says which segments a question concerns."""
+    vectors: Vectors | None
+    """What it compares, if that is vectors."""
 
     # -- room --------------------------------------------------------------------------------------------------------
 
@@ -191,6 +196,13 @@ class Reach(Holding):
         self.asked_at = self.cache.num_seen
         self.hold(path)
 
+    def embed_turns(self, path: Sequence[Message], stop: Stop) -> Iterator[Notice]:
+        """Make the vectors that the next question would wait for, until `stop`; yields nothing."""
+        yield from ()
+        if self.vectors:
+            with suppress(ModelError):  # the embedder cannot be loaded: whoever asks is told
+                deque(self.vectors.fill(path, stop), maxlen=0)
+
     @staticmethod
     def _turns(entry: Entry, path: Sequence[Message], bounds: Sequence[int]) -> list[Candidate]:
         """The turns of a segment, as selectors see them; the last may be the first message of the next."""
@@ -257,6 +269,7 @@ class Reach(Holding):
         super()._adopt(config, ranker)
         embedder = find_embedder(config.episodes, self.engine)
         sources = Sources(self.store, self.engine, self.cache, embedder)
+        self.vectors = Vectors(self.store, embedder) if "embedding" in config.recall.by else None
         self.selector = find_selector(config.recall.by, sources) if config.recall.by != "off" else None
 
     def _whole(self) -> set[int]:
