@@ -102,6 +102,11 @@ class CodedKV:
         """All that takes memory, but for positions."""
         return self.keys, self.values, self.key_scale, self.key_min, self.value_scale, self.value_min
 
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes of these."""
+        return sum(plane.nbytes for plane in self.planes)
+
     def nbytes(self, start: int) -> int:
         """Bytes that the rows of the segment at `start` take, with their scales, without their positions."""
         runs = self.runs[self.runs[:, START] == start]

@@ -85,6 +85,10 @@ class RaggedLayer(Tail):
             self._plain = rows
         return rows
 
+    def forget_turned(self) -> None:
+        """Have no copy of rows that only stand elsewhere, until they are asked for."""
+        self._plain = None if self.forms else self._plain
+
     def _read(self, forms: Sequence[CodedKV]) -> LayerKV:
         """Rows in any forms as plain numbers, keys turned."""
         return merged(forms, [self._turned(form, self._decode(form)) for form in forms])

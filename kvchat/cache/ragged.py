@@ -197,6 +197,8 @@ class SegmentedCache(Cache):  # type: ignore[misc]
 
     def exchange(self, pieces: Collection[Piece], added: Sequence[Sequence[CodedKV]]) -> None:
         """Drop all sealed pieces but these, and add rows of other pieces to every layer, in one go; see `is_whole`."""
+        for layer in self.layers:
+            layer.forget_turned()
         for layer, rows in zip(self.layers, added, strict=True):
             layer.exchange(pieces, rows)
 

@@ -42,9 +42,14 @@ def excerpts(
         for chunk, group, read in fetch(one.id, range(one.chunks))
     ]
     forms: dict[Form, list[CodedKV]] = {}
-    for cut in [cut for done in cutting for cut in done()]:
-        forms.setdefault(cut.form, []).append(cut)
-    joined = [pack(cuts, [cut.runs for cut in cuts], device) for _, cuts in sorted(forms.items(), reverse=True)]
+    while cutting:  # what is read is not held longer than until it is packed
+        for cut in cutting.pop(0)():
+            forms.setdefault(cut.form, []).append(cut)
+    joined = list[CodedKV]()
+    for form in sorted(forms, reverse=True):
+        cuts = forms.pop(form)
+        joined.append(pack(cuts, [cut.runs for cut in cuts], device))
+    del cut, cuts
     if not encoded:
         ends = {low: high for one in residents for low, high in one.stretches}
         joined = [_plain(rows, ends) for rows in joined]

@@ -6,7 +6,7 @@ runs out half-way through the layers, all is let go, which needs no memory, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,8 +20,9 @@ from kvchat.errors import CodecError, OutOfMemory, StoreError
 from kvchat.events import Notice
 from kvchat.residence.catalogue import Entry, quoted, shifts
 from kvchat.residence.loading import WHOLE, Part
+from kvchat.residence.room import Cap
 from kvchat.residence.sealing import Ranker
-from kvchat.residence.wanting import Wanting
+from kvchat.residence.wanting import Wanted, Wanting
 from kvchat.store.records import turn_of
 from kvchat.store.store import Message, SegmentRecord
 
@@ -44,22 +45,54 @@ class Holding(Wanting):
 
     def hold(self, path: Sequence[Message]) -> None:
         """Shrink, grow, bring and let go sealed segments, so that memory holds of each what it is to hold."""
-        chunks, parts = self._wanted(path)
-        if any(self.saver.has(name) for name in self._coming(chunks, parts)):
+        wanted = self._wanted(path)
+        if any(self.saver.has(name) for name in self._coming(wanted)):
             # What is to come must be in the store; should it not get there, it stays as it is.
             with suppress(StoreError):
                 self.notices += [event for event in self.saver.flush() if isinstance(event, Notice)]
-            chunks, parts = self._wanted(path)
-        coming = self._coming(chunks, parts)
-        chunks |= {name: old for name, old in coming.items() if self.saver.has(name) or name in self.saver.superseded}
-        for start in [*self._arrive(chunks), *self._fit(chunks, parts)]:
+            wanted = self._wanted(path)
+        coming = self._coming(wanted)
+        stay = {name: old for name, old in coming.items() if self.saver.has(name) or name in self.saver.superseded}
+        damaged = list[int]()
+        for chunks in self._steps(wanted._replace(chunks=wanted.chunks | stay)):
+            damaged += [*self._arrive(chunks), *self._fit(chunks, wanted.parts)]
+            if self.short:
+                break
+        for start in dict.fromkeys(damaged):
             self._lose(start, path)
         self.arrange()
 
-    def _coming(self, chunks: Mapping[str, int], parts: Mapping[str, Part]) -> dict[str, int]:
+    def _steps(self, wanted: Wanted) -> Iterator[dict[str, int]]:
+        """The chunks that are wanted, or first fewer: so that copies of what comes keep to a limit of memory too.
+
+        Where all at once would be too much, what is not wanted goes first, and what is comes a part at a time.
+        """
+        cap, coming = self.cap, self._coming(wanted)
+        new = [(name, at) for name, old in coming.items() for at in range(old, wanted.chunks[name])]
+        if cap is None or self._peak(cap, sum(wanted.costs[name][at] for name, at in new)) <= cap.units:
+            yield wanted.chunks
+            return
+        chunks, more = wanted.chunks | coming, 0
+        yield dict(chunks)
+        for name, at in new:
+            cost = wanted.costs[name][at]
+            if more and self._peak(cap, more + cost) > cap.units:
+                yield dict(chunks)
+                more = 0
+            chunks[name], more = at + 1, more + cost
+        yield chunks
+
+    def _peak(self, cap: Cap, more: int) -> int:
+        """What all KV takes at most while so much more comes: as it is read, as it is joined, and a layer twice."""
+        forms = [one.forms for one in self.cache.layers]
+        layers = [sum(form.num_rows if cap.in_rows else form.plane_bytes for form in some) for some in forms]
+        there = sum(layers) + self.cache.tail_length * cap.unit
+        return int(there + 2 * more + (max(layers) + more // len(layers)) * 3 // 2)
+
+    def _coming(self, wanted: Wanted) -> dict[str, int]:
         """Segments of which something must be read, and how many chunks are there of the tokens that are wanted."""
-        there = {one.id: one.chunks for one in self.tiers.residents if one.part == parts.get(one.id, WHOLE)}
-        return {name: there.get(name, 0) for name, count in chunks.items() if count > there.get(name, 0)}
+        there = {one.id: one.chunks for one in self.tiers.residents if one.part == wanted.parts.get(one.id, WHOLE)}
+        return {name: there.get(name, 0) for name, count in wanted.chunks.items() if count > there.get(name, 0)}
 
     def _arrive(self, chunks: Mapping[str, int]) -> list[int]:
         """Have tiers know the segments of which something is to come; the starts of those that cannot be read."""
@@ -190,7 +223,7 @@ class Holding(Wanting):
         """As `spare`, and of sealed segments what they hold beyond their budget on `path`."""
         if not self.spare():
             return False
-        wanted, _ = self._wanted(path)
+        wanted = self._wanted(path).chunks
         less = {one.id: min(one.chunks, wanted[one.id]) for one in self.tiers.residents}
         self._again(partial(self.tiers.hold, less), "making room")
         self.arrange()

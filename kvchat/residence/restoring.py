@@ -7,11 +7,12 @@ stays text only.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 import torch
 
@@ -120,13 +121,13 @@ class Restoring(Reach):
     def _restore_together(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> int:
         """Attach the leading sealed segments at once, as far as they are whole; how many those are."""
         headers = self._leading(cover, path)
-        chunks, parts = self._wanted(path)
+        chunks, parts, costs = self._wanted(path)
         residents = [
             Resident(entry.id, headers[entry.id], entry.end, chunks[entry.id], entry.from_file)
             for entry in self.known
             if chunks.get(entry.id) and entry.id not in parts  # those come afterwards (`hold`)
         ]
-        whole = self.tiers.bring(residents)
+        whole = self._bring(residents, costs)
         if whole < len(residents):
             broken = residents[whole].start
             if self._is_far(path) and broken > self.known[0].start:
@@ -137,6 +138,24 @@ class Restoring(Reach):
             self.cache.go_on_at(self.known[-1].end)
         self.arrange()
         return sum(not entry.lost for entry in self.known)
+
+    def _bring(self, residents: Sequence[Resident], costs: Mapping[str, Sequence[int]]) -> int:
+        """`Tiers.bring`; some at a time, where a limit of memory has no room for plain rows twice.
+
+        Of one for which there is no room either, fewer chunks; the others come with `hold`.
+        """
+        cap, whole = self.cap, 0
+        if cap is None or self.cache.encoded:
+            return self.tiers.bring(residents)
+        while whole < len(residents):
+            first, sizes = residents[whole], [costs[one.id][: one.chunks] for one in residents[whole:]]
+            many = sum(self._peak(cap, more) <= cap.units for more in accumulate(map(sum, sizes)))
+            few = sum(self._peak(cap, more) <= cap.units for more in accumulate(sizes[0]))
+            some = residents[whole : whole + many] or [replace(first, chunks=max(1, few))]
+            whole += (brought := self.tiers.bring(some))
+            if brought < len(some):
+                break
+        return whole
 
     def _leading(self, cover: Sequence[tuple[SegmentRecord, int]], path: Sequence[Message]) -> dict[str, SegmentHeader]:
         """Know the leading sealed segments, as far as they are whole; their headers by id."""
@@ -190,7 +209,7 @@ class Restoring(Reach):
         with ExitStack() as undo:
             undo.callback(self.known.pop)
             self.known.append(entry)
-            chunks, parts = self._wanted(path)
+            chunks, parts, _ = self._wanted(path)
             yield 0 if entry.id in parts else chunks[entry.id]
             undo.pop_all()
         self.arrange()

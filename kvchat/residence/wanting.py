@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 from kvchat.cache.pack import Spans
 from kvchat.cache.ragged import SegmentedCache
@@ -23,6 +24,17 @@ from kvchat.residence.sealing import prefix_length, read_header
 from kvchat.residence.tiers import Tiers
 from kvchat.store.records import num_answered
 from kvchat.store.store import Message, Store
+
+
+class Wanted(NamedTuple):
+    """What memory is to hold: of segments by their id how many chunks; of which tokens, where these are not all.
+
+    costs: what each chunk takes (`Room.costs`), if there is a limit.
+    """
+
+    chunks: dict[str, int]
+    parts: dict[str, Part]
+    costs: dict[str, Sequence[int]]
 
 
 class Wanting:
@@ -63,10 +75,10 @@ class Wanting:
         most = [ranking.num_chunks for ranking, _ in segments] if stored is None else stored
         return chunks_held(self.config.compress, segments, most, self.bounds(path)[num_answered(path)])
 
-    def _wanted(self, path: Sequence[Message]) -> tuple[dict[str, int], dict[str, Part]]:
-        """Chunks that memory is to hold of every segment, by its id; and of which tokens, where these are not all."""
+    def _wanted(self, path: Sequence[Message]) -> Wanted:
+        """What memory is to hold."""
         if not self.known:
-            return {}, {}
+            return Wanted({}, {}, {})
         newest, most, room = self.bounds(path)[num_answered(path)], self._most(), self._room(path)
         stands = self._standing(path, most, room)
         spans = dict(stands)
@@ -79,7 +91,8 @@ class Wanting:
         chunks = chunks_wanted(self.config.compress, entries, most, spans.keys(), newest, room, self.recalled)
         some = [(self.known[index], each) for index, each in spans.items() if each]
         parts = {one.id: Part(each) for one, each in some if each != ((one.start, one.end),)}
-        return {entry.id: count for entry, count in zip(self.known, chunks, strict=True)}, parts
+        costs = {} if room.units is None else {entry.id: room.costs(entry) for entry in entries}
+        return Wanted({entry.id: count for entry, count in zip(self.known, chunks, strict=True)}, parts, costs)
 
     def _standing(self, path: Sequence[Message], most: Sequence[int], room: Room) -> dict[int, Spans]:
         """As `fitting` has it, of so many chunks that can be had of each."""
