@@ -343,6 +343,22 @@ def test_frames_damaged_long_ago_cost_that_segment_alone(store: Store) -> None:
         assert_as_reference(one)
 
 
+def test_turns_that_are_damaged_together_are_computed_again_and_come_back(store: Store) -> None:
+    config = settled(**{"compress.keep_ratio": 0.2, "recall.turns": 3})
+    with conversation(store, new_engine(window=4096), config) as one:
+        one.begin("Be brief.")
+        for number in range(8):
+            say(one, number, 40)
+        damaged = [one.residence.known[at] for at in (1, 2, 4)]
+        for entry in damaged:  # of which memory holds the first chunk
+            sql = "UPDATE frames SET body = zeroblob(length(body)) WHERE segment_id = ? AND chunk > 0"
+            store._db.execute(sql, [entry.id])
+        store._db.conn.commit()
+        done = ask(one, "What of word1, word2 and word4?")
+        assert {*done.usage.recalled} == {entry.start for entry in damaged}
+        assert_as_reference(one)
+
+
 def test_rewinding_past_a_rebase_goes_on_as_if_it_had_not_been(store: Store) -> None:
     engine, config = new_engine(), settled()
     with conversation(store, engine, config) as one:

@@ -58,7 +58,7 @@ class Holding(Wanting):
             damaged += [*self._arrive(chunks), *self._fit(chunks, wanted.parts)]
             if self.short:
                 break
-        for start in dict.fromkeys(damaged):
+        for start in sorted({*damaged}, reverse=True):  # with one that is computed again all that follows goes
             self._lose(start, path)
         self.arrange()
 
