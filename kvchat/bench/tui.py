@@ -166,9 +166,10 @@ class _Screen:
 
     async def _long(self, transcript: Transcript) -> tuple[float, float]:
         """Seconds to open a long session, and to scroll: some pages up, to its beginning, and to its end."""
+        messages = list(_messages(self.load.messages))
         self.meter.phase = "open"
         begun = time.perf_counter()
-        await transcript.show(list(_messages(self.load.messages)))
+        await transcript.show(messages)
         opened = time.perf_counter()
         self.meter.phase = "scroll"
         for _ in range(self.load.pages):
