@@ -77,7 +77,8 @@ class Window(SteadyScroll):
             self._items = list(items_of(messages))
             self._first = self._last = len(self._items)
             self.follow()
-            await self._mount_above(self.WINDOW)
+            await self._mount_above(self.STEP)
+        self.call_after_refresh(self.moved)
 
     async def add(self, *widgets: Widget) -> None:
         """Mount `widgets` at the end and go there."""
@@ -146,8 +147,9 @@ class Window(SteadyScroll):
                 await self._unmount(self._items[self._first : self._last])
                 self._first = self._last = len(self._items)
                 self.follow()
-                await self._mount_above(self.WINDOW)
+                await self._mount_above(self.STEP)
             self.follow()
+        self.call_after_refresh(self.moved)
 
     async def to_beginning(self) -> None:
         """Show the first message."""
@@ -156,8 +158,9 @@ class Window(SteadyScroll):
             if self._first:
                 await self._unmount(self._items[self._first : self._last])
                 self._first = self._last = 0
-                await self._mount_below(self.WINDOW)
+                await self._mount_below(self.STEP)
             self.stay_at(0)
+        self.call_after_refresh(self.moved)
 
     async def go_to(self, turn: int | None) -> None:
         """Show the question of a turn at the top; where there is no such turn, stay."""
@@ -171,11 +174,11 @@ class Window(SteadyScroll):
                 await self._unmount(self._items[self._first : self._last])
                 self._first = self._last = place
                 self.following = False
-                await self._mount_below(self.WINDOW - self.STEP)
-                await self._mount_above(self.STEP)
+                await self._mount_below(self.STEP)
             for widget in self.query(".-found"):
                 widget.remove_class("-found")
             self.hold(self._items[place].mounted().add_class("-found"))
+        self.call_after_refresh(self.moved)
 
     def action_scroll_home(self) -> None:
         self._begin(self.to_beginning())
