@@ -45,6 +45,9 @@ EXIT_CODES = {
     130: "stopped with Ctrl+C; what was said until then is kept",
     143: "ended by SIGTERM; 129 by SIGHUP: the terminal went away",
 }
+FRAMES_A_SECOND = 120
+"""At most, of the screen. Textual paints at fixed moments, and leaves one out after a frame that took longer than from
+one to the next: at its own 60 a key would wait for up to 33 ms until its frame begins."""
 ABOUT = "\n\n".join(
     (
         examples(
@@ -73,6 +76,7 @@ app = typer.Typer(
 def main(argv: list[str] | None = None, worker: WorkerFactory | None = None) -> int:
     """Run one command line; the exit code. `worker` stands in for the real worker in tests."""
     shared = {"factory": worker} if worker else {}
+    os.environ.setdefault("TEXTUAL_FPS", str(FRAMES_A_SECOND))  # which is read when Textual is imported
     try:
         code = program().main(args=argv, prog_name="kvchat", standalone_mode=False, obj=shared)
         sys.stdout.flush()
