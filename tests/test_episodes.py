@@ -322,6 +322,16 @@ def test_filling_can_be_stopped_and_goes_on(store: Store) -> None:
     assert list(vectors.fill(path)) == [*range(200 - 2 * BATCH, -1, -BATCH)] and embedder.asked == 200
 
 
+def test_a_stop_is_heard_inside_a_long_message(store: Store) -> None:
+    long = " ".join(f"This is what tomato {number} is like." for number in range(3 * BATCH))
+    _, path = converse(store, "trip", "hello", long, "and", "soil")
+    embedder = Counts()
+    vectors, calls = Vectors(store, embedder), iter([False, False, False, True])
+    assert list(vectors.fill(path, lambda: next(calls))) == [3] and embedder.asked == 1 + 2 * BATCH
+    assert vectors.missing(path) == path[1:]
+    assert list(vectors.fill(path)) == [2, 0] and [len(rows) for rows in vectors.of(path)] == [1, 3 * BATCH, 1, 1]
+
+
 def test_a_long_text_has_several_vectors_and_its_best_counts(store: Store, engine: Engine) -> None:
     book = "tomato soil " * 300 + "the violin was mine " + "tomato soil " * 300
     assert all(0 < len(piece) <= PIECE for piece in pieces(book)) and " ".join(pieces(book)) == book.strip()
