@@ -289,7 +289,8 @@ async def acted(
         app = ChatApp(Engine().connect, config)  # type: ignore[arg-type]
         app.animation_level = "none"
         async with app.run_test(size=size) as pilot:
-            await wait_until(lambda: not app.chat.jobs.busy)
+            # Stats, from which the screen knows how many tokens are free, are asked after the jobs.
+            await wait_until(lambda: not app.chat.jobs.busy and app.chat.room is not None)
             if scene.is_asked:
                 app.chat.prompt.text = LAST
                 await pilot.press("enter")
