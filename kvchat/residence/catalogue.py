@@ -24,7 +24,6 @@ class Entry:
     """What is known of a sealed segment without its header, which is too large to keep of hundreds.
 
     start, end   places of its tokens, up to one past the last in use
-    whole        whether that is all of it
     offset       as of its `Ranking`, and so sizes (C,), scores and method
     nbytes       what each chunk takes in memory, (C,)
     stored       chunks that the store had when it was looked at
@@ -36,7 +35,6 @@ class Entry:
     id: str
     start: int
     end: int
-    whole: bool
     offset: int
     sizes: npt.NDArray[np.int64]
     scores: tuple[float, ...] | None
@@ -60,7 +58,6 @@ class Entry:
             record.id,
             record.start,
             end,
-            end == ranking.end,
             ranking.offset,
             ranking.sizes,
             ranking.scores,
@@ -74,7 +71,7 @@ class Entry:
     @classmethod
     def missing(cls, start: int, end: int) -> Entry:
         """Tokens of which no segment is there any more."""
-        return cls("", start, end, True, 0, np.zeros(1, np.int64), None, "", (0,), 0, lost=True)
+        return cls("", start, end, 0, np.zeros(1, np.int64), None, "", (0,), 0, lost=True)
 
     def stretch(self, low: int, high: int) -> Entry:
         """Only its tokens at places [low, high), as they stand by themselves; what they take is not counted anew."""

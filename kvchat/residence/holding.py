@@ -163,7 +163,7 @@ class Holding(Wanting):
         self._crop(position := min([position, *split]))
         self.waiting = [(record, min(used, position)) for record, used in self.waiting if record.start < position]
         known = [entry for entry in self.known if entry.start < position]
-        self.known = [replace(one, end=position, whole=False) if one.end > position else one for one in known]
+        self.known = [replace(one, end=position) if one.end > position else one for one in known]
 
     def _drop(self, segment_id: str) -> str:
         """Remove a damaged segment, and one whose frames it has; what became of it.
