@@ -1,7 +1,8 @@
-"""Say which sealed segments of a conversation have to do with a question.
+"""Say which old turns of a conversation have to do with a question.
 
-Every selector gives a number to each segment, of which only the order counts. Equal inputs give equal numbers in every
-process; of segments with equal numbers the newer comes first, as `best` has it.
+Every selector gives a number to each turn: its order says which come, and where several are joined, by how much. Turns
+with the least number do not come. Equal inputs give equal numbers in every process; of turns with equal numbers the
+newer comes first, as `best` has it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kvchat.store.store import Message, Store
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sealed segment of a path: places of its tokens, and index of its first message and one past its last."""
+    """An old turn of a path: places of its tokens, and index of its first message and one past its last."""
 
     start: int
     end: int
@@ -77,7 +78,7 @@ class Text:
 
 
 class Embedding:
-    """The sentence of each segment that is nearest to the question, by the angle of their vectors (see `Spread`).
+    """The sentence of each turn that is nearest to the question, by the angle of their vectors (see `Spread`).
 
     How vectors lie is found from the path's first messages, as many as `steps` gives, and kept until that is more.
     """
@@ -125,7 +126,7 @@ class Embedding:
 class Attention:
     """What the question's own queries read of the rows that memory holds, in one pass over the question.
 
-    Only segments with rows in memory can be judged; the others get the lowest number, 0.
+    Only turns with rows in memory can be judged; the others get the lowest number, 0.
     """
 
     def __init__(self, sources: Sources) -> None:
