@@ -195,9 +195,7 @@ class Worker(Shelf):
 
     def _embed(self, stop: Stop) -> None:
         for one in self._conversations():
-            self.jobs.in_spare_time(
-                partial(one.residence.embed_turns, one.path, stop), f"{one.info.name}: vectors"
-            )
+            self.jobs.in_spare_time(partial(one.residence.embed_turns, one.path, stop), f"{one.info.name}: vectors")
 
     def _open_conversation(
         self, name: str | None, model: str | None, system: str | None, rebuild: bool, create: bool
