@@ -374,6 +374,7 @@ def test_vectors_of_messages_that_are_gone_are_passed_over(store: Store) -> None
     store.put_vectors("x", {path[0].id: b"1234", "b2:gone": b"1234"})
     assert store.vectors("x", [path[0].id, "b2:gone"]) == {path[0].id: b"1234"}
     assert store.vectors("y", [path[0].id]) == {}
+    assert store.embedded("x", [one.id for one in path]) == {path[0].id} and store.embedded("y", [path[0].id]) == set()
 
 
 def test_a_spread_makes_every_direction_vary_alike() -> None:

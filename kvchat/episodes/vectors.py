@@ -66,7 +66,7 @@ class Vectors:
     def missing(self, messages: Sequence[Message]) -> list[Message]:
         """Those that have text and no vectors yet, each once."""
         texts = {message.id: message for message in messages if message.content.strip()}
-        there = self._store.vectors(self._embedder.name, list(texts))
+        there = self._store.embedded(self._embedder.name, list(texts))
         return [message for key, message in texts.items() if key not in there]
 
     def question(self, message: Message) -> Array:

@@ -16,6 +16,11 @@ from kvchat.store.queries import NUMBERS, WITH_WORD
 
 FEW, COMMON = 3, 1 / 3
 """A word that more messages have than these, in number and as a part of them, says nothing of what is asked about."""
+VECTORS_OF = (
+    "SELECT message_id, {} AS body FROM json_each(:ids) CROSS JOIN vectors"
+    " ON message_id = value WHERE embedder = :embedder"
+)
+"""Of messages those that have vectors, and a column of these."""
 MOST_WORDS = 128
 """Words of a text that are looked for; of a longer one the longest, which are the rarest."""
 
@@ -53,12 +58,13 @@ class VectorStore(KVStore):
 
     def vectors(self, embedder: str, message_ids: Sequence[str]) -> dict[str, bytes]:
         """What `put_vectors` wrote for these messages; those without are left out."""
-        sql = (
-            "SELECT message_id, body FROM json_each(:ids) CROSS JOIN vectors"
-            " ON message_id = value WHERE embedder = :embedder"
-        )
-        rows = self._rows(sql, ids=json.dumps(list(message_ids)), embedder=embedder)
+        rows = self._rows(VECTORS_OF.format("body"), ids=json.dumps(list(message_ids)), embedder=embedder)
         return {row["message_id"]: bytes(row["body"]) for row in rows}
+
+    def embedded(self, embedder: str, message_ids: Sequence[str]) -> set[str]:
+        """Those of these messages that `vectors` gives, without reading what it gives."""
+        rows = self._rows(VECTORS_OF.format("1"), ids=json.dumps(list(message_ids)), embedder=embedder)
+        return {row["message_id"] for row in rows}
 
     def put_vectors(self, embedder: str, bodies: Mapping[str, bytes]) -> None:
         """Write the vectors of messages, by id; messages that were deleted meanwhile are passed over."""
