@@ -22,8 +22,9 @@ from kvchat.engines import Engines, Loader
 from kvchat.errors import ConfigError, FingerprintMismatch, InputError, SessionExists, SessionNotFound
 from kvchat.events import Listener, Notice
 from kvchat.fingerprint import TEXT_FIELDS, fingerprint_difference
+from kvchat.foreseeing import foresee
 from kvchat.handle import Session
-from kvchat.jobs import MEND_AFTER_S, SAVE_AFTER_S, Jobs, Owner, failure_notice
+from kvchat.jobs import MEND_AFTER_S, SAVE_AFTER_S, Chore, Jobs, Owner, failure_notice
 from kvchat.locks import SessionLock, held_elsewhere, kept_closed
 from kvchat.model import load
 from kvchat.pool import new_pool
@@ -43,7 +44,7 @@ from kvchat.unfinished import recover
 EMBED_AFTER_S = 0.5
 """Further seconds after which vectors are made that the next question would wait for."""
 PROBE_AFTER_S = 10.0
-"""Further seconds after which the probe's answer is recorded: nobody waits, and a chat that goes on pays nothing."""
+"""Further seconds after which the probe's answer is recorded: a chat that goes on pays nothing."""
 TITLE_AFTER_S = 1.0
 """Further seconds after which sessions get titles."""
 
@@ -66,7 +67,8 @@ class Worker(Shelf):
         self.config = config
         self.failure: Exception | None = None  # what went wrong in the background, for no session in particular
         self._open: dict[int, tuple[Conversation, int]] = {}
-        chores = [(SAVE_AFTER_S, self._save), (MEND_AFTER_S, self._mend), (EMBED_AFTER_S, self._embed)]
+        chores: list[tuple[float, Chore]] = [(SAVE_AFTER_S, self._save), (0.0, self._foresee)]
+        chores += [(MEND_AFTER_S, self._mend), (EMBED_AFTER_S, self._embed)]
         chores += [(PROBE_AFTER_S, self._probe), (TITLE_AFTER_S, self._title)]
         self.jobs = Jobs(listener, chores)
         self._locks: dict[int, SessionLock] = {}
@@ -192,6 +194,9 @@ class Worker(Shelf):
     def _title(self, stop: Stop) -> None:
         for one in filter(self.balance.is_whole, self._conversations()) if self.config.tui.titles else ():
             self.jobs.in_spare_time(partial(self._titler.title, one, stop), f"{one.info.name}: giving it a title")
+
+    def _foresee(self, _: Stop) -> None:
+        foresee(self._store, self._conversations())
 
     def _embed(self, stop: Stop) -> None:
         for one in self._conversations():

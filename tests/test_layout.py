@@ -31,6 +31,7 @@ ORDER = [
         "inspecting",
         "attaching",
         "probe",
+        "foreseeing",
         "titling",
     ),
     *("jobs", "balance", "calling", "handle", "asynchronous", "engines", "shelf", "worker", "opening"),

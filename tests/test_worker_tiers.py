@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,35 @@ def test_vectors_are_made_before_a_question_waits_for_them(opener: Open, by: str
     left = [message.id for message in worker.jobs.call(missing)]
     assert left == ([] if "embedding" in by else [message.id for message in conversation.path])
     session.ask("And then?")
+
+
+def test_what_a_draft_concerns_is_read_before_it_is_asked(opener: Open) -> None:
+    names = ["Marlene", "Ottokar", "Sieglinde", "Walburga"]
+    small = {"recall__by": "text", "recall__turns": 1, "compress__keep_ratio": 0.1, "compress__segment_min": 20}
+    with closing(opener(**small)) as worker:
+        session = worker.open("trip")
+        for name in names:
+            session.ask(f"{name} is the name that I like best of all.")
+    worker = opener(**small)  # of which nothing was read but what is held
+    session = worker.open("trip")
+    (conversation,) = worker._conversations()
+    host = worker.balance.host
+    assert host
+    segments = {entry.id: entry.num_chunks for entry in worker.jobs.call(lambda: conversation.residence.known)}
+    first, chunks = next(iter(segments.items()))
+    held = worker.jobs.call(lambda: {one.id: one.chunks for one in conversation.residence.tiers.residents})
+    assert held[first] < chunks and host.chunks().get(first, 0) < chunks
+    session.set_draft("  ")
+    worker.jobs.call(lambda: worker._foresee(lambda: False))
+    assert not host._ahead
+    session.set_draft("What do I think of Marlene?")
+    worker.jobs.call(lambda: worker._foresee(lambda: False))
+    wait([future for future in host._ahead if not future.cancelled()], 60)
+    assert host.chunks()[first] == chunks
+    assert any(host.chunks().get(name, 0) < count for name, count in segments.items() if name != first)
+    hits = host.stats()["hits"]
+    session.ask("What do I think of Marlene?")
+    assert host.stats()["hits"] >= hits + chunks
 
 
 def test_an_embedder_that_is_not_there_is_told_who_asks(opener: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
@@ -184,17 +184,33 @@ class Reach(Holding):
             self.cut(bounds[-2])
         if "attention" in self.config.recall.by:  # the question is read once more
             self.expect(path, len(path[-1].token_ids))
-        some = [entry for entry in self.known if not entry.lost]
+        self._bring_back(self._concerned(path, whole), path)
+        self.asked_at = self.cache.num_seen
+        self.hold(path)
+
+    def _concerned(self, path: Sequence[Message], whole: Collection[int]) -> list[Candidate]:
+        """The turns that the path's last message concerns, but for those of newest segments of which all is there."""
+        assert self.selector
+        bounds, some = self.bounds(path), [entry for entry in self.known if not entry.lost]
         candidates = [turn for entry in some for turn in self._turns(entry, path, bounds)]
         scores = self.selector.scores(path[-1], path, candidates)
         order = best(scores, candidates)[: self.config.recall.turns]
         near = bounds[num_answered(path)] - self.config.compress.recent_tokens
-        stay = {entry.start for entry in some if entry.end > near} & whole
+        stay = {entry.start for entry in some if entry.end > near and entry.start in whole}
         # Where nothing tells one from another nothing comes.
         chosen = [one for at in order for one in self._telling(candidates[at], scores[at] > min(scores), path)]
-        self._bring_back([one for one in chosen if self._entry_at(one.start).start not in stay], path)
-        self.asked_at = self.cache.num_seen
-        self.hold(path)
+        return [one for one in chosen if self._entry_at(one.start).start not in stay]
+
+    def foreseen(self, path: Sequence[Message], text: str) -> dict[str, int]:
+        """Chunks of segments, by their id, that would come back if the user asked `text`, which is being written."""
+        whole = self._whole() if self.selector and self.known else set[int]()
+        # Attention would take a pass over the text, for each state of it.
+        if not self.selector or "attention" in self.config.recall.by or all(one.start in whole for one in self.known):
+            return {}
+        piece = self.engine.model.template.user(text, first=False)
+        asked = Message.new(path[-1].id, "user", text, piece.ids, piece.content_span)
+        entries = [self._entry_at(one.start) for one in self._concerned([*path, asked], whole)]
+        return {entry.id: entry.num_chunks for entry in entries}
 
     def embed_turns(self, path: Sequence[Message], stop: Stop) -> Iterator[Notice]:
         """Make the vectors that the next question would wait for, until `stop`; yields nothing."""
