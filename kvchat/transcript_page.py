@@ -44,10 +44,11 @@ def page(messages: Sequence[Mapping[str, str]], name: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title><style>{STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
-        *(_section(message["role"], neutralise(message["content"]), parser) for message in messages),
+        *(_section(message["role"], message["content"], parser) for message in messages),
         "</body></html>",
     ]
-    return "\n".join(parts) + "\n"
+    # The whole: Markdown turns `&#x202e;` and `%1b` in a link into the characters themselves.
+    return neutralise("\n".join(parts) + "\n")
 
 
 def _section(role: str, text: str, parser: MarkdownIt) -> str:

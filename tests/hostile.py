@@ -36,6 +36,7 @@ HOSTILE = {
     "Rich markup": "[bold red]x[/bold red][link=file:///etc/passwd]y[/link][/]",
     "Textual markup": "[@click=app.quit]quit[/] [$error]x[/] [reverse]z",
     "page": '<script>alert(1)</script><img src=x onerror="alert(2)">&lt;',
+    "escaped": "http://a.example/%1b%5d52;c;cm0gLXJm%1b%5c &#x202e;txt &#x85; ![&#x2067;](http://a.example/%9b)",
     "tabs": "\t" * 100 + "end",
     "long word": "x" * 1_000_000,
     "long wide line": "日本語 " * 20_000,

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 from textual.content import Content, Span
 
+from kvchat.terminal import neutralise
 from kvchat.tui.lines import TAB, Line
 
 BULLETS = "•◦▪"
@@ -20,7 +22,18 @@ RULE = "─" * 24
 
 def parser() -> MarkdownIt:
     """Of the Markdown that models write. HTML is text, or whatever looks like a tag would not be seen."""
-    return MarkdownIt("gfm-like", {"html": False})
+    made = MarkdownIt("gfm-like", {"html": False})
+    made.core.ruler.push("neutralise", _neutralise)
+    return made
+
+
+def _neutralise(state: StateCore) -> None:
+    """Reading turns `&#x202e;`, and `%1b` in the text of a link, into the characters themselves."""
+    waiting = list(state.tokens)
+    while waiting:
+        token = waiting.pop()
+        token.content = neutralise(token.content)
+        waiting += token.children or ()
 
 
 def blocks(tokens: Sequence[Token]) -> list[list[Token]]:
