@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import cast
 
 from kvchat.cache.pack import Spans
 from kvchat.compress.allocate import chunks_held
@@ -36,6 +37,7 @@ class Room:
     prefix  tokens at the conversation's beginning that stay whatever goes
     step    where a segment stands in part, its end has a multiple of so many tokens: so it changes seldom
     units   bytes or, if `in_rows`, pairs of all layers and heads; None = no limit
+    turned  whether keys that stand elsewhere than they were computed at lie in memory turned too
     """
 
     span: int
@@ -43,10 +45,13 @@ class Room:
     step: int
     units: int | None = None
     in_rows: bool = False
+    turned: bool = False
 
     def costs(self, entry: Entry) -> Sequence[int]:
         """Of each chunk."""
-        return entry.sizes.tolist() if self.in_rows else entry.nbytes
+        if self.in_rows:
+            return cast(list[int], entry.sizes.tolist())
+        return [-(-nbytes * 3 // 2) for nbytes in entry.nbytes] if self.turned else entry.nbytes
 
 
 @dataclass(frozen=True, slots=True)

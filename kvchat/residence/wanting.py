@@ -132,7 +132,8 @@ class Wanting:
         if cap is None:
             return room
         reserved = max(0, self.cache.num_seen - end) + max(self.expected, cap.reserve)
-        return replace(room, units=max(0, cap.units - reserved * cap.unit), in_rows=cap.in_rows)
+        turned = not self.cache.encoded and self.engine.anatomy.turns
+        return replace(room, units=max(0, cap.units - reserved * cap.unit), in_rows=cap.in_rows, turned=turned)
 
     def prefix(self, path: Sequence[Message]) -> int:
         """Tokens at the beginning of the conversation that stay whatever goes: the system prompt, or else the sinks.
