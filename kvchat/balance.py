@@ -149,7 +149,7 @@ class Balance:
             begun = time.perf_counter()
             residence.hold(conversation.path)
             if is_gone(residence):
-                residence.let_go()
+                residence.drop()
             self._measured(time.perf_counter() - begun)
         self._whole.pop(session, None)  # last: what failed is done the next time
 
@@ -233,7 +233,7 @@ class Balance:
         if nbytes := held_bytes(conversation.residence):
             self._whole.setdefault(conversation.info.id, nbytes)
             self._jobs.in_background(conversation.residence.save, conversation)
-            conversation.residence.let_go()
+            conversation.residence.drop()
             self.why.append(f"{conversation.info.name}: all is let go: frees {nbytes / 1e6:.2f} MB of memory")
 
     def _parts(self, conversation: Conversation) -> list[_Lying]:

@@ -82,6 +82,10 @@ class Engine:
         self._steps.clear()
         memory.release(self.model.device)
 
+    def forget(self, cache: SegmentedCache) -> None:
+        """Let go the captured step of a conversation."""
+        self._steps.pop(cache, None)
+
     def forward(self, cache: SegmentedCache, ids: Sequence[int] | Tensor, logits: int = 1) -> Tensor:
         """Append `ids` to the cache's tail; returns the logits (logits, V) of the last so many positions.
 

@@ -176,7 +176,7 @@ class _Recency:
         bench, one, subject = self._bench, self._opened[index], self._bench.subjects[index]
         hit, gone = self._recent.use(index, int(self._keep * subject.tokens * bench.per_token))
         for other in gone:
-            self._opened[other].residence.let_go()
+            self._opened[other].residence.drop()
         prefill_s, restore_s = (0.0, 0.0) if hit else (_prefill_s(bench, one), _restore_s(bench, one, self._keep))
         self._hits["memory" if hit else "none"] += 1
         answer_s = bench.ask(one, index)
@@ -209,7 +209,7 @@ def _kl(bench: Bench, store: HostedStore, keep: float) -> float:
     for index in sorted(set(bench.trace))[:COMPARED]:
         _restore_s(bench, opened[index], keep)
         kls.append(bench.kl(opened[index], index))
-        opened[index].residence.let_go()
+        opened[index].residence.drop()
     return mean(kls)
 
 

@@ -191,10 +191,15 @@ class Holding(Wanting):
 
     def let_go(self) -> None:
         """Forget all KV in memory, whatever state it is in; the next restoring brings back what is saved."""
+        self.drop()
+        self.engine.free()
+
+    def drop(self) -> None:
+        """`let_go` where memory has not run out: what else might hold some is not looked for, which takes long."""
+        self.engine.forget(self.cache)
         self.cache.clear()
         self.tiers.residents, self.waiting, self.num_computed, self._load_s = [], [], 0, None
         self.known, self.offset, self.expected, self.recalled = [], 0, 0, {}
-        self.engine.free()
 
     def _let_go_for_good(self) -> bool:
         """`let_go`, after which what failed is not tried again."""
