@@ -178,6 +178,16 @@ def test_an_embedder_that_is_not_there_is_told_who_asks(opener: Open, monkeypatc
         session.ask("Where was that?")
 
 
+def test_giving_way_looks_for_nothing_else_to_free(opener: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[object] = []
+    monkeypatch.setattr("kvchat.memory.release", released.append)
+    worker = opener(model__memory_budget=KEPT)
+    opened = sessions(worker, 8)
+    gone = worker.jobs.call(lambda: [one for one in worker._conversations() if not one.residence.cache.num_seen])
+    assert gone and not released and held(worker) <= KEPT
+    assert opened[0].ask("Where was that?")
+
+
 def test_chores_leave_a_session_alone_that_gave_way(opener: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = opener(model__memory_budget=KEPT)
     sessions(worker, 8)
