@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from textual.command import CommandPalette
+from textual.pilot import Pilot
 
 from kvchat.errors import ModelError
 from kvchat.events import Delta
 from kvchat.tui.answer import Answer
+from kvchat.tui.chat import ChatScreen
 from kvchat.tui.commands import COMMANDS, help_text, parse, tags, turn_and_name
 from kvchat.tui.first_run import FirstRun
 from kvchat.tui.items import Question
@@ -60,6 +62,68 @@ async def test_a_failed_retry_leaves_the_former_answer() -> None:
         worker.all["trip"].script = [Delta("half"), RuntimeError("boom")]
         await enter(app, pilot, "/retry")
         assert texts(app, Answer) == ["echo: one"] and "boom" in texts(app, Note)[-1]
+
+
+async def reading_elsewhere(app: ChatScreen, pilot: Pilot[None]) -> None:
+    """Go to the first message; the last one is not mounted then."""
+    await app.transcript.to_beginning()
+    await wait_until(lambda: not app.transcript._is_shifting)
+    await pilot.pause()
+    assert not app.transcript.is_whole
+
+
+def long(worker: FakeWorker) -> FakeSession:
+    session = worker.all["trip"]
+    for number in range(30):
+        session.say("user", f"question {number}")
+        session.say("assistant", f"answer {number}\n\n" * 5)
+    return session
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_who_reads_elsewhere_meanwhile_finds_one_answer_after_a_retry(fails: bool) -> None:
+    worker = FakeWorker("trip")
+    trip = long(worker)
+    trip.script = [RuntimeError("boom")] if fails else None
+    trip.gate.clear()
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "/retry", wait=False)
+        await wait_until(lambda: app.jobs.answering)
+        await reading_elsewhere(app, pilot)
+        trip.gate.set()
+        await idle(app)
+        await app.transcript.to_end()
+        found = texts(app, Answer)[-2:]
+        assert found[0].startswith("answer 28")
+        assert found[1].startswith("answer 29" if fails else "echo: again question 29")
+
+
+async def test_who_reads_elsewhere_when_a_turn_fails_finds_what_is_saved() -> None:
+    worker = FakeWorker("trip")
+    trip = long(worker)
+    trip.script = [RuntimeError("boom")]
+    trip.gate.clear()
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "hello", wait=False)
+        await wait_until(lambda: app.jobs.answering)
+        await reading_elsewhere(app, pilot)
+        trip.gate.set()
+        await idle(app)
+        await app.transcript.to_end()
+        assert texts(app, Question)[-1] == "question 29" and texts(app, Answer)[-1].startswith("answer 29")
+        assert app.prompt.text == "hello" and texts(app, Note) == ["internal error: RuntimeError: boom"]
+
+
+async def test_an_answer_far_above_many_notes_goes_on() -> None:
+    worker = FakeWorker("trip")
+    long(worker)
+    async with chat(worker) as (app, pilot):
+        for number in range(6):
+            app.note(f"note {number}", "-notice")  # goes nowhere
+        await reading_elsewhere(app, pilot)
+        await enter(app, pilot, "/continue")
+        assert texts(app, Answer)[-1].startswith("answer 29") and texts(app, Answer)[-1].endswith("echo: more")
+        assert len([text for text in texts(app, Answer) if text.startswith("answer 29")]) == 1
 
 
 WRONG = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -181,6 +182,31 @@ async def test_an_answer_goes_on_while_other_messages_are_shown() -> None:
         assert [type(child) for child in transcript.children if not isinstance(child, MoreBelow)][-3:] == [
             *(Question, Answer, Note)
         ]
+
+
+async def test_a_note_stays_below_the_answer_that_goes_on_when_the_user_was_elsewhere() -> None:
+    async with showing(100) as (_, transcript, pilot):
+        await transcript.add(Question("now?"), Answer())
+        await transcript.mount(Note("a notice"))
+        await transcript.to_beginning()
+        await settled(transcript, pilot)
+        await transcript.to_end()
+        await settled(transcript, pilot)
+        shown = [type(child) for child in transcript.children if not isinstance(child, MoreBelow)]
+        assert shown[-3:] == [Question, Answer, Note] and mounted(transcript)[-1] == 101
+
+
+async def test_a_key_while_the_window_is_left_loses_no_message() -> None:
+    async with showing(100) as (host, transcript, pilot):
+        await settled(transcript, pilot)
+        leaving = asyncio.create_task(transcript.to_beginning())
+        while not leaving.done():
+            assert transcript.turn == 100  # as keys ask for it
+            await asyncio.sleep(0)
+        await settled(transcript, pilot)
+        assert [item.text for item in transcript._items] == [one.content for one in messages(100) if one.content]
+        await transcript.to_end()
+        await wait_until(lambda: "plain 100" in host.shown)
 
 
 async def test_what_others_mount_and_remove_is_taken_over() -> None:

@@ -74,15 +74,13 @@ class Turns:
     async def _again(self, chat: Session) -> None:
         await self.screen.transcript.to_end()
         before, answer = self.screen.transcript.last_reply(), Answer()
-        for widget in before:
-            widget.display = False
+        self.screen.transcript.set_aside(before)
         await self.screen.transcript.add(answer)
         try:
             await self._run(chat, chat.resend, answer)
         except Exception:
             await answer.remove()
-            for widget in before:
-                widget.display = True
+            self.screen.transcript.set_aside(before, False)
             raise
         await self.screen.transcript.remove_children(before)
 
@@ -113,14 +111,12 @@ class Turns:
         answer = Answer()
         await self.screen.transcript.mount(answer, after=before)
         await answer.grow(before.text)
-        for widget in reply:
-            widget.display = False
+        self.screen.transcript.set_aside(reply)
         try:
             await self._run(chat, chat.go_on, answer)
         except Exception:
             await answer.remove()
-            for widget in reply:
-                widget.display = True
+            self.screen.transcript.set_aside(reply, False)
             raise
         await self.screen.transcript.remove_children(reply)
 

@@ -60,6 +60,9 @@ class Window(SteadyScroll):
         self._items: list[Item] = []
         self._first = self._last = 0
         self._waiting: set[Widget] = set()  # of items outside the window, mounted and not shown
+        self._leaving: set[Widget] = set()  # being unmounted
+        self._aside: set[Widget] = set()  # not shown, in the window or not
+        self._newest: set[Widget] = set()  # what was added last, which whoever added it may remove
         self._changing = Lock()
         self._is_shifting = False
         self._more: MoreBelow | None = None
@@ -84,15 +87,23 @@ class Window(SteadyScroll):
         """Mount `widgets` at the end and go there."""
         await self.to_end()
         async with self._changing:
+            self._newest = {*widgets}
             await self.mount_all(widgets)
             self._sync()
             if self._last - self._first > self.WINDOW + self.STEP:
                 await self._drop_above()
 
+    def set_aside(self, widgets: Iterable[Widget], aside: bool = True) -> None:
+        """Show these no more, wherever the user goes, until they are removed or set aside no longer."""
+        for widget in widgets:
+            (self._aside.add if aside else self._aside.discard)(widget)
+            widget.display = not aside and widget not in self._waiting
+
     def remove_children(self, selector: Any = "*") -> Any:
         if selector == "*":
             self._items, self._more = [], None
-            self._waiting.clear()
+            for some in (self._waiting, self._aside, self._newest):
+                some.clear()
             self._first = self._last = 0
         return super().remove_children(selector)
 
@@ -123,11 +134,17 @@ class Window(SteadyScroll):
 
     def _sync(self) -> None:
         """Learn what others mounted and removed."""
+        if removed := {widget for widget in self._waiting if widget.parent is not self}:
+            above = sum(item.widget in removed for item in self._items[: self._first])
+            self._first, self._last = self._first - above, self._last - above
+            self._items = [item for item in self._items if item.widget not in removed]
+            self._waiting -= removed
+        self._aside = {widget for widget in self._aside if widget.parent is self}
         known = {item.widget: item for item in self._items[self._first : self._last] if item.widget is not None}
         turn = self._items[self._first - 1].turn if self._first else 0
         window = []
         for child in self.children:
-            if child in self._waiting or isinstance(child, MoreBelow):
+            if child in self._waiting or child in self._leaving or isinstance(child, MoreBelow):
                 continue
             turn += isinstance(child, Question)
             item = known.get(child) or item_of(child, turn)
@@ -144,10 +161,12 @@ class Window(SteadyScroll):
         async with self._changing:
             self._sync()
             if not self.is_whole:
-                await self._unmount(self._items[self._first : self._last])
-                self._first = self._last = len(self._items)
+                await self._leave_for(len(self._items))
                 self.follow()
                 await self._mount_above(self.STEP)
+            # The last question and what stands below it: whoever goes on with that turn looks for its answer here.
+            turn = next((n for n, item in enumerate(reversed(self._items), 1) if item.kind is Question), 0)
+            await self._mount_above(turn - (self._last - self._first))
             self.follow()
         self.call_after_refresh(self.moved)
 
@@ -156,8 +175,7 @@ class Window(SteadyScroll):
         async with self._changing:
             self._sync()
             if self._first:
-                await self._unmount(self._items[self._first : self._last])
-                self._first = self._last = 0
+                await self._leave_for(0)
                 await self._mount_below(self.STEP)
             self.stay_at(0)
         self.call_after_refresh(self.moved)
@@ -171,8 +189,7 @@ class Window(SteadyScroll):
             if place is None:
                 return
             if not self._first <= place < self._last:
-                await self._unmount(self._items[self._first : self._last])
-                self._first = self._last = place
+                await self._leave_for(place)
                 self.following = False
                 await self._mount_below(self.STEP)
             for widget in self.query(".-found"):
@@ -186,13 +203,24 @@ class Window(SteadyScroll):
     def action_scroll_end(self) -> None:
         self._begin(self.to_end())
 
+    async def _leave_for(self, place: int) -> None:
+        """Unmount the window, and begin an empty one before this item."""
+        leaving = self._items[self._first : self._last]
+        self._first = self._last = place  # at once: what is mounted at the end meanwhile waits there
+        await self._unmount(leaving)
+
     async def _mount_above(self, number: int) -> None:
         """Mount so many messages more above, the newest first."""
         stop = max(0, self._first - number)
         while self._first > stop:
             top = self._items[self._first].widget if self._first < self._last else None
             self._first -= 1
-            await self._bring(self._items[self._first], before=0 if top is None else top)
+            await self._bring(self._items[self._first], **({"before": top} if top is not None else self._end()))
+
+    def _end(self) -> dict[str, Any]:
+        """Where the last message is mounted: below those that wait."""
+        waiting = [child for child in self.children if child in self._waiting]
+        return {"after": waiting[-1]} if waiting else {"before": 0}
 
     async def _mount_below(self, number: int) -> None:
         """Mount so many messages more below."""
@@ -206,20 +234,22 @@ class Window(SteadyScroll):
     async def _bring(self, item: Item, **place: Any) -> None:
         """Mount an item at a place, or show it if it waited there. Keys are served between one and the next."""
         if item.widget is not None:
-            item.widget.display = True
+            item.widget.display = item.widget not in self._aside
             self._waiting.discard(item.widget)
         else:
             await super().mount(item.mounted(), **(place if self.children else {}))
 
     async def _unmount(self, items: Iterable[Item]) -> None:
-        leaving = []
+        leaving, staying = [], self._aside | self._newest
         for item in items:
-            if item.widget is not None and item.can_leave:
+            if item.widget is not None and item.can_leave and item.widget not in staying:
                 leaving.append(item.widget)
                 item.widget = None
             elif item.widget is not None:
                 self._hide(item.widget)
+        self._leaving.update(leaving)
         await super().remove_children(leaving)
+        self._leaving.difference_update(leaving)
 
     def _hide(self, widget: Widget) -> None:
         widget.display = False
