@@ -127,6 +127,58 @@ async def test_what_was_typed_last_is_saved_on_quit_and_the_worker_closed() -> N
     assert worker.all["trip"].draft == "half a" and worker.closed
 
 
+async def test_messages_that_wait_are_saved_on_quit_too() -> None:
+    worker = FakeWorker("trip")
+    worker.all["trip"].gate.clear()
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "first", wait=False)
+        await enter(app, pilot, "second", wait=False)
+        await pilot.press(*"third", "ctrl+q")
+        chatting = app.app
+        assert isinstance(chatting, ChatApp)
+        await wait_until(lambda: not chatting.is_running)
+    await asyncio.to_thread(chatting.leave, True)
+    assert worker.all["trip"].draft == "second\nthird"
+
+
+@pytest.mark.usefixtures("quick_drafts")
+async def test_a_message_that_waits_is_a_draft_until_it_is_sent() -> None:
+    worker = FakeWorker("trip")
+    trip = worker.all["trip"]
+    trip.gate.clear()
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "first", wait=False)
+        await enter(app, pilot, "second", wait=False)
+        await wait_until(lambda: trip.draft == "second")
+        trip.gate.set()
+        await wait_until(lambda: texts(app, Question) == ["first", "second"] and trip.draft == "")
+
+
+async def test_editing_ends_when_another_session_is_opened() -> None:
+    worker = FakeWorker("trip", "work")
+    async with chat(worker) as (app, pilot):
+        await enter(app, pilot, "one")
+        await pilot.press(*"unsent", "ctrl+e")
+        await wait_until(lambda: app.prompt.text == "one")
+        app.action_command("/resume nowhere")
+        await idle(app)
+        assert app.prompt.text == "unsent" and app.editing is None
+        await pilot.press("up")
+        assert app.prompt.text == "one"
+        await pilot.press("down", "ctrl+e")
+        await wait_until(lambda: app.prompt.text == "one")
+        app.action_command("/resume work")
+        await idle(app)
+        assert worker.all["trip"].draft == "unsent" and app.prompt.text == "" and not app.prompt.border_title
+        assert app.drafts.latest == ""
+
+
+@pytest.fixture
+def only_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is saved because time passes."""
+    monkeypatch.setattr(Drafts, "AFTER_S", 1000.0)
+
+
 def busy(session: FakeSession, times: int) -> Callable[[str], None]:
     """`set_draft` of a store that another process writes to for so many attempts."""
     left = iter(range(times))
@@ -150,6 +202,7 @@ async def test_a_draft_that_could_not_be_saved_is_saved_later(monkeypatch: pytes
         assert "another process writes" in texts(app, Note)[-1]
 
 
+@pytest.mark.usefixtures("only_told")
 async def test_a_session_is_not_left_before_its_draft_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = FakeWorker("trip", "work")
     trip, work = worker.all["trip"], worker.all["work"]
@@ -173,7 +226,7 @@ async def test_what_is_typed_while_a_session_is_opened_takes_no_draft_away(monke
     opened = worker.open
 
     def slow(*args: Any, **how: Any) -> Any:
-        assert told.wait(5)
+        assert told.wait(30)
         return opened(*args, **how)
 
     async with chat(worker) as (app, pilot):
@@ -189,6 +242,7 @@ async def test_what_is_typed_while_a_session_is_opened_takes_no_draft_away(monke
         await wait_until(lambda: work.draft == "other\nmore")
 
 
+@pytest.mark.usefixtures("only_told")
 async def test_what_cannot_be_saved_on_quit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = FakeWorker("trip")
     monkeypatch.setattr(worker.all["trip"], "set_draft", busy(worker.all["trip"], 1))

@@ -145,6 +145,7 @@ class ChatScreen(SessionScreen):
     def after_job(self, is_done: bool) -> None:
         if is_done and self.chat and not self.editing:
             if text := self.waiting.take_first():
+                self.drafts.typed()
                 self.turns.send(text)
         else:
             self.give_back(self.waiting.take_all())
@@ -177,10 +178,10 @@ class ChatScreen(SessionScreen):
             raise InputError("an edited message has to wait until the model is idle; Escape leaves it")
         assert self.editing
         turn = self.editing.turn
-        self._end_editing()
+        self.end_editing()
         self.turns.edit(turn, text)
 
-    def _end_editing(self) -> None:
+    def end_editing(self) -> None:
         if self.editing:
             before, self.editing = self.editing.before, None
             self.prompt.border_title = self.prompt.border_subtitle = ""
@@ -232,7 +233,7 @@ class ChatScreen(SessionScreen):
         if self.sessions.has_focus:
             self._leave_sessions()
         elif self.editing:
-            self._end_editing()
+            self.end_editing()
         elif queued := self.waiting.take_newest():
             self.prompt.give_back(queued)
         elif self.jobs.answering and self.chat:

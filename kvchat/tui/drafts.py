@@ -39,9 +39,10 @@ class Drafts:
 
     @property
     def text(self) -> str:
-        """What would be lost: the input, or what it held before a message was edited in it."""
+        """What would be lost: messages that wait, and the input, or what it held before a message was edited in it."""
         editing = self.screen.editing
-        return _joined(self.aside, editing.before if editing else self.screen.prompt.text)
+        typed = editing.before if editing else self.screen.prompt.text
+        return _joined(self.aside, _joined("\n".join(self.screen.waiting.texts), typed))
 
     def _look_after(self, seconds: float) -> None:
         if self._timer:
@@ -70,6 +71,7 @@ class Drafts:
         async with self._saving:
             await self._write(chat, text)
             self._stored, self.aside = None, ""
+            self.latest = self.text
 
     async def bring_back(self, chat: Session) -> None:
         """Put what was left unsent in `chat` in front of what was typed since."""

@@ -174,6 +174,9 @@ class SessionScreen(Screen[None]):
         engine = await to_thread(self.connected)
         await self.show_sessions()
         before = None if same else self.chat
+        if before and self.editing:
+            self.prompt.remember([self.prompt.text])
+            self.end_editing()
         left = self.drafts.aside = self.prompt.text if before else ""
         if left:
             self.prompt.clear()
@@ -292,6 +295,9 @@ class SessionScreen(Screen[None]):
 
     def after_job(self, is_done: bool) -> None:
         """The job ended, well or not."""
+
+    def end_editing(self) -> None:
+        """Leave the message that is being edited, if one is, and put back what was in the input."""
 
     def give_back(self, text: str) -> None:
         """Put `text` into the input, in front of what has been typed since."""
