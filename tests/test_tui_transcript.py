@@ -134,6 +134,26 @@ async def test_what_is_read_stays_where_it_is_while_the_window_moves() -> None:
         assert transcript.following
 
 
+async def test_a_page_down_does_not_pass_what_has_only_just_been_mounted() -> None:
+    async with showing(20) as (host, transcript, pilot):
+        await transcript.to_beginning()
+        await settled(transcript, pilot)
+        while len(transcript._items) - transcript._last > Transcript.STEP:
+            transcript.scroll_page_down()
+            await settled(transcript, pilot)
+        transcript.scroll_to(y=transcript.max_scroll_y)
+        await transcript._shift(1)
+        assert transcript.is_whole
+        transcript.scroll_page_down()
+        assert not transcript.following
+        await settled(transcript, pilot)
+        assert "plain 20" not in host.shown
+        while not transcript.following:
+            transcript.scroll_page_down()
+            await settled(transcript, pilot)
+        assert "plain 20" in host.shown
+
+
 async def test_home_and_end_go_all_the_way() -> None:
     async with showing(100) as (host, transcript, pilot):
         transcript.focus()

@@ -24,11 +24,12 @@ class SteadyScroll(VerticalScroll):
         self.page = 0
         """Rows that are seen at once."""
         self._places: list[tuple[Widget, int, int]] = []
+        self._laid_out: set[Widget] = set()
         self._held: tuple[Widget, int] | None = None
 
     @property
-    def is_whole(self) -> bool:
-        """The end of what is mounted is the end."""
+    def shows_all(self) -> bool:
+        """The end of what is laid out is the end."""
         return True
 
     def follow(self) -> None:
@@ -62,6 +63,7 @@ class SteadyScroll(VerticalScroll):
             for placement in result.placements
             if not placement.fixed and placement.region.height
         ]
+        self._laid_out = {placement.widget for placement in result.placements}
         self.page = height
         end = max(0, result.total_region.bottom - height)
         place = self.scroll_y
@@ -96,7 +98,7 @@ class SteadyScroll(VerticalScroll):
     def _scroll_to(self, x: float | None = None, y: float | None = None, **how: Any) -> bool:
         """Every way to scroll ends here. Nothing moves slowly: the place would change meanwhile."""
         if y is not None:
-            self.following = self.is_whole and y >= self.max_scroll_y
+            self.following = self.shows_all and y >= self.max_scroll_y
             if not self.following:
                 self._hold()
         return super()._scroll_to(x, y, **(how | {"animate": False, "release_anchor": False}))

@@ -122,6 +122,12 @@ class Window(SteadyScroll):
         """The end is mounted."""
         return self._last >= len(self._items)
 
+    @property
+    def shows_all(self) -> bool:
+        last = self._items[self._last - 1].widget if self._first < self._last else None
+        # What was just mounted has no place yet: nobody scrolled past it.
+        return self.is_whole and (last is None or not last.display or last in self._laid_out)
+
     def last_reply(self) -> list[Widget]:
         """What stands below the last question, the newest first; of what is mounted."""
         reply: list[Widget] = []
