@@ -26,6 +26,21 @@ table { border-collapse: collapse } th, td { border: 1px solid var(--line); padd
 """
 
 
+class Reader(MarkdownIt):
+    """Markdown, in which a link leads to a page or an address: any other could open a program or a file.
+
+    An image is a link: it would be asked for from wherever the model says; the policy forbids it too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("gfm-like", {"html": False, "breaks": True})
+        self.disable("image")
+
+    def validateLink(self, url: str) -> bool:
+        """Whether this becomes a link; if not, it stays text."""
+        return url.lower().startswith(("http://", "https://", "mailto:"))
+
+
 def text_of(messages: Sequence[Mapping[str, str]], format: str, name: str) -> str:
     """The conversation as a file: as the page for "html", else as `transcript.write` does it."""
     return page(messages, name) if format == "html" else transcript.write(messages, format, name)
@@ -33,8 +48,7 @@ def text_of(messages: Sequence[Mapping[str, str]], format: str, name: str) -> st
 
 def page(messages: Sequence[Mapping[str, str]], name: str) -> str:
     """The page of a conversation of that name: answers as the Markdown that they are, all else as it was typed."""
-    # An image would be asked for from wherever the model says; the policy forbids it too.
-    parser = MarkdownIt("gfm-like", {"html": False, "breaks": True}).disable("image")
+    parser = Reader()
     title = escape(one_line(name))
     parts = [
         "<!doctype html>",

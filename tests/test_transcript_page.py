@@ -53,6 +53,7 @@ def test_a_page_has_what_was_said_and_answers_as_markdown() -> None:
         *HOSTILE.values(),
         *("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "![x](https://evil.example/x.png)"),
         *("</p></section><a", "[x](javascript:alert(1))", "[x](data:text/html,<script>)", "<style>*{"),
+        *("[x](ms-msdt:/id)", "[x](//evil.example)", "[x](../a.hta)", "<smb://evil.example/x>"),
         "```<b onclick=x>\n</code><script>\n```",
     ],
 )
