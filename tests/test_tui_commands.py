@@ -114,6 +114,21 @@ async def test_who_reads_elsewhere_when_a_turn_fails_finds_what_is_saved() -> No
         assert app.prompt.text == "hello" and texts(app, Note) == ["internal error: RuntimeError: boom"]
 
 
+async def test_the_numbers_of_a_seal_come_to_who_reads_elsewhere() -> None:
+    worker = FakeWorker("trip")
+    trip = long(worker)
+    async with chat(worker) as (app, pilot):
+        await wait_until(lambda: "4012 / 8192 tokens" in screen(app))
+        trip.sealed.clear()
+        await enter(app, pilot, "hello")
+        assert texts(app, Note)[-1].endswith("sealing…")
+        await reading_elsewhere(app, pilot)
+        trip.sealed.set()
+        await wait_until(lambda: any("sealed 0.4 s" in note.text for note in app.transcript.query(Note)))
+        await app.transcript.to_end()
+        assert texts(app, Note)[-1].endswith("sealed 0.4 s")
+
+
 async def test_an_answer_far_above_many_notes_goes_on() -> None:
     worker = FakeWorker("trip")
     long(worker)

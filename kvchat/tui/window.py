@@ -62,7 +62,7 @@ class Window(SteadyScroll):
         self._waiting: set[Widget] = set()  # of items outside the window, mounted and not shown
         self._leaving: set[Widget] = set()  # being unmounted
         self._aside: set[Widget] = set()  # not shown, in the window or not
-        self._newest: set[Widget] = set()  # what was added last, which whoever added it may remove
+        self._newest: set[Widget] = set()  # what was added last, and since: whoever did may change or remove it
         self._changing = Lock()
         self._is_shifting = False
         self._more: MoreBelow | None = None
@@ -87,7 +87,7 @@ class Window(SteadyScroll):
         """Mount `widgets` at the end and go there."""
         await self.to_end()
         async with self._changing:
-            self._newest = {*widgets}
+            self._newest.clear()
             await self.mount_all(widgets)
             self._sync()
             if self._last - self._first > self.WINDOW + self.STEP:
@@ -110,9 +110,10 @@ class Window(SteadyScroll):
     def mount(
         self, *widgets: Widget, before: int | str | Widget | None = None, after: int | str | Widget | None = None
     ) -> AwaitMount:
-        if before is None and after is None and not self.is_whole:
-            # The end is not mounted: what comes to it waits there.
-            for widget in widgets:
+        if before is None and after is None:
+            self._newest.update(widgets)
+            # While the end is not mounted what comes to it waits there.
+            for widget in widgets if not self.is_whole else ():
                 self._hide(widget)
                 self._items.append(item_of(widget, self._items[-1].turn))
         return super().mount(*widgets, before=before, after=after)
