@@ -15,10 +15,9 @@ from textual.widgets import Input
 
 from kvchat.errors import InputError
 from kvchat.tui.answer import Answer
-from kvchat.tui.items import Question
+from kvchat.tui.items import MoreBelow, Question
 from kvchat.tui.plain_text import Note
 from kvchat.tui.transcript import Transcript
-from kvchat.tui.window import MoreBelow
 from tests.tui_host import wait_until
 
 ANSWER = "Answer {0}.\n\n```python\nvalue = {0}\n```\n\n```\nplain {0}\n```"

@@ -66,6 +66,17 @@ class Drafts:
             raise
         self._stored = text
 
+    def put_aside(self) -> str:
+        """Take what is unsent out of the input, as another session is opened; what was edited comes back by Up."""
+        screen = self.screen
+        if screen.editing:
+            screen.prompt.remember([screen.prompt.text])
+            screen.end_editing()
+        self.aside = screen.prompt.text
+        if self.aside:
+            screen.prompt.clear()
+        return self.aside
+
     async def leave(self, chat: Session, text: str) -> None:
         """Save `text` as what was left unsent in `chat`, which another session follows."""
         async with self._saving:

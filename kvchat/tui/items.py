@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from textual import events
+from textual.containers import VerticalScroll
 from textual.widget import Widget
+from textual.widgets import Static
 
 from kvchat.tui.answer import Answer
 from kvchat.tui.plain_text import Note, Plain
@@ -22,6 +25,30 @@ class Question(Plain):
     def __init__(self, text: str, *, turn: int = 0) -> None:
         super().__init__(text)
         self.turn = turn
+
+
+class MoreBelow(Static):
+    """Says that the end is out of sight; a click goes there. It is no place in the transcript."""
+
+    DEFAULT_CSS = """
+    MoreBelow {
+        layer: hint;
+        dock: bottom;
+        width: 100%;
+        height: 1;
+        text-align: center;
+        background: $panel;
+        color: $text-muted;
+    }
+    """
+
+    def __init__(self) -> None:
+        super().__init__("↓ more below · Ctrl+End", markup=False)
+
+    def on_click(self, event: events.Click) -> None:
+        event.stop()
+        if isinstance(self.parent, VerticalScroll):
+            self.parent.action_scroll_end()
 
 
 @dataclass(slots=True, eq=False)

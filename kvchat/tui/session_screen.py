@@ -174,12 +174,7 @@ class SessionScreen(Screen[None]):
         engine = await to_thread(self.connected)
         await self.show_sessions()
         before = None if same else self.chat
-        if before and self.editing:
-            self.prompt.remember([self.prompt.text])
-            self.end_editing()
-        left = self.drafts.aside = self.prompt.text if before else ""
-        if left:
-            self.prompt.clear()
+        left = self.drafts.put_aside() if before else ""
         try:
             chat = await self._opened(engine, make, before, left)
         except BaseException:

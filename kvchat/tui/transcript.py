@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 
 from textual.binding import Binding, BindingType
 from textual.message import Message as Announcement
+from textual.widget import Widget
 
 from kvchat.errors import InputError
 from kvchat.terminal import neutralise
 from kvchat.tui.answer import Answer
-from kvchat.tui.items import Item, Question
+from kvchat.tui.items import Item, MoreBelow, Question
 from kvchat.tui.splitting import code_blocks
 from kvchat.tui.thought import Thought
 from kvchat.tui.window import Window
@@ -71,6 +72,16 @@ class Transcript(Window):
     def _present(self) -> Item | None:
         """What is marked, if it is still there and the user is here."""
         return self._marked if self.has_focus and self._marked in self._items else None
+
+    def last_reply(self) -> list[Widget]:
+        """What stands below the last question, the newest first; of what is mounted."""
+        reply: list[Widget] = []
+        for child in reversed(self.children):
+            if isinstance(child, Question):
+                break
+            if not isinstance(child, MoreBelow):
+                reply.append(child)
+        return reply
 
     # -- the mark ----------------------------------------------------------------------------------------------------
 

@@ -7,27 +7,13 @@ from collections.abc import Coroutine, Iterable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from textual import events
 from textual.widget import AwaitMount, Widget
-from textual.widgets import Static
 
-from kvchat.tui.items import Item, Question, item_of, items_of
+from kvchat.tui.items import Item, MoreBelow, Question, item_of, items_of
 from kvchat.tui.scroll import SteadyScroll
 
 if TYPE_CHECKING:
     from kvchat.store.store import Message
-
-
-class MoreBelow(Static):
-    """Says that the end is out of sight; a click goes there."""
-
-    def __init__(self) -> None:
-        super().__init__("↓ more below · Ctrl+End", markup=False)
-
-    def on_click(self, event: events.Click) -> None:
-        event.stop()
-        if isinstance(self.parent, Window):
-            self.parent.action_scroll_end()
 
 
 class Window(SteadyScroll):
@@ -42,18 +28,7 @@ class Window(SteadyScroll):
     STEP: ClassVar[int] = 4
     """Messages that are mounted more, and fewer at the other end, when the user comes near to the end of them."""
 
-    DEFAULT_CSS = """
-    Window { layers: text hint; }
-    MoreBelow {
-        layer: hint;
-        dock: bottom;
-        width: 100%;
-        height: 1;
-        text-align: center;
-        background: $panel;
-        color: $text-muted;
-    }
-    """
+    DEFAULT_CSS = "Window { layers: text hint; }"
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -128,16 +103,6 @@ class Window(SteadyScroll):
         last = self._items[self._last - 1].widget if self._first < self._last else None
         # What was just mounted has no place yet: nobody scrolled past it.
         return self.is_whole and (last is None or not last.display or last in self._laid_out)
-
-    def last_reply(self) -> list[Widget]:
-        """What stands below the last question, the newest first; of what is mounted."""
-        reply: list[Widget] = []
-        for child in reversed(self.children):
-            if isinstance(child, Question):
-                break
-            if not isinstance(child, MoreBelow):
-                reply.append(child)
-        return reply
 
     def _sync(self) -> None:
         """Learn what others mounted and removed."""
