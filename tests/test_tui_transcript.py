@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from textual.app import App, ComposeResult
 from textual.pilot import Pilot
+from textual.screen import ModalScreen
 from textual.widgets import Input
 
 from kvchat.errors import InputError
@@ -162,6 +163,18 @@ async def test_home_and_end_go_all_the_way() -> None:
         assert mounted(transcript)[0] == 1 and 100 not in mounted(transcript) and not transcript.following
         await pilot.press("end")
         await wait_until(lambda: "plain 100" in host.shown and transcript.following)
+
+
+async def test_a_screen_that_lay_over_it_and_is_gone_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with showing(100) as (host, transcript, pilot):
+        await settled(transcript, pilot)
+        over = ModalScreen[None]()
+        await host.push_screen(over)
+        monkeypatch.setattr(over, "_invoke_later", lambda *_: None)  # what it was to call is lost with it
+        transcript.action_scroll_home()
+        await wait_until(lambda: not transcript._is_shifting)
+        host.pop_screen()
+        await wait_until(lambda: "question 1." in host.shown)
 
 
 async def test_the_end_is_followed_until_the_user_scrolls_up() -> None:

@@ -278,8 +278,11 @@ class Window(SteadyScroll):
             try:
                 await change
             finally:
-                # Before it is laid out nobody knows whether it is enough.
-                self.call_after_refresh(self._changed)
+                if self.is_attached and self.screen.is_active:
+                    # Before it is laid out nobody knows whether it is enough.
+                    self.call_after_refresh(self._changed)
+                else:  # the screen on top would be told to call it, and may go away before it does
+                    self._is_shifting = False
 
         self.run_worker(run(), exit_on_error=False)
 
