@@ -291,3 +291,15 @@ def test_a_large_module_is_never_needed_to_complete(several: Path) -> None:
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **given}, cwd=several).stdout
     assert "trip" in out and out.endswith("[]\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_do_not_wait_awake_for_long_unless_that_is_asked(given: dict[str, str], found: str) -> None:
+    code = "import os; from kvchat.cli.app import main; main(['--version']); print(os.environ.get('GOMP_SPINCOUNT'))"
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, env=env | given, cwd=ROOT, check=True).stdout
+    assert out.split()[-1] == found
