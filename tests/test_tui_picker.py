@@ -175,10 +175,9 @@ async def test_what_was_said_is_searched_in_a_thread_and_found_words_are_marked(
     ]
     async with picking(engine) as (picker, pilot):
         await pilot.press("slash", *"borrow")
-        await wait_until(lambda: "2 messages in 2 sessions" in text(picker))
-        assert engine.searched == ["borrow"]
-        shown = text(picker)
-        assert "Rust lifetimes" in shown and "model · turn 7" in shown and "you · on an old branch" in shown
+        found = ("2 messages in 2 sessions", "Rust lifetimes", "model · turn 7", "you · on an old branch")
+        await wait_until(lambda: all(words in text(picker) for words in found))
+        assert engine.searched[-1] == "borrow"
         drawn = picker.rows._draw(0, 60)[1]
         assert [drawn.plain[span.start : span.end] for span in drawn.spans if span.style == FOUND] == ["borrow"]
         await pilot.press("enter")
