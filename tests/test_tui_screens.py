@@ -124,6 +124,7 @@ async def test_a_document_is_attached_and_a_long_paste_is_offered_as_one(tmp_pat
     file = tmp_path / "notes.txt"
     file.write_text("so many words")
     async with chat(FakeWorker("trip")) as (app, pilot):
+        await wait_until(lambda: app.room is not None)  # it is told how many tokens are free
         await enter(app, pilot, f"/attach {file}", wait=False)
         await opened(app, AttachScreen)
         await wait_until(lambda: "13 tokens" in screen(app) and "4180 tokens are free" in screen(app))
