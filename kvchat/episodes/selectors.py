@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,12 @@ class Candidate:
     end: int
     first: int
     last: int
+
+
+def turns_between(path: Sequence[Message], bounds: Sequence[int], first: int, last: int) -> list[Candidate]:
+    """The turns of messages [first, last) of a path whose messages begin at `bounds`; the first may be part of one."""
+    begins = [at for at in range(first, last) if at == first or path[at].role == "user"]
+    return [Candidate(bounds[low], bounds[high], low, high) for low, high in pairwise([*begins, last])]
 
 
 class Selector(Protocol):

@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from kvchat.config import Config
 from kvchat.engine import Engine
 from kvchat.episodes.embedder import Embedder, find_embedder
-from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_selector
+from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_selector, turns_between
 from kvchat.episodes.vectors import Vectors
 from kvchat.errors import InputError
 from kvchat.evals.cases import Case
@@ -71,8 +71,8 @@ def select(
 def candidates_of(path: Sequence[Message]) -> list[Candidate]:
     """Every turn; what comes before the first message of the user is a part of none."""
     bounds = [0, *accumulate(len(message.token_ids) for message in path)]
-    begins = [index for index, message in enumerate(path) if message.role == "user"]
-    return [Candidate(bounds[low], bounds[high], low, high) for low, high in pairwise([*begins, len(path)])]
+    first = next((index for index, message in enumerate(path) if message.role == "user"), len(path))
+    return turns_between(path, bounds, first, len(path))
 
 
 def as_one(engine: Engine, cases: Sequence[Case]) -> tuple[list[Message], list[list[int]]]:

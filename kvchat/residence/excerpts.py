@@ -15,12 +15,11 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvchat.cache.coded import GROUP, HEAD, START, UNIT_PLANES, CodedKV, Form, num_units
 from kvchat.cache.layer import Piece
-from kvchat.cache.pack import pack, split, stretch
+from kvchat.cache.pack import inside_groups, pack, split, stretch
 from kvchat.codecs import decoded
 from kvchat.codecs.coded import coded_parts, coded_rows, form_of
 from kvchat.pool import submit
@@ -72,13 +71,17 @@ def _cut(resident: Resident, chunk: int, group: int, read: Callable[[], bytes]) 
     """The rows of a frame that lie in each of the segment's stretches, as those of one layer. Raises CorruptFrame."""
     header, form = resident.header, form_of(resident.header.method(chunk))
     arrays, (first, last) = coded_parts(header, chunk, group, read()), header.layers(group)
-    there = header.ranking.chunk_of[first:last].reshape(-1, resident.header.ranking.chunk_of.shape[2]) == chunk
+    times = np.arange(resident.start, header.ranking.end)
+    there = header.ranking.chunk_of[first:last].reshape(-1, len(times)) == chunk
     offset = there.cumsum(1, dtype=np.int32) - 1
     counts = offset[:, -1].astype(np.int64) + 1
     firsts, units, cuts = counts.cumsum() - counts, num_units(form, counts), list[CodedKV]()
     for low, high in resident.stretches:
-        chosen = _chosen(resident, low, high, there, offset // GROUP if form.key_bits == 4 else None)
-        run, time = np.divmod(np.flatnonzero(chosen), there.shape[1])  # numpy's `nonzero` is slow in two dimensions
+        chosen = there & (times >= low) & (times < high)
+        if form.key_bits == 4:
+            chosen[there] = inside_groups(chosen[there], offset[there])
+        chosen &= times < resident.end
+        run, time = np.divmod(np.flatnonzero(chosen), len(times))  # numpy's `nonzero` is slow in two dimensions
         number = offset[run, time]
         begins = np.flatnonzero(number % GROUP == 0)
         taken = {
@@ -93,20 +96,6 @@ def _cut(resident: Resident, chunk: int, group: int, read: Callable[[], bytes]) 
         cut.runs[:, START] = low
         cuts.append(replace(cut, num_heads=header.num_layers * header.num_kv_heads))
     return cuts
-
-
-def _chosen(
-    resident: Resident, low: int, high: int, there: npt.NDArray[np.bool_], groups: npt.NDArray[np.int32] | None
-) -> npt.NDArray[np.bool_]:
-    """Which tokens of the runs (R, T) that have those `there` are to come; given their groups, with these whole."""
-    times = np.arange(there.shape[1]) + resident.start
-    chosen: npt.NDArray[np.bool_] = there & (times >= low) & (times < high)
-    if groups is not None:
-        runs = np.arange(len(there))[:, None]
-        touched = np.zeros((len(there), int(groups.max(initial=0)) + 1), np.bool_)
-        touched[(runs + 0 * groups)[chosen], groups[chosen]] = True
-        chosen = there & touched[runs, groups]
-    return chosen & (times < resident.end)
 
 
 def by_layer(pieces: Mapping[Piece, Sequence[CodedKV]], layers: int) -> list[tuple[CodedKV, ...]]:

@@ -12,14 +12,13 @@ from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
 
 from kvchat.cache.pack import Spans
 from kvchat.config import Config
 from kvchat.engine import Stop
 from kvchat.episodes.embedder import find_embedder
 from kvchat.episodes.passages import passages, told_apart
-from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_selector
+from kvchat.episodes.selectors import Candidate, Selector, Sources, best, find_selector, turns_between
 from kvchat.episodes.vectors import Vectors
 from kvchat.errors import CapacityError, CodecError, ConfigError, ModelError
 from kvchat.events import Notice, Progress
@@ -176,8 +175,7 @@ class Reach(Holding):
         """
         yield from ()
         self.recalled = {}
-        whole = self._whole() if self.selector and self.known else set[int]()
-        if self.selector is None or all(entry.start in whole for entry in self.known if not entry.lost):
+        if (whole := self._unless_all_is_there()) is None:
             return
         bounds = self.bounds(path)
         if self.cache.num_seen > bounds[-2]:  # read before: it is read again, behind what comes
@@ -192,7 +190,8 @@ class Reach(Holding):
         """The turns that the path's last message concerns, but for those of newest segments of which all is there."""
         assert self.selector
         bounds, some = self.bounds(path), [entry for entry in self.known if not entry.lost]
-        candidates = [turn for entry in some for turn in self._turns(entry, path, bounds)]
+        ends = [(bisect_left(bounds, entry.start), bisect_left(bounds, entry.end)) for entry in some]
+        candidates = [turn for first, last in ends for turn in turns_between(path, bounds, first, last)]
         scores = self.selector.scores(path[-1], path, candidates)
         order = best(scores, candidates)[: self.config.recall.turns]
         near = bounds[num_answered(path)] - self.config.compress.recent_tokens
@@ -203,9 +202,8 @@ class Reach(Holding):
 
     def foreseen(self, path: Sequence[Message], text: str) -> dict[str, int]:
         """Chunks of segments, by their id, that would come back if the user asked `text`, which is being written."""
-        whole = self._whole() if self.selector and self.known else set[int]()
         # Attention would take a pass over the text, for each state of it.
-        if not self.selector or "attention" in self.config.recall.by or all(one.start in whole for one in self.known):
+        if "attention" in self.config.recall.by or (whole := self._unless_all_is_there()) is None:
             return {}
         piece = self.engine.model.template.user(text, first=False)
         asked = Message.new(path[-1].id, "user", text, piece.ids, piece.content_span)
@@ -218,13 +216,6 @@ class Reach(Holding):
         if self.vectors:
             with suppress(ModelError):  # the embedder cannot be loaded: whoever asks is told
                 deque(self.vectors.fill(path, stop), maxlen=0)
-
-    @staticmethod
-    def _turns(entry: Entry, path: Sequence[Message], bounds: Sequence[int]) -> list[Candidate]:
-        """The turns of a segment, as selectors see them; the last may be the first message of the next."""
-        first, last = bisect_left(bounds, entry.start), bisect_left(bounds, entry.end)
-        begins = [at for at in range(first, last) if at == first or path[at].role == "user"]
-        return [Candidate(bounds[low], bounds[high], low, high) for low, high in pairwise([*begins, last])]
 
     def _telling(self, turn: Candidate, tells: bool, path: Sequence[Message]) -> list[Candidate]:
         """What is to come of a turn, if it tells more than others: of one too long for that a passage that does."""
@@ -287,6 +278,12 @@ class Reach(Holding):
         sources = Sources(self.store, self.engine, self.cache, embedder)
         self.vectors = Vectors(self.store, embedder) if "embedding" in config.recall.by else None
         self.selector = find_selector(config.recall.by, sources) if config.recall.by != "off" else None
+
+    def _unless_all_is_there(self) -> set[int] | None:
+        """As `_whole`; None where nothing is looked for: nobody looks, or memory has all that can be had."""
+        whole = self._whole() if self.selector and self.known else set[int]()
+        found = self.selector and any(entry.start not in whole for entry in self.known if not entry.lost)
+        return whole if found else None
 
     def _whole(self) -> set[int]:
         """The starts of segments of which all that the store has is in memory."""
